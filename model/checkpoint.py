@@ -1,0 +1,145 @@
+"""The only file that knows the disk format: a Hugging Face model, and beside it what resuming needs.
+
+    out/<stage>/
+        config.json  model.safetensors  generation_config.json      the model; transformers loads it as it is
+        tokenizer.json  tokenizer_config.json  chat_template.jinja  a copy of the tokenizer in use
+        training_state/state.safetensors                            weights, optimizer, position, random states
+        run.json  metrics.jsonl  loss.png                           how it was made
+
+Everything is JSON or safetensors: nothing is ever unpickled. Each file is written beside its place and renamed into it,
+so a kill leaves the old or the new one, whole; the training state has its own copy of the weights, so that what a run
+resumes from always belongs together.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from model.LMConfig import LMConfig
+from model.model import CausalLM
+
+UMASK = os.umask(0o077)
+os.umask(UMASK)  # the only way to read it is to set it
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tokenizer.model")
+STATE_FILE = "training_state/state.safetensors"
+
+
+def write_file(path: Path, write):
+    """Calls write(temporary_path) and renames the result to `path`. OSError, and the old file stays, if that fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())  # the content must reach the disk before the name does
+        temporary.chmod(0o666 & ~UMASK)  # safetensors makes files that only their owner can read
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path} ({error}); what was saved before is untouched") from None
+
+
+def write_json(path: Path, value):
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_file(path, lambda temporary: temporary.write_text(text, "utf-8"))
+
+
+def replace_directory(directory: Path, new: Path):
+    """Puts `new` in the place of `directory`; what stood there is kept as `<directory>.old`, one generation long."""
+    if directory.exists():
+        old = directory.with_name(directory.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        directory.rename(old)
+    new.rename(directory)
+
+
+def save_model(directory: Path, model: CausalLM, tokenizer_dir: Path, stop_token_ids: list[int]):
+    """Writes the model, in float32, and its tokenizer as a Hugging Face model."""
+    for name in TOKENIZER_FILES:
+        source = Path(tokenizer_dir) / name
+        if source.exists() and source.resolve() != (directory / name).resolve():
+            write_file(directory / name, lambda temporary, source=source: shutil.copyfile(source, temporary))
+    write_json(directory / "config.json", model.config.to_hf())
+    generation_config = {"bos_token_id": model.config.bos_token_id, "eos_token_id": stop_token_ids}
+    write_json(directory / "generation_config.json", generation_config)
+    tensors = model.state_dict()
+    if model.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    tensors = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
+    write_file(directory / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+
+
+def load_config(directory: Path) -> LMConfig:
+    """FileNotFoundError or ValueError, with what to do, when `directory` does not hold a model of ours."""
+    path = Path(directory) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"no model in {directory}; train one with: python 1-pretrain.py")
+    try:
+        return LMConfig.from_hf(json.loads(path.read_text("utf-8")))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def load_model(directory: Path, device: torch.device | str = "cpu") -> CausalLM:
+    config = load_config(directory)
+    with torch.device("meta"):  # no memory and no random numbers for weights that are read from the file
+        model = CausalLM(config)
+    path = Path(directory) / "model.safetensors"
+    load_weights(model, _load_tensors(path, device), path)
+    return model.to(device)
+
+
+def load_weights(model: CausalLM, tensors: dict[str, Tensor], path: Path):
+    """Puts the tensors into the model. ValueError names a tensor that is missing, left over, or of another size."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del expected["lm_head.weight"]
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise ValueError(
+                f"{path} does not fit its config.json: {name} is {found.get(name, 'missing')} in the file and "
+                f"{expected.get(name, 'absent')} in the model"
+            )
+    model.load_state_dict(tensors, strict=False, assign=True)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+
+
+def check_same_config(found: LMConfig, wanted: LMConfig, directory: Path):
+    """ValueError that names every field that differs."""
+    differing = [name for name in vars(wanted) if getattr(found, name) != getattr(wanted, name)]
+    if differing:
+        details = ", ".join(f"{name} {getattr(found, name)} there, {getattr(wanted, name)} here" for name in differing)
+        raise ValueError(f"{directory} holds another model ({details}); use its --preset, or another --out_dir")
+
+
+def _load_tensors(path: Path, device: torch.device | str) -> dict[str, Tensor]:
+    try:
+        return load_file(path, device=str(device))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing") from None
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error})") from None
+
+
+def save_state(directory: Path, tensors: dict[str, Tensor], info: dict):
+    """Everything that resuming needs, in one file. `info` is JSON."""
+    metadata = {"format": "pt", "info": json.dumps(info)}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_file(directory / STATE_FILE, lambda path: save_file(tensors, path, metadata=metadata))
+
+
+def load_state(directory: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict]:
+    path = directory / STATE_FILE
+    if not path.exists():
+        raise FileNotFoundError(f"nothing to resume in {directory}: {STATE_FILE} is missing; start without --resume")
+    tensors = _load_tensors(path, device)
+    with safe_open(path, framework="pt") as file:
+        return tensors, json.loads(file.metadata()["info"])

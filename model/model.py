@@ -1,0 +1,187 @@
+"""The decoder: RMSNorm, RoPE, grouped-query attention and SwiGLU, as in Llama 3.1 (arXiv 2407.21783), with QK-norm.
+
+Shapes in the comments:  B rows, T tokens in a row, S tokens that can be seen (cached ones included), H hidden_size,
+I intermediate_size, N query heads, K key-value heads, D head_dim, V vocab_size.
+Module and parameter names are Hugging Face's: a state dict is a checkpoint.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model.LMConfig import LMConfig
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight (arXiv 1910.07467, eq. 4), over the last dimension."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def rope_tables(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every position's angles (RoFormer, arXiv 2104.09864, eq. 15), each (B, T, 1, D/2) in fp32."""
+    exponents = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim  # (D/2,)
+    angles = position_ids[..., None, None].float() * theta**-exponents
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns each pair (x[i], x[i + D/2]) by its angle. x: (B, T, heads, D)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+def document_mask(position_ids: Tensor) -> list[int] | Tensor:
+    """What keeps attention inside each document of packed rows; a document begins wherever position_ids is 0.
+
+    On a CPU the lengths of the documents, rows laid end to end: attend() then multiplies no masked pair at all, which
+    makes attention twice as fast. Elsewhere, and under torch.compile, a boolean mask (B, 1, T, T).
+    """
+    B, T = position_ids.shape
+    begins = position_ids == 0
+    if position_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        begins[:, 0] = True
+        starts = begins.flatten().nonzero().flatten().tolist()
+        return [end - start for start, end in zip(starts, starts[1:] + [B * T])]
+    document = begins.cumsum(-1)
+    causal = torch.ones(T, T, dtype=torch.bool, device=position_ids.device).tril()
+    return ((document[:, :, None] == document[:, None, :]) & causal)[:, None]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: list[int] | Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v for q (B, N, T, D) and k, v (B, K, S, D); mask as in Decoder.forward."""
+    if not isinstance(mask, list):
+        causal = mask is None and q.shape[2] > 1
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
+    B, N, T, D = q.shape
+    # One row of B * T tokens, cut into documents.
+    documents = zip(*(x.transpose(0, 1).reshape(1, -1, B * T, D).split(mask, dim=2) for x in (q, k, v)))
+    parts = [F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True) for qkv in documents]
+    return torch.cat(parts, dim=2).view(N, B, T, D).transpose(0, 1)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (arXiv 2305.13245): N query heads share K key-value heads."""
+
+    def __init__(self, config: LMConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.qk_norm = config.qk_norm
+        query_size = config.num_attention_heads * config.head_dim
+        key_value_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=False)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask, cache=None) -> Tensor:
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)  # (B, T, N, D), (B, T, K, D)
+        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (B, N, T, D), (B, K, T, D)
+        if cache is not None:
+            k, v = cache.update(self.layer_idx, k, v)  # (B, K, S, D)
+        return self.o_proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv 2002.05202, eq. 6)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (B, T, H) -> (B, T, I) -> (B, T, H)
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm: each half reads a normalised copy of x and adds what it found."""
+
+    def __init__(self, config: LMConfig, layer_idx: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer_idx)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = FeedForward(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask, cache=None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Token ids to hidden states."""
+
+    def __init__(self, config: LMConfig):
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False  # recompute each layer in the backward pass: less memory, a third more work
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None, mask: Tensor | None = None, cache=None):
+        """input_ids (B, T) to hidden states (B, T, H).
+
+        position_ids (B, T) count from 0 in each document: attention does not cross from one document of a packed row
+        to the next. Without them a row is one document, continued from the cache (generation.KVCache) if there is one.
+        mask: (B, 1, T, S) boolean, True where a query may look; replaces the causal or document mask.
+        """
+        T, past = input_ids.shape[1], 0 if cache is None else cache.length
+        if position_ids is None:
+            position_ids = torch.arange(past, past + T, device=input_ids.device)[None]  # (1, T)
+            if past and T > 1 and mask is None:  # a query sees the cached tokens and those before it
+                mask = torch.ones(T, past + T, dtype=torch.bool, device=input_ids.device).tril(past)[None, None]
+        elif mask is None and cache is None:
+            mask = document_mask(position_ids)
+        rope = rope_tables(position_ids, self.config.head_dim, self.config.rope_theta)
+        x = self.embed_tokens(input_ids)  # (B, T, H)
+        for layer in self.layers:
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(layer, x, rope, mask, use_reentrant=False)
+            else:
+                x = layer(x, rope, mask, cache)
+        return self.norm(x)
+
+
+class CausalLM(nn.Module):
+    """The decoder and the head that scores every token of the vocabulary."""
+
+    def __init__(self, config: LMConfig):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.init_weights()
+
+    def init_weights(self):
+        """Normal of standard deviation 0.02; what adds to the residual stream by 1/sqrt(2 layers) less (GPT-2, 2.3)."""
+        residual_std = 0.02 / (2 * self.config.num_hidden_layers) ** 0.5
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1:
+                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(parameter, std=residual_std if residual else 0.02)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None, mask: Tensor | None = None, cache=None):
+        """Logits (B, T, V); the arguments are Decoder.forward's. Training uses the hidden states (next_token_loss)."""
+        return self.lm_head(self.model(input_ids, position_ids, mask, cache))
+
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
