@@ -1,76 +1,145 @@
-"""Look at a model: let it write, and measure it.
+"""Talk to a model, and measure it.
 
-    python eval.py                                              the newest model under out/, interactively
-    python eval.py --model out/pretrain --prompt 春天           one text, from its beginning
-    python eval.py --perplexity FILE --json                     loss a token and bits per byte on a text
+    python eval.py                                            the newest model under out/: chats, or continues texts
+    python eval.py --model out/sft --lora out/lora            a model with an adapter
+    python eval.py --prompt 你好 --temperature 0              one answer
+    python eval.py --batch prompts.jsonl > answers.jsonl      an answer to each {"prompt"} or {"messages"}
+    python eval.py --perplexity FILE                          loss a token and bits per byte on texts
+    python eval.py --data dataset/sft                         validation loss on prepared data
+    python eval.py --choice FILE.csv                          multiple choice, C-Eval's and CMMLU's layout
+
+--json adds the figures as one JSON object on the last line.
 """
 
 import argparse
+import csv
 import json
 import math
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from data_process import find_files, parse, read_batches, text_of
-from model.chat import BOS, EOS, encode, load_tokenizer
-from model.checkpoint import load_model
+from model.chat import BOS, EOS, IM_END, encode, encode_chat, load_tokenizer, token_bytes
+from model.checkpoint import is_chat_model, load_adapter, load_model
+from model.dataset import PackedDataset
 from model.generation import TextStream, generate
-from model.training import HelpFormatter, choose_device, positive, run
+from model.training import HelpFormatter, Machine, choose_device, evaluate, next_token_loss, positive, run
 
-STAGES = ("pretrain", "sft", "lora", "dpo")
-
-
-def newest_model(out: Path = Path("out")) -> Path:
-    models = [out / stage for stage in STAGES if (out / stage / "model.safetensors").exists()]
-    if not models:
-        raise FileNotFoundError("no model under out/; train one with: python 1-pretrain.py, or name one with --model DIR")
-    return max(models, key=lambda directory: (directory / "model.safetensors").stat().st_mtime)
-
-
-def complete(model, tokenizer, prompt: str, args: argparse.Namespace):
-    """Writes the prompt and what the model makes of it to the screen, as it comes; then the speed."""
-    stream = TextStream(tokenizer)
-    print(prompt, end="", flush=True)
-    start, count = time.perf_counter(), 0
-    tokens = generate(
-        model,
-        [[BOS] + encode(tokenizer, prompt)],
-        args.max_new_tokens,
-        stop_ids={EOS},
-        repetition_penalty=args.repetition_penalty,
-        seed=args.seed,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-    )
-    for (token_id,) in tokens:
-        print(stream.add(token_id), end="", flush=True)
-        count += 1
-    print(stream.end(), flush=True)
-    seconds = time.perf_counter() - start
-    print(f"[{count} tokens, {count / seconds:.0f} tokens/s]", file=sys.stderr)
+STAGES = ("pretrain", "sft", "dpo")
+HELP = """/clear           forget the conversation
+/system TEXT     begin anew under this system prompt (nothing: none)
+/temperature X   0 takes always the most probable token
+/save FILE       write the conversation to a file that data_process.py sft reads
+/help            this
+/exit            leave (or Ctrl-D); Ctrl-C stops an answer"""
 
 
-def interact(model, tokenizer, args: argparse.Namespace):
-    """Reads a beginning, writes its continuation, until Ctrl-D or Ctrl-C at the prompt. Ctrl-C stops a long text."""
-    print("A base model continues texts: type the beginning of one. Ctrl-C stops a text, Ctrl-D ends.")
+class Writer:
+    """A model, its tokenizer and how to sample from it."""
+
+    def __init__(self, model, tokenizer, is_chat: bool, args: argparse.Namespace):
+        self.model, self.tokenizer, self.is_chat, self.args = model, tokenizer, is_chat, args
+        self.context = model.config.max_position_embeddings
+
+    def prompt_ids(self, messages: list[dict]) -> list[int]:
+        """The tokens to go on from. A chat that fills the context loses its oldest turns, but for the system prompt."""
+        if not self.is_chat:
+            return [BOS, *encode(self.tokenizer, messages[-1]["content"])]
+        room = max(self.context - self.args.max_new_tokens, self.context // 2)
+        while True:
+            ids, _ = encode_chat(self.tokenizer, messages, add_generation_prompt=True)
+            oldest = next((i for i, message in enumerate(messages[:-1]) if message["role"] != "system"), None)
+            if len(ids) <= room or oldest is None:
+                return ids
+            messages = messages[:oldest] + messages[oldest + 1 :]
+
+    def tokens(self, prompts: list[list[int]]) -> Iterator[list[int | None]]:
+        return generate(
+            self.model,
+            prompts,
+            self.args.max_new_tokens,
+            stop_ids={EOS, IM_END},
+            seed=self.args.seed,
+            **{name: getattr(self.args, name) for name in SAMPLING},
+        )
+
+    def write(self, messages: list[dict]) -> str:
+        """Prints the answer as it comes, and its speed; returns it. Ctrl-C ends it early."""
+        stream, text, count, start = TextStream(self.tokenizer), "", 0, time.perf_counter()
+        try:
+            for (token_id,) in self.tokens([self.prompt_ids(messages)]):
+                piece, count = stream.add(token_id), count + 1
+                text += piece
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            print(" …", end="")
+        text += (rest := stream.end())
+        print(rest, flush=True)
+        print(f"[{count} tokens, {count / (time.perf_counter() - start):.0f} tokens/s]", file=sys.stderr, flush=True)
+        return text
+
+
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+def converse(writer: Writer, messages: list[dict]):
+    """Reads lines and answers until /exit or Ctrl-D; a base model continues each line instead."""
+    print("Type, or /help." if writer.is_chat else "A base model continues texts: type the beginning of one, or /help.")
     while True:
         try:
-            prompt = input("\n> ")
+            line = input("\n> ").strip()
         except (EOFError, KeyboardInterrupt):
             print()
             return
+        command, _, rest = line.partition(" ")
+        rest = rest.strip()
         try:
-            complete(model, tokenizer, prompt, args)
-        except KeyboardInterrupt:
-            print(" …")
-        except ValueError as error:
+            if command == "/exit":
+                return
+            if command == "/clear":
+                messages = [message for message in messages if message["role"] == "system"]
+            elif command == "/system":
+                messages = [{"role": "system", "content": rest}] if rest else []
+            elif command == "/temperature":
+                writer.args.temperature = not_negative(rest)
+            elif command == "/save":
+                text = json.dumps({"messages": messages}, ensure_ascii=False)
+                Path(rest or "chat.jsonl").write_text(text + "\n", "utf-8")  # as data_process.py sft reads it
+                print(f"saved to {rest or 'chat.jsonl'}")
+            elif command.startswith("/"):
+                print(HELP)
+            elif line:
+                messages.append({"role": "user", "content": line})
+                if not writer.is_chat:
+                    print(line, end="")
+                messages.append({"role": "assistant", "content": writer.write(messages)})
+        except (ValueError, OSError, argparse.ArgumentTypeError) as error:
             print(f"error: {error}")
+
+
+def answer_batch(writer: Writer, file: str, system: list[dict]):
+    """Answers every {"prompt"} or {"messages"} of a jsonl file; prints one {…, "answer"} a line, in the same order."""
+    records = [parse(record) for batch in read_batches(find_files([file]), "prompt") for _, record in batch.records]
+    for start in range(0, len(records), writer.args.batch_size):
+        part = records[start : start + writer.args.batch_size]
+        chats = [
+            record.get("messages") or [*system, {"role": "user", "content": text_of(record, "prompt")}]
+            for record in part
+        ]
+        answers: list[list[int]] = [[] for _ in part]
+        for step in writer.tokens([writer.prompt_ids(chat) for chat in chats]):
+            for answer, token_id in zip(answers, step):
+                if token_id is not None:
+                    answer.append(token_id)
+        for record, answer in zip(part, answers):
+            stream = TextStream(writer.tokenizer)
+            text = "".join(map(stream.add, answer)) + stream.end()
+            print(json.dumps(record | {"answer": text}, ensure_ascii=False), flush=True)
 
 
 @torch.inference_mode()
@@ -97,37 +166,119 @@ def perplexity(model, tokenizer, file: str, text_field: str) -> dict:
     return figures | {"texts": texts, "tokens": tokens, "bytes": size}
 
 
+def validation(model, tokenizer, folder: Path, max_seq_len: int) -> dict:
+    """What 1-pretrain.py and 2-sft.py report as their validation loss, of any model on any prepared folder."""
+    data = PackedDataset(folder, "val", max_seq_len)
+    if data.group == 2:
+        raise ValueError(f"{folder} holds preference pairs; 4-dpo.py reports their loss")
+    machine = Machine(0, 1, model.lm_head.weight.device, torch.float32)
+    return evaluate(model, next_token_loss, data, torch.from_numpy(token_bytes(tokenizer)), machine, batch_size=8)
+
+
+@torch.inference_mode()
+def choice(model, tokenizer, is_chat: bool, file: str) -> dict:
+    """Accuracy on four-choice questions, by the log-likelihood of each option's text a byte, as the answer.
+
+    A row has question, A, B, C, D and answer (C-Eval), in any case (CMMLU writes Question and Answer). A small model
+    knows texts, not the letters of options, so the letters are not shown; to a base model an option stands in the blank
+    (____) of the question, or at its end. The interval is Wilson's, of 95 %.
+    """
+    device = model.lm_head.weight.device
+    with open(file, encoding="utf-8-sig", newline="") as stream:
+        rows = [{key.lower(): value for key, value in row.items() if key} for row in csv.DictReader(stream)]
+    right = 0
+    for number, row in enumerate(rows, 1):
+        missing = [name for name in ("question", "a", "b", "c", "d", "answer") if not row.get(name)]
+        if missing:
+            raise ValueError(f"{file}: question {number} has no {missing[0]}")
+        scores = []
+        for option in "abcd":
+            if is_chat:
+                messages = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row[option]}]
+                ids, mask = encode_chat(tokenizer, messages)
+                n_answer = sum(mask)
+                ids = ids[: len(mask) - mask[::-1].index(1)]  # up to the stop token
+            else:
+                before_blank = row["question"].partition("____")[0]
+                answer = encode(tokenizer, row[option])
+                n_answer, ids = len(answer), [BOS, *encode(tokenizer, before_blank), *answer]
+            ids = torch.tensor(ids[-model.config.max_position_embeddings :], device=device)
+            log_probs = model(ids[None, :-1])[0].log_softmax(-1)  # (T, V)
+            score = log_probs[-n_answer:].gather(1, ids[-n_answer:, None]).sum().item()
+            scores.append(score / len(row[option].encode()))
+        right += "abcd"[max(range(4), key=scores.__getitem__)] == row["answer"].strip().lower()
+    n, p, z = len(rows), right / len(rows), 1.96
+    centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = ((centre + sign * spread) / (1 + z * z / n) for sign in (-1, 1))
+    return {"questions": n, "accuracy": p, "low": low, "high": high, "chance": 0.25}
+
+
+def not_negative(text: str) -> float:
+    if not float(text) >= 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, not {text}")
+    return float(text)
+
+
+def newest_model(out: Path) -> Path:
+    models = [out / stage for stage in STAGES if (out / stage / "model.safetensors").exists()]
+    if not models:
+        raise FileNotFoundError(f"no model under {out}/; train one with: python 1-pretrain.py, or give --model DIR")
+    return max(models, key=lambda directory: (directory / "model.safetensors").stat().st_mtime)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("--model", type=Path, help="folder of a model; without it, the newest under out/")
+    parser.add_argument("--lora", type=Path, help="folder of an adapter for that model")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    parser.add_argument("--prompt", help="write once from this beginning, and leave")
-    parser.add_argument("--perplexity", metavar="FILE", help="measure on a text file (any that data_process.py reads)")
-    parser.add_argument("--text_field", default="text", help="where the text stands in a record of that file")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--prompt", help="answer (a base model: continue) this, and leave")
+    what.add_argument("--batch", metavar="FILE", help="answer every record of a jsonl file")
+    what.add_argument("--perplexity", metavar="FILE", help="measure on texts, in any file that data_process.py reads")
+    what.add_argument("--data", type=Path, metavar="DIR", help="measure on the validation part of prepared data")
+    what.add_argument("--choice", metavar="FILE", help="answer multiple-choice questions")
+    parser.add_argument("--system", help="system prompt")
+    parser.add_argument("--text_field", default="text", help="where the text stands in a record of --perplexity")
+    parser.add_argument("--max_seq_len", type=positive, default=512, help="tokens in a row of --data")
+    parser.add_argument("--batch_size", type=positive, default=16, help="prompts of --batch at a time")
     parser.add_argument("--json", action="store_true", help="figures as one JSON object on the last line")
     group = parser.add_argument_group("how it writes")
-    group.add_argument("--max_new_tokens", type=positive, default=200, help="tokens at most")
-    group.add_argument("--temperature", type=float, default=0.8, help="0: always the most probable token")
+    group.add_argument("--max_new_tokens", type=positive, default=256, help="tokens at most")
+    group.add_argument("--temperature", type=not_negative, default=0.7, help="0: always the most probable token")
     group.add_argument("--top_k", type=int, default=0, help="only the k most probable tokens; 0: all")
-    group.add_argument("--top_p", type=float, default=0.95, help="only the most probable that make up this share")
+    group.add_argument("--top_p", type=float, default=0.9, help="only the most probable that make up this share")
     group.add_argument("--min_p", type=float, default=0.0, help="only tokens at least this share of the most probable")
     group.add_argument("--repetition_penalty", type=float, default=1.1, help="1: none")
     group.add_argument("--seed", type=int, help="the same seed writes the same text")
     args = parser.parse_args()
-    directory = args.model or newest_model()
+    directory = args.model or newest_model(Path("out"))
     model = load_model(directory, choose_device(args.device)).eval()
-    tokenizer = load_tokenizer(directory)
+    if args.lora:
+        load_adapter(model, args.lora, directory)
+    tokenizer, is_chat = load_tokenizer(directory), is_chat_model(directory)
+    writer = Writer(model, tokenizer, is_chat, args)
+    system = [{"role": "system", "content": args.system}] if args.system else []
+    figures = None
     if args.perplexity:
         figures = perplexity(model, tokenizer, args.perplexity, args.text_field)
-        for name, value in figures.items():
-            print(f"{name:15}{value:,.4f}" if isinstance(value, float) else f"{name:15}{value:,}")
-        if args.json:
-            print(json.dumps(figures))
+    elif args.data:
+        figures = validation(model, tokenizer, args.data, args.max_seq_len)
+    elif args.choice:
+        figures = choice(model, tokenizer, is_chat, args.choice)
+    elif args.batch:
+        answer_batch(writer, args.batch, system)
     elif args.prompt is not None:
-        complete(model, tokenizer, args.prompt, args)
+        if not is_chat:
+            print(args.prompt, end="")
+        writer.write([*system, {"role": "user", "content": args.prompt}])
     else:
         print(f"{directory}: {model.num_parameters():,} parameters")
-        interact(model, tokenizer, args)
+        converse(writer, system)
+    if figures:
+        for name, value in figures.items():
+            print(f"{name:20}{value:,.4f}" if isinstance(value, float) else f"{name:20}{value:,}")
+        if args.json:
+            print(json.dumps(figures))
 
 
 if __name__ == "__main__":

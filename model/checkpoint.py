@@ -11,6 +11,7 @@ so a kill leaves the old or the new one, whole; the training state has its own c
 resumes from always belongs together.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -21,12 +22,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from model.chat import IM_END
 from model.LMConfig import LMConfig
+from model.lora import from_peft, has_lora, to_peft
 from model.model import CausalLM
 
 UMASK = os.umask(0o077)
 os.umask(UMASK)  # the only way to read it is to set it
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tokenizer.model")
+MODEL_FILE = "model.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"
 STATE_FILE = "training_state/state.safetensors"
 
 
@@ -59,20 +64,53 @@ def replace_directory(directory: Path, new: Path):
     new.rename(directory)
 
 
-def save_model(directory: Path, model: CausalLM, tokenizer_dir: Path, stop_token_ids: list[int]):
-    """Writes the model, in float32, and its tokenizer as a Hugging Face model."""
+def save_model(directory: Path, model: CausalLM, tokenizer_dir: Path, is_chat: bool, base_dir: Path | None = None):
+    """Writes the model, in float32, and its tokenizer as a Hugging Face model.
+
+    Of a model with LoRA adapters only those are written, in PEFT's format, with base_dir as the model they belong to.
+    """
     for name in TOKENIZER_FILES:
         source = Path(tokenizer_dir) / name
         if source.exists() and source.resolve() != (directory / name).resolve():
             write_file(directory / name, lambda temporary, source=source: shutil.copyfile(source, temporary))
-    write_json(directory / "config.json", model.config.to_hf())
-    generation_config = {"bos_token_id": model.config.bos_token_id, "eos_token_id": stop_token_ids}
-    write_json(directory / "generation_config.json", generation_config)
-    tensors = model.state_dict()
-    if model.config.tie_word_embeddings:
+    if has_lora(model):
+        tensors, adapter_config = to_peft(model)
+        write_json(directory / "adapter_config.json", adapter_config | {"base_model_name_or_path": str(base_dir)})
+        metadata = {"format": "pt", "base_sha256": weights_fingerprint(base_dir)}
+        write_file(directory / ADAPTER_FILE, lambda path: save_file(tensors, path, metadata=metadata))
+        return
+    config = model.config
+    write_json(directory / "config.json", config.to_hf())
+    stop_ids = [config.eos_token_id, IM_END] if is_chat else [config.eos_token_id]
+    write_json(directory / "generation_config.json", {"bos_token_id": config.bos_token_id, "eos_token_id": stop_ids})
+    tensors = {name: tensor.float().contiguous() for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
         del tensors["lm_head.weight"]
-    tensors = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
-    write_file(directory / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    write_file(directory / MODEL_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+
+
+def weights_fingerprint(directory: Path) -> str:
+    """SHA-256 of model.safetensors."""
+    return hashlib.sha256((Path(directory) / MODEL_FILE).read_bytes()).hexdigest()
+
+
+def is_chat_model(directory: Path) -> bool:
+    """Whether the model was trained to stop at the end of a turn."""
+    path = Path(directory) / "generation_config.json"
+    return path.exists() and IM_END in json.loads(path.read_text("utf-8"))["eos_token_id"]
+
+
+def load_adapter(model: CausalLM, directory: Path, base_dir: Path):
+    """Puts the adapters in `directory` on the model that was loaded from base_dir. ValueError if it is another one."""
+    path = Path(directory) / "adapter_config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"no adapter in {directory}; train one with: python 3-lora.py")
+    tensors = _load_tensors(Path(directory) / ADAPTER_FILE, model.lm_head.weight.device)
+    with safe_open(Path(directory) / ADAPTER_FILE, framework="pt") as file:
+        expected = (file.metadata() or {}).get("base_sha256")
+    if expected and expected != weights_fingerprint(base_dir):
+        raise ValueError(f"the adapter in {directory} was trained on other weights than those in {base_dir}")
+    from_peft(model, tensors, json.loads(path.read_text("utf-8")))
 
 
 def load_config(directory: Path) -> LMConfig:
@@ -90,7 +128,7 @@ def load_model(directory: Path, device: torch.device | str = "cpu") -> CausalLM:
     config = load_config(directory)
     with torch.device("meta"):  # no memory and no random numbers for weights that are read from the file
         model = CausalLM(config)
-    path = Path(directory) / "model.safetensors"
+    path = Path(directory) / MODEL_FILE
     load_weights(model, _load_tensors(path, device), path)
     return model.to(device)
 

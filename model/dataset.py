@@ -22,7 +22,9 @@ class Batch:
     input_ids: Tensor  # (B, T) int64
     labels: Tensor  # (B, T) int64
     position_ids: Tensor  # (B, T) int64, from 0 in each document; the padding at a row's end counts as a document
-    documents: list[int]  # numbers of the documents in it, for messages
+    document_index: Tensor  # (B, T) int64, the place in `documents` of the one that a token belongs to; 0 for padding
+    documents: list[int]  # numbers of the documents in it; a pair's are neighbours
+    split: str  # "train" or "val"
     real_tokens: int  # tokens that are not padding
     attention_pairs: int  # query-key pairs inside documents, to count the work
 
@@ -64,12 +66,14 @@ class PackedDataset:
     A document of n tokens gives n - 1 pairs of a token and the one that follows. A text longer than a row is cut into
     pieces, so that every pair is trained once an epoch; a chat longer than a row keeps its beginning, since its rest
     would be an answer without a question, and is left out when no trained token remains (`truncated`, `dropped`).
+    The two chats of a preference pair stay together; each may fill half a row.
     """
 
     def __init__(self, folder: str | Path, split: str, max_seq_len: int):
         folder = Path(folder)
         self.meta = read_meta(folder)
-        self.max_seq_len = max_seq_len
+        self.split, self.max_seq_len = split, max_seq_len
+        self.group = 2 if self.meta["kind"] == "dpo" else 1  # documents that stay together
         self.tokens = _memory_map(folder / f"{split}.bin", self.meta["dtype"])
         self.mask = None if self.meta["kind"] == "pretrain" else _memory_map(folder / f"{split}.mask", np.uint8)
         offsets = _memory_map(folder / f"{split}.idx", np.int64)
@@ -84,15 +88,15 @@ class PackedDataset:
             self.piece_start = offsets[self.piece_document] + nth * max_seq_len
             self.piece_length = np.minimum(pairs[self.piece_document] - nth * max_seq_len, max_seq_len)
         else:
+            limit = max_seq_len // self.group
             trained_before = np.concatenate(([0], np.cumsum(self.mask, dtype=np.int64)))
-            length = np.minimum(pairs, max_seq_len)
-            start = np.asarray(offsets[:-1])
-            has_target = trained_before[start + length + (length > 0)] > trained_before[start + (length > 0)]
-            self.truncated = int(((pairs > max_seq_len) & has_target).sum())
-            self.dropped = int((~has_target).sum())
-            self.piece_document = np.flatnonzero(has_target)
-            self.piece_start, self.piece_length = start[has_target], length[has_target]
-        row_of = pack(self.piece_length, max_seq_len)
+            start, length = np.asarray(offsets[:-1]), np.minimum(pairs, limit)
+            has_target = trained_before[start + 1 + length] > trained_before[start + 1]
+            kept = has_target.reshape(-1, self.group).all(1).repeat(self.group)
+            self.truncated, self.dropped = int((kept & (pairs > limit)).sum()), int((~kept).sum())
+            self.piece_document = np.flatnonzero(kept)
+            self.piece_start, self.piece_length = start[kept], length[kept]
+        row_of = pack(self.piece_length.reshape(-1, self.group).sum(1), max_seq_len).repeat(self.group)
         self.pieces_by_row = np.argsort(row_of, kind="stable")  # piece numbers, those of row 0 first
         self.row_ends = np.cumsum(np.bincount(row_of)) if len(row_of) else np.zeros(0, np.int64)
         self.n_tokens = int(self.piece_length.sum())  # pairs an epoch
@@ -112,7 +116,7 @@ class PackedDataset:
     def batch(self, rows: np.ndarray) -> Batch:
         B, T = len(rows), self.max_seq_len
         input_ids, labels = np.zeros((B, T), np.int64), np.full((B, T), IGNORE, np.int64)
-        position_ids = np.zeros((B, T), np.int64)
+        position_ids, document_index = np.zeros((B, T), np.int64), np.zeros((B, T), np.int64)
         documents, real_tokens, attention_pairs = [], 0, 0
         for b, row in enumerate(rows):
             at = 0
@@ -124,13 +128,14 @@ class PackedDataset:
                 if self.mask is not None:
                     labels[b, here][self.mask[start + 1 : start + 1 + n] == 0] = IGNORE
                 position_ids[b, here] = np.arange(n)
+                document_index[b, here] = len(documents)
                 documents.append(int(self.piece_document[piece]))
                 attention_pairs += int(n * (n + 1) // 2)
                 at += n
             position_ids[b, at:] = np.arange(T - at)
             real_tokens += int(at)
-        tensors = (torch.from_numpy(array) for array in (input_ids, labels, position_ids))
-        return Batch(*tensors, documents, real_tokens, attention_pairs)
+        tensors = (torch.from_numpy(array) for array in (input_ids, labels, position_ids, document_index))
+        return Batch(*tensors, documents, self.split, real_tokens, attention_pairs)
 
 
 def read_meta(folder: Path) -> dict:

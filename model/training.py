@@ -53,8 +53,11 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def parse_flags(description: str, **stage_defaults) -> argparse.Namespace:
-    """The flags of every stage. Values measured for a preset replace the stage's defaults; the command line, both."""
+def parse_flags(description: str, stage_flags: dict[str, dict] | None = None, **stage_defaults) -> argparse.Namespace:
+    """The flags of every stage and those of one: name -> options of argparse's add_argument.
+
+    Values measured for a preset replace the stage's defaults; the command line replaces both.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
     group = parser.add_argument_group("what")
     group.add_argument("--data", type=Path, help="folder made by data_process.py")
@@ -76,7 +79,7 @@ def parse_flags(description: str, **stage_defaults) -> argparse.Namespace:
     group.add_argument("--warmup_steps", type=int, default=100, help="steps of linear rise")
     group.add_argument("--weight_decay", type=float, default=0.1, help="of the matrices")
     group.add_argument("--grad_clip", type=float, default=1.0, help="largest norm of the gradient")
-    group.add_argument("--optimizer", choices=["adamw"], default="adamw", help="update rule")
+    group.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw", help="update rule")
     group = parser.add_argument_group("the machine")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     group.add_argument(
@@ -90,6 +93,9 @@ def parse_flags(description: str, **stage_defaults) -> argparse.Namespace:
     group.add_argument("--eval_rows", type=positive, default=64, help="rows of a validation; the last one takes all")
     group.add_argument("--save_interval", type=positive, default=200, help="steps between two checkpoints")
     group.add_argument("--wandb", choices=["disabled", "offline", "online"], default="disabled", help="tracking")
+    group = parser.add_argument_group("this stage")
+    for name, options in (stage_flags or {}).items():
+        group.add_argument(name, **options)
     parser.set_defaults(**stage_defaults)
     parser.set_defaults(**TRAINING_FLAGS.get(parser.parse_known_args()[0].preset, {}))
     return parser.parse_args()
@@ -143,6 +149,13 @@ class Machine:
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def gather(self, value) -> list:
+        """The values of all processes, in the order of their ranks."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
@@ -232,13 +245,90 @@ def next_token_loss(model: CausalLM, batch: Batch) -> tuple[Tensor, int, dict[st
     return loss_sum, int((batch.labels != IGNORE).sum()), {}
 
 
+@torch.no_grad()
+def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Makes all singular values of each matrix (n, rows, columns) roughly 1, by Newton-Schulz iteration.
+
+    The polynomial's coefficients are Keller Jordan's (Muon, 2024): they lift small singular values in few steps and leave
+    all between about 0.7 and 1.2. In float32 on a CPU, where bfloat16 products can be a hundred times slower.
+    """
+    x = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices  # the products below are of the short side
+    if x.device.type == "cuda":
+        x = x.bfloat16()
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        a = x @ x.mT
+        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, b, x, beta=3.4445)
+    return (x.mT if matrices.shape[1] > matrices.shape[2] else x).to(matrices.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is orthogonalized, for the matrices of the layers; Adam for embedding, head and norms.
+
+    Scaled as in arXiv 2502.16982, eq. 4, so that an update is of the size of Adam's and both share a learning rate.
+    Matrices of one shape are updated as one batch.
+    """
+
+    def __init__(self, groups: list[dict], lr: float, momentum: float = 0.95, betas=(0.9, 0.95), eps: float = 1e-8):
+        super().__init__(groups, dict(lr=lr, momentum=momentum, betas=betas, eps=eps, weight_decay=0.0, matrices=False))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            if group["matrices"]:
+                self._muon(group)
+            else:
+                self._adam(group)
+
+    def _muon(self, group: dict):
+        by_shape: dict[torch.Size, list[Tensor]] = {}
+        for parameter in group["params"]:
+            by_shape.setdefault(parameter.shape, []).append(parameter)
+        for shape, parameters in by_shape.items():
+            updates = []
+            for parameter in parameters:
+                state, gradient = self.state[parameter], parameter.grad
+                momentum = state.setdefault("momentum", torch.zeros_like(parameter))
+                momentum.lerp_(gradient, 1 - group["momentum"])
+                updates.append(gradient.lerp(momentum, group["momentum"]))  # Nesterov
+            size = -group["lr"] * 0.2 * max(shape) ** 0.5
+            for parameter, update in zip(parameters, orthogonalize(torch.stack(updates))):
+                parameter.add_(update, alpha=size)
+
+    def _adam(self, group: dict):
+        for parameter in group["params"]:
+            state, (beta1, beta2) = self.state[parameter], group["betas"]
+            if not state:
+                state |= {
+                    "step": torch.zeros(()),
+                    "mean": torch.zeros_like(parameter),
+                    "square": torch.zeros_like(parameter),
+                }
+            state["step"] += 1
+            n = state["step"].item()
+            state["mean"].lerp_(parameter.grad, 1 - beta1)
+            state["square"].mul_(beta2).addcmul_(parameter.grad, parameter.grad, value=1 - beta2)
+            scale = (state["square"] / (1 - beta2**n)).sqrt_().add_(group["eps"])
+            parameter.addcdiv_(state["mean"], scale, value=-group["lr"] / (1 - beta1**n))
+
+
 def build_optimizer(model: CausalLM, args: argparse.Namespace) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101). Only matrices decay: a norm's weight has nothing to do with overfitting."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """AdamW (arXiv 1711.05101) or Muon. Only matrices decay: shrinking a norm's weight would regularise nothing."""
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    matrices = [p for name, p in trainable.items() if p.dim() > 1 and ".layers." in name]
+    tables = [p for name, p in trainable.items() if p.dim() > 1 and ".layers." not in name]  # embedding and head
+    vectors = [p for p in trainable.values() if p.dim() <= 1]
     groups = [
-        {"params": [p for p in trainable if p.dim() > 1], "weight_decay": args.weight_decay},
-        {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": args.weight_decay, "matrices": True},
+        {"params": tables, "weight_decay": args.weight_decay, "matrices": False},
+        {"params": vectors, "weight_decay": 0.0, "matrices": False},
     ]
+    groups = [group for group in groups if group["params"]]
+    if args.optimizer == "muon":
+        return Muon(groups, lr=args.learning_rate)
     return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
 
 
@@ -255,7 +345,7 @@ class GradientBuffer:
     A parameter that no token reached keeps a zero there, so nothing waits for its gradient.
     """
 
-    SUMS = ("loss", "tokens", "real_tokens", "flops", "stop", "seconds", "step_seconds")  # the metrics of the stage come behind them
+    SUMS = ("loss", "tokens", "real_tokens", "flops", "stop", "seconds", "step_seconds")  # then the stage's metrics
 
     def __init__(self, parameters: list[Tensor], room_for_metrics: int = 16):
         total = sum(parameter.numel() for parameter in parameters)
@@ -311,22 +401,25 @@ def evaluate(
     """Mean loss a token in nats, and bits per byte, which compare between tokenizers: over `rows` rows, or all."""
     model.eval()
     chosen = data.order(seed=0, epoch=0)[:rows]
-    sums: dict[str, float] = {"loss": 0.0, "tokens": 0.0, "bytes": 0.0}
+    sums = Counter()
     for start in range(machine.rank * batch_size, len(chosen), machine.world_size * batch_size):
         batch = data.batch(chosen[start : start + batch_size]).to(machine.device)
         with machine.autocast():
             loss_sum, token_count, metrics = loss_fn(model, batch)
         scored = batch.labels[batch.labels != IGNORE]
         metrics |= {"loss": loss_sum, "tokens": token_count, "bytes": bytes_of_token[scored].sum()}
-        for name, value in metrics.items():
-            sums[name] = sums.get(name, 0.0) + float(value)
+        sums.update({name: float(value) for name, value in metrics.items()})
     model.train()
-    names = sorted(sums)
-    total = machine.sum(torch.tensor([sums[name] for name in names], dtype=torch.float32, device=machine.device))
-    sums = dict(zip(names, total.tolist()))
-    loss_sum, tokens, n_bytes = sums.pop("loss"), max(sums.pop("tokens"), 1), max(sums.pop("bytes"), 1)
-    result = {"val_loss": loss_sum / tokens, "val_bits_per_byte": loss_sum / math.log(2) / n_bytes}
-    return result | {f"val_{name}": value / tokens for name, value in sums.items()}
+    total = Counter()
+    for part in machine.gather(sums):
+        total.update(part)
+    loss_sum, tokens, n_bytes = (total.pop(name, 0) for name in ("loss", "tokens", "bytes"))
+    if not tokens:
+        raise ValueError("the validation data hold no scored token; give data_process.py more, or --val FILE")
+    result = {"val_loss": loss_sum / tokens}
+    if data.group == 1:  # the loss of a pair is not one of its text
+        result["val_bits_per_byte"] = loss_sum / math.log(2) / n_bytes
+    return result | {f"val_{name}": value / tokens for name, value in total.items()}
 
 
 # -------------------------------------------------------------------------------------------------- saving and resuming
@@ -372,6 +465,7 @@ class Checkpointer:
     def __init__(self, args, machine: Machine, model: CausalLM, optimizer, data: PackedDataset, tokenizer_dir: Path):
         self.args, self.machine, self.model, self.optimizer = args, machine, model, optimizer
         self.out_dir, self.tokenizer_dir, self.in_place = args.out_dir, tokenizer_dir, args.resume
+        self.is_chat = data.meta["kind"] != "pretrain"
         self.names = {parameter: name for name, parameter in model.named_parameters()}
         self.must_agree = {
             "data": fingerprint(data),
@@ -381,21 +475,16 @@ class Checkpointer:
         }
 
     def save(self, progress: Progress, log: "Log"):
-        random_state = torch.get_rng_state().to(self.machine.device)
-        random_states = [torch.empty_like(random_state) for _ in range(self.machine.world_size)]
-        if self.machine.world_size > 1:
-            dist.all_gather(random_states, random_state)
-        else:
-            random_states = [random_state]
+        random_states = self.machine.gather(torch.get_rng_state())
         if self.machine.rank == 0:
             directory = self.out_dir if self.in_place else self.out_dir.with_name(self.out_dir.name + ".new")
-            tensors = {f"weight.{name}": parameter.data for parameter, name in self.names.items()}
+            trained = {name: parameter for parameter, name in self.names.items() if parameter.requires_grad}
+            tensors = {f"weight.{name}": parameter.data for name, parameter in trained.items()}
             for parameter, state in self.optimizer.state.items():
                 tensors |= {f"optimizer.{self.names[parameter]}/{key}": value for key, value in state.items()}
             tensors |= {f"random.{rank}": state for rank, state in enumerate(random_states)}
             save_state(directory, tensors, {"progress": asdict(progress), "must_agree": self.must_agree})
-            stop_ids = [self.model.config.eos_token_id]
-            save_model(directory, self.model, self.tokenizer_dir, stop_ids)
+            save_model(directory, self.model, self.tokenizer_dir, self.is_chat, self.args.init_from)
             write_json(directory / "run.json", self.run_record())
             log.write(directory)
             if not self.in_place:
@@ -461,6 +550,20 @@ class StopRequest:
 # -------------------------------------------------------------------------------------------------------------- the log
 
 
+SHOWN = {  # how a value of a record is printed, where its name alone does not say
+    "step": "step {:,}",
+    "tokens": "{:,} tokens",
+    "val_bits_per_byte": "{:.3f} bits/byte",
+    "learning_rate": "lr {:.1e}",
+    "grad_norm": "norm {:.2f}",
+    "tokens_per_s": "{:,.0f} tok/s",
+    "share_of_peak": "{:.0%} of peak",
+    "real_share": "{:.0%} real",
+    "minutes": "{:.1f} min",
+    "minutes_left": "{:.1f} left",
+}
+
+
 class Log:
     """Records for metrics.jsonl, loss.png and wandb; on a terminal they move a bar, elsewhere each is a line."""
 
@@ -489,7 +592,7 @@ class Log:
         self.records.append(record)
         if self.quiet:
             return
-        shown = "  ".join(f"{name} {_short(value)}" for name, value in record.items())
+        shown = "  ".join(SHOWN.get(name, name + " {:.3f}").format(value) for name, value in record.items())
         if self.bar:
             self.bar.n = 100 * min(done, 1)
             self.bar.set_postfix_str(shown)
@@ -510,25 +613,23 @@ class Log:
             self.wandb.finish()
 
 
-def _short(value) -> str:
-    if not isinstance(value, float):
-        return f"{value:,}" if isinstance(value, int) else str(value)
-    return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
 def plot(records: list[dict], path: Path):
-    """The training and validation loss over the tokens seen."""
+    """Loss and metrics, of training and validation, over the tokens seen."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for name, style in (("loss", dict(lw=1, alpha=0.7)), ("val_loss", dict(lw=1.5, marker="o", ms=4))):
-        points = [(record["tokens"] / 1e6, record[name]) for record in records if name in record]
-        if points:
-            axes.plot(*zip(*points), label={"loss": "training", "val_loss": "validation"}[name], **style)
-    axes.set(xlabel="million tokens", ylabel="loss, nats a token")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    panels = {}  # the loss, and the stage's metrics: those whose names begin with the same word share a panel
+    for name in records[-1]:
+        if name not in SHOWN and not name.startswith("val_"):
+            panels.setdefault(name.partition("_")[0], []).append(name)
+    figure = Figure(figsize=(8, 1.5 + 3 * len(panels)), layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(len(panels), squeeze=False).flat, panels.items()):
+        for name in names:
+            for key, style in ((name, dict(lw=1, alpha=0.7)), (f"val_{name}", dict(lw=1.5, marker="o", ms=4))):
+                points = [(record["tokens"] / 1e6, record[key]) for record in records if key in record]
+                axes.plot(*zip(*points), label=key, **style)
+        axes.set(xlabel="million tokens", ylabel=title)
+        axes.grid(alpha=0.3)
+        axes.legend()
     figure.savefig(path, format="png", dpi=120)
 
 
@@ -661,11 +762,7 @@ def skip_step(progress: Progress, losses: list[tuple[Tensor, list[int]]], machin
     """Says which documents made a loss or gradient that is not finite; FloatingPointError when it goes on and on."""
     progress.skipped += 1
     suspects = [document for loss, documents in losses if not loss.isfinite() for document in documents]
-    gathered = [suspects]
-    if machine.world_size > 1:
-        gathered = [None] * machine.world_size
-        dist.all_gather_object(gathered, suspects)
-    named = sorted(sum(gathered, [])) or "all of the step (the gradient alone was not finite)"
+    named = sorted(sum(machine.gather(suspects), [])) or "all of the step (the gradient alone was not finite)"
     log.say(f"step {progress.step} skipped: loss or gradient not finite; documents: {named}")
     if progress.skipped >= MAX_SKIPPED_STEPS:
         raise FloatingPointError(

@@ -1,0 +1,127 @@
+"""DPO: of two answers to the same question, make the better one more probable, measured against where we started.
+
+The data are pairs, chosen and rejected. The reward of an answer is beta ln(p(answer) / p_ref(answer)), with the model
+of the last stage as the frozen reference; the loss is small when the chosen one's reward is above the rejected one's.
+At step 0 model and reference are the same, all rewards are 0, and the loss is ln 2 (arXiv 2305.18290, eq. 7). The
+reference never changes, so its log-probabilities are computed once and kept in a file: training holds one model.
+
+    python data_process.py dpo YOUR_PAIRS.jsonl      pairs -> dataset/dpo
+    python 4-dpo.py                                  out/sft and dataset/dpo -> out/dpo
+    torchrun --nproc_per_node 2 4-dpo.py             the same in two processes
+    python 4-dpo.py --lora_rank 8                    trains an adapter in place of the whole model
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.checkpoint import load_model, weights_fingerprint, write_file
+from model.dataset import IGNORE, Batch, PackedDataset
+from model.lora import LORA_FLAGS, apply_lora
+from model.model import CausalLM
+from model.training import Machine, fingerprint, parse_flags, run, start_machine, train
+
+
+def answer_log_probs(model: CausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
+    """ln p(answer | prompt) of every chat and the answer's number of tokens, (C,) each; chosen and rejected in turn."""
+    hidden = model.model(batch.input_ids, batch.position_ids)  # (B, T, H)
+    scored = batch.labels != IGNORE  # (B, T): the tokens of the answers
+    logits = model.lm_head(hidden[scored]).float()  # (M, V)
+    log_probs = -F.cross_entropy(logits, batch.labels[scored], reduction="none")  # (M,)
+    chat = batch.document_index[scored]  # (M,)
+    sums = log_probs.new_zeros(2, len(batch.documents))
+    return sums[0].index_add(0, chat, log_probs), sums[1].index_add(0, chat, torch.ones_like(log_probs))
+
+
+def preference_loss(chosen: Tensor, rejected: Tensor, beta: float, kind: str, label_smoothing: float) -> Tensor:
+    """The loss of each pair, (P,), from the log-ratios ln(p / p_ref) of both answers.
+
+    sigmoid  -ln sigmoid(beta * margin): DPO, arXiv 2305.18290, eq. 7; with label_smoothing, the probability that a pair
+             is the wrong way round, conservative DPO, arXiv 2305.18290 and Mitchell 2023, eq. 3.
+    ipo      (margin - 1 / (2 beta))^2: arXiv 2310.12036, eq. 17. It has a finite optimum where DPO goes on pushing.
+    """
+    margin = chosen - rejected
+    if kind == "ipo":
+        return (margin - 1 / (2 * beta)) ** 2
+    keep, flip = F.logsigmoid(beta * margin), F.logsigmoid(-beta * margin)
+    return -(1 - label_smoothing) * keep - label_smoothing * flip
+
+
+@torch.no_grad()
+def reference_log_probs(model: CausalLM, data: PackedDataset, machine: Machine, args) -> Tensor:
+    """ln p_ref of every answer of the split, (documents,); read from a file if an earlier run has left it there."""
+    key = [weights_fingerprint(args.init_from), fingerprint(data), args.max_seq_len, str(machine.dtype)]
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    path = args.out_dir.parent / "dpo-reference" / f"{data.split}-{name}.bin"
+    if path.exists():
+        return torch.from_numpy(np.fromfile(path, np.float32)).to(machine.device)
+    log_probs = torch.zeros(data.meta["splits"][data.split]["documents"], device=machine.device)
+    rows = np.arange(len(data))
+    for start in range(machine.rank * args.batch_size, len(rows), machine.world_size * args.batch_size):
+        batch = data.batch(rows[start : start + args.batch_size]).to(machine.device)
+        with machine.autocast():
+            log_probs[batch.documents], _ = answer_log_probs(model, batch)
+    machine.sum(log_probs)
+    if machine.rank == 0:
+        write_file(path, lambda temporary: temporary.write_bytes(log_probs.cpu().numpy().tobytes()))
+    return log_probs
+
+
+def main():
+    args = parse_flags(
+        __doc__,
+        LORA_FLAGS
+        | {
+            "--beta": dict(type=float, default=0.1, help="how much a step away from the reference counts"),
+            "--loss": dict(choices=["sigmoid", "ipo"], default="sigmoid", help="see preference_loss"),
+            "--label_smoothing": dict(type=float, default=0.0, help="share of pairs that are the wrong way round"),
+            "--length_normalized": dict(action="store_true", help="divide log-ratios by the answer's length"),
+            "--sft_weight": dict(type=float, default=0.0, help="of the chosen answer's own loss a token (2404.19733)"),
+        },
+        data=Path("dataset/dpo"),
+        init_from=Path("out/sft"),
+        out_dir=Path("out/dpo"),
+        epochs=2,
+        batch_size=4,  # rows; a row holds several pairs
+        max_seq_len=1024,  # each answer, with its prompt, may fill half of it
+        learning_rate=5e-5,
+        min_learning_rate=5e-6,
+        warmup_steps=10,
+        weight_decay=0.0,
+        lora_rank=0,
+    )
+    machine = start_machine(args)
+    model = load_model(args.init_from, machine.device)
+    splits = [PackedDataset(args.data, split, args.max_seq_len) for split in ("train", "val")]
+    references = {data.split: reference_log_probs(model, data, machine, args) for data in splits}
+    if args.lora_rank:
+        apply_lora(model, args.lora_rank, args.lora_alpha or 2 * args.lora_rank, args.lora_dropout, args.lora_targets)
+
+    def dpo_loss(model: CausalLM, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]:
+        log_probs, lengths = answer_log_probs(model, batch)  # (C,)
+        ratios = log_probs - references[batch.split][batch.documents]
+        if args.length_normalized or args.loss == "ipo":
+            ratios = ratios / lengths
+        chosen, rejected = ratios[0::2], ratios[1::2]  # (P,)
+        losses = preference_loss(chosen, rejected, args.beta, args.loss, args.label_smoothing)
+        losses = losses - args.sft_weight * log_probs[0::2] / lengths[0::2]
+        metrics = {  # sums over the pairs; the log divides by their number
+            "accuracy": (chosen > rejected).sum(),
+            "reward_margin": args.beta * (chosen - rejected).sum(),
+            "reward_chosen": args.beta * chosen.sum(),
+            "reward_rejected": args.beta * rejected.sum(),
+            "logp_chosen": log_probs[0::2].sum(),
+            "logp_rejected": log_probs[1::2].sum(),
+        }
+        return losses.sum(), len(losses), {name: value.detach() for name, value in metrics.items()}
+
+    train(args, machine, model, dpo_loss)
+
+
+if __name__ == "__main__":
+    run(main)

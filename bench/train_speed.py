@@ -1,0 +1,108 @@
+"""Training speed: tokens/s, and the share of what this machine's plain matrix products reach, beside transformers.
+
+    python -m bench.train_speed --preset mini small
+    python -m bench.train_speed --preset small --data dataset/pretrain
+
+Both models have the same size, optimizer (fused AdamW, float32 weights) and input: rows packed with texts. Jiezi keeps
+the texts of a row apart; transformers' LlamaForCausalLM reads a row as one text, as its users' scripts do. The two take
+turns, step by step, so that a change in the machine's speed meets both; medians are printed. The operations counted, for
+both alike, are those that Jiezi needs: 6 a weight and token, and attention inside documents only.
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from model.dataset import IGNORE, Batch, PackedDataset, pack
+from model.LMConfig import PRESETS, LMConfig
+from model.model import CausalLM
+from model.training import HelpFormatter, Machine, matmul_rate, next_token_loss, positive, run, step_flops
+
+
+def made_up_batch(rows: int, max_seq_len: int, vocab_size: int) -> Batch:
+    """Rows of random tokens, packed with documents as long as those of a Chinese corpus: median 230 tokens."""
+    generator = np.random.default_rng(0)
+    lengths = np.clip(generator.lognormal(5.43, 0.5, 8 * rows), 16, max_seq_len).astype(int)
+    row_of = pack(lengths, max_seq_len)
+    position_ids, pairs, real = np.zeros((rows, max_seq_len), np.int64), 0, 0
+    for row in range(rows):
+        at = 0
+        for length in lengths[row_of == row]:
+            position_ids[row, at : at + length] = np.arange(length)
+            pairs, real, at = pairs + length * (length + 1) // 2, real + length, at + length
+        position_ids[row, at:] = np.arange(max_seq_len - at)
+    input_ids = torch.from_numpy(generator.integers(0, vocab_size, (rows, max_seq_len)))
+    positions = torch.from_numpy(position_ids)
+    return Batch(input_ids, input_ids.roll(-1, 1), positions, torch.zeros_like(positions), [], "train", real, pairs)
+
+
+def measure(preset: str, args: argparse.Namespace, machine: Machine):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LMConfig(**PRESETS[preset])
+    if args.data:
+        data = PackedDataset(args.data, "train", args.max_seq_len)
+        batch = data.batch(data.order(0, 0)[: args.batch_size])
+    else:
+        batch = made_up_batch(args.batch_size, args.max_seq_len, config.vocab_size)
+    torch.manual_seed(0)
+    ours = CausalLM(config)
+    hf = {name: value for name, value in config.to_hf().items() if name not in ("architectures", "model_type", "dtype")}
+    theirs = LlamaForCausalLM(LlamaConfig(**hf))
+    labels = batch.labels.clone()
+    labels[:, 1:] = batch.labels[:, :-1]  # transformers shifts them itself
+    labels[:, 0] = IGNORE
+
+    def our_step():
+        loss_sum, tokens, _ = next_token_loss(ours, batch)
+        (loss_sum / tokens).backward()
+
+    def their_step():
+        theirs(input_ids=batch.input_ids, labels=labels, use_cache=False).loss.backward()
+
+    contestants = {"jiezi": (ours, our_step), "transformers": (theirs, their_step)}
+    seconds = {name: [] for name in contestants}
+    optimizers = {n: torch.optim.AdamW(model.parameters(), fused=True) for n, (model, _) in contestants.items()}
+    peaks = [matmul_rate(machine)]
+    for turn in range(args.steps + 1):
+        for name, (_, step) in contestants.items():
+            start = time.perf_counter()
+            step()
+            optimizers[name].step()
+            optimizers[name].zero_grad()
+            if turn:  # the first is a warm-up
+                seconds[name].append(time.perf_counter() - start)
+        peaks.append(matmul_rate(machine))
+    flops, tokens = step_flops(ours, batch.real_tokens, batch.attention_pairs), batch.real_tokens
+    for name, times in seconds.items():
+        median = statistics.median(times)
+        share = flops / median / max(peaks)
+        size = f"{preset:8}{ours.num_parameters() / 1e6:8.1f}M  {name:14}"
+        print(
+            f"{size}{median:8.3f} s/step {tokens / median:8,.0f} tok/s {share:6.1%} of {max(peaks) / 1e9:.0f} GFLOP/s"
+        )
+    ratio = statistics.median(b / a for a, b in zip(seconds["jiezi"], seconds["transformers"]))
+    print(f"{preset:8}{'':11}jiezi is {ratio:.2f} x transformers, step by step")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--preset", nargs="+", choices=PRESETS, default=["mini", "small"], help="sizes")
+    parser.add_argument("--data", type=Path, help="prepared data; without it, random tokens in texts of natural length")
+    parser.add_argument("--batch_size", type=positive, default=8, help="rows")
+    parser.add_argument("--max_seq_len", type=positive, default=512, help="tokens in a row")
+    parser.add_argument("--steps", type=positive, default=7, help="measured steps of each")
+    args = parser.parse_args()
+    machine = Machine(0, 1, torch.device("cpu"), torch.float32)
+    shape = f"{args.batch_size} x {args.max_seq_len} tokens"
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {shape}")
+    for preset in args.preset:
+        measure(preset, args, machine)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,156 @@
+r"""Messages -> token ids and loss mask, and the few things that every user of the tokenizer needs.
+
+A chat is encoded segment by segment: control tokens are put in by their ids, and text between them is encoded as
+plain text, so that nothing that a user types can become a control token. The mask is made in the same pass, so that
+no one has to search for the answer afterwards. The format is ChatML as Qwen writes it, after a bos:
+
+    <|im_start|>system\n{content}\n<tools>\n{tool as JSON}\n…</tools><|im_end|>\n
+    <|im_start|>user\n{content}<|im_end|>\n
+    <|im_start|>assistant\n<think>\n{reasoning}\n</think>\n\n{content}<|im_end|>\n
+    <|im_start|>assistant\n{content}\n<tool_call>\n{call as JSON}\n</tool_call><|im_end|>\n
+    <|im_start|>user\n<tool_response>\n{content}\n</tool_response><|im_end|>\n
+
+`tokenizer/chat_template.jinja` says the same to transformers; a test holds the two equal.
+"""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+SPECIAL_TOKENS = (  # a token's id is its place here; BYTE_PIECES follow
+    "<unk>",
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+    "<tools>",
+    "</tools>",
+    "<|reserved_0|>",
+    "<|reserved_1|>",
+    "<|reserved_2|>",
+)
+BOS, EOS, IM_START, IM_END = 1, 2, 3, 4
+THINK, TOOL_CALL, TOOL_RESPONSE, TOOLS = 5, 7, 9, 11  # the closing token's id is one more
+
+
+def load_tokenizer(directory):
+    """The tokenizer in `directory` as a `tokenizers.Tokenizer` that takes control tokens in a text for plain text.
+
+    FileNotFoundError when there is none, ValueError when it is broken or is not one of ours; the message is one line.
+    """
+    path = Path(directory) / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing: give a folder with a tokenizer, such as model/tokenizer, "
+            "or train one with `python data_process.py tokenizer INPUT --output DIR`"
+        )
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises a bare Exception
+        raise ValueError(f"{path} cannot be read ({error}): restore it, or train the tokenizer anew") from None
+    for token_id, token in enumerate(SPECIAL_TOKENS):
+        if tokenizer.token_to_id(token) != token_id:
+            raise ValueError(
+                f"{path}: {token} should have the id {token_id}, not {tokenizer.token_to_id(token)}: "
+                "train the tokenizer with `python data_process.py tokenizer INPUT --output DIR`"
+            )
+    tokenizer.encode_special_tokens = True  # not saved in the file, so it must be set at each load
+    return tokenizer
+
+
+def encode(tokenizer, text):
+    """`text` as a list of ids, with no bos or eos, and with no control token whatever the text says."""
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def token_pieces(tokenizer):
+    """The UTF-8 bytes that each id stands for: a list of V bytes objects, empty for control tokens.
+
+    Joined over an encoded text they are the text; one piece alone may be a part of a character.
+    """
+    pieces = [b""] * tokenizer.get_vocab_size()
+    for piece, token_id in tokenizer.get_vocab().items():
+        if re.fullmatch("<0x[0-9A-F]{2}>", piece):
+            pieces[token_id] = bytes([int(piece[3:5], 16)])
+        elif token_id >= len(SPECIAL_TOKENS):
+            pieces[token_id] = piece.replace("\u2581", " ").encode()  # U+2581 stands for a space in the vocabulary
+    return pieces
+
+
+def token_bytes(tokenizer):
+    """How many UTF-8 bytes of text each id stands for, as an int64 array (V,): what bits per byte are divided by."""
+    return np.array([len(piece) for piece in token_pieces(tokenizer)])
+
+
+def tokenizer_fingerprint(directory):
+    """SHA-256 of the folder's tokenizer.json, in hexadecimal: equal fingerprints mean equal ids."""
+    return hashlib.sha256((Path(directory) / "tokenizer.json").read_bytes()).hexdigest()
+
+
+def to_json(value):
+    """JSON as the chat template writes it; a string passes, for tool arguments often come as JSON already."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def encode_chat(tokenizer, messages, tools=None, add_generation_prompt=False):
+    """Encode a chat; returns (ids, mask), two lists of one length.
+
+    messages: dicts with "role" (system, user, assistant, tool) and "content" (text or None); an assistant's may have
+        "reasoning_content" and "tool_calls". A system message stands first. tools: a list of JSON schemas.
+    mask: 1 on what the assistant writes, its <|im_end|> included, and 0 elsewhere.
+    add_generation_prompt: end with the assistant's header, for a model to go on from.
+    ValueError for a role that is not known.
+    """
+    ids, mask = [BOS], [0]
+
+    def add(*segments, trained=0):  # a segment is a control token's id, or text
+        for segment in segments:
+            new = [segment] if isinstance(segment, int) else encode(tokenizer, segment)
+            ids.extend(new)
+            mask.extend([trained] * len(new))
+
+    if tools and not (messages and messages[0]["role"] == "system"):
+        messages = [{"role": "system", "content": ""}, *messages]
+    for i, message in enumerate(messages):
+        role, content = message["role"], message.get("content") or ""
+        if role == "system" and i == 0 and tools:
+            listing = "".join(f"{to_json(tool)}\n" for tool in tools)
+            add(IM_START, f"system\n{content}\n" if content else "system\n", TOOLS, f"\n{listing}", TOOLS + 1)
+            add(IM_END, "\n")
+        elif role in ("system", "user"):
+            add(IM_START, f"{role}\n{content}", IM_END, "\n")
+        elif role == "assistant":
+            add(IM_START, "assistant\n")  # no piece holds a newline, so the header is a text of its own
+            if reasoning := message.get("reasoning_content"):
+                add(THINK, f"\n{reasoning}\n", THINK + 1, f"\n\n{content}", trained=1)
+            else:
+                add(content, trained=1)
+            for n, call in enumerate(message.get("tool_calls") or []):
+                call = call.get("function", call)
+                name, arguments = to_json([call["name"]])[1:-1], to_json(call["arguments"])
+                if n or content:
+                    add("\n", trained=1)
+                add(TOOL_CALL, f'\n{{"name": {name}, "arguments": {arguments}}}\n', TOOL_CALL + 1, trained=1)
+            add(IM_END, trained=1)
+            add("\n")
+        elif role == "tool":  # answers that follow each other share one user turn
+            if i == 0 or messages[i - 1]["role"] != "tool":
+                add(IM_START, "user")
+            add("\n", TOOL_RESPONSE, f"\n{content}\n", TOOL_RESPONSE + 1)
+            if i + 1 == len(messages) or messages[i + 1]["role"] != "tool":
+                add(IM_END, "\n")
+        else:
+            raise ValueError(f'message {i}: role must be system, user, assistant or tool, not "{role}"')
+    if add_generation_prompt:
+        add(IM_START, "assistant\n")
+    return ids, mask

@@ -1,0 +1,118 @@
+"""LoRA (arXiv 2106.09685): a frozen matrix W gets a trained product of two thin ones, W + (alpha / r) B A.
+
+A begins random and B at zero, so that an adapted model begins as the model it adapts. Only the adapters are saved, in
+PEFT's format: a hundredth of the weights or so.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.model import CausalLM
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LORA_FLAGS = {  # for the stages that can train an adapter: name -> options of argparse's add_argument
+    "--lora_rank": dict(type=int, help="rank r of the adapters"),
+    "--lora_alpha": dict(type=float, help="weight of the adapters, divided by the rank; without it, 2 r"),
+    "--lora_dropout": dict(type=float, default=0.0, help="share of an adapter's inputs set to 0 in training"),
+    "--lora_targets": dict(nargs="+", default=TARGETS, metavar="NAME", help="layers that get an adapter"),
+}
+
+
+class LoRALinear(nn.Linear):
+    """A frozen linear layer with an adapter: x W^T + (alpha / r) dropout(x) A^T B^T, A (r, in), B (out, r) (eq. 3)."""
+
+    def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float):
+        super().__init__(base.in_features, base.out_features, bias=False, device="meta")
+        device = base.weight.device
+        self.weight = base.weight
+        self.lora_A = nn.Linear(base.in_features, r, bias=False, device=device)
+        self.lora_B = nn.Linear(r, base.out_features, bias=False, device=device)
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B.weight)
+        self.r, self.alpha, self.dropout = r, alpha, dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        adapted = self.lora_B(self.lora_A(F.dropout(x, self.dropout, self.training)))
+        return F.linear(x, self.weight) + self.alpha / self.r * adapted
+
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        """A plain layer that computes the same. In float64, so that only the last rounding is left."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        update = self.lora_B.weight.double() @ self.lora_A.weight.double() * (self.alpha / self.r)
+        linear.weight = nn.Parameter((self.weight.double() + update).to(self.weight.dtype))
+        return linear
+
+
+def lora_layers(model: CausalLM) -> dict[str, LoRALinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def has_lora(model: CausalLM) -> bool:
+    return bool(lora_layers(model))
+
+
+def apply_lora(model: CausalLM, r: int, alpha: float, dropout: float = 0.0, targets: tuple[str, ...] = TARGETS):
+    """Freezes the model and puts an adapter on every layer whose name ends in one of `targets`.
+
+    ValueError for a target that no layer has, since it would adapt nothing without a word.
+    """
+    if has_lora(model):
+        raise ValueError("the model has adapters already; merge them first")
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    found = {name: module for name, module in linears.items() if name.rpartition(".")[2] in targets}
+    missing = set(targets) - {name.rpartition(".")[2] for name in found}
+    if missing or not found:
+        known = sorted({name.rpartition(".")[2] for name in linears})
+        raise ValueError(f"no layer is called {', '.join(sorted(missing))}; there are {', '.join(known)}")
+    model.requires_grad_(False)
+    for name, linear in found.items():
+        model.set_submodule(name, LoRALinear(linear, r, alpha, dropout))
+
+
+def merge_lora(model: CausalLM):
+    """Makes the adapters part of the weights. ValueError when there are none, so that nothing is merged twice."""
+    layers = lora_layers(model)
+    if not layers:
+        raise ValueError("the model has no adapters to merge")
+    for name, layer in layers.items():
+        model.set_submodule(name, layer.merged())
+
+
+def to_peft(model: CausalLM) -> tuple[dict[str, Tensor], dict]:
+    """The adapters' tensors under PEFT's names, and the content of its adapter_config.json."""
+    layers = lora_layers(model)
+    tensors = {
+        f"base_model.model.{name}.{half}.weight": getattr(layer, half).weight.detach().contiguous()
+        for name, layer in layers.items()
+        for half in ("lora_A", "lora_B")
+    }
+    one = next(iter(layers.values()))
+    return tensors, {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": one.r,
+        "lora_alpha": one.alpha,
+        "lora_dropout": one.dropout,
+        "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+
+
+def from_peft(model: CausalLM, tensors: dict[str, Tensor], config: dict):
+    """Applies an adapter in PEFT's form. ValueError for what LoRALinear cannot do, or for tensors that do not fit."""
+    for name, plain in (("peft_type", "LORA"), ("bias", "none"), ("use_dora", False), ("use_rslora", False)):
+        if config.get(name, plain) != plain:
+            raise ValueError(f'adapter_config.json has {name} "{config[name]}"; only "{plain}" is supported')
+    apply_lora(model, config["r"], config["lora_alpha"], config["lora_dropout"], tuple(config["target_modules"]))
+    expected, _ = to_peft(model)
+    for name in sorted(expected.keys() | tensors.keys()):
+        there, here = tensors.get(name), expected.get(name)
+        if there is None or here is None or there.shape != here.shape:
+            raise ValueError(f"the adapter does not fit the model at {name}")
+        here.copy_(there)

@@ -1,0 +1,193 @@
+"""One command to start with: `python quickstart.py test` makes an environment, installs what is missing, lints, tests.
+
+Needs only Python's standard library; runs on Linux, macOS and Windows. The environment is the virtual environment
+that is active; else `.venv` in this folder; else this Python, if it has all packages already; else a new `.venv`.
+"""
+
+import hashlib
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+OLDEST, NEWEST = (3, 10), (3, 13)
+REQUIREMENTS = ("requirements.txt", "requirements-test.txt", "constraints.txt")
+STAMP = "jiezi-requirements.sha256"  # in the environment: which state of these three files it holds
+NO_CONNECTION = ("connection broken by", "Could not fetch URL", "ConnectionError", "Timeout", "ProxyError", "SSLError")
+
+HELP = """usage: python quickstart.py COMMAND
+
+commands:
+  test [ARGUMENT ...]   install what is missing, check with ruff, run the tests; the arguments go to pytest:
+                          python quickstart.py test -k lora
+                          python quickstart.py test -m slow
+                          python quickstart.py test tests/test_quickstart.py -x
+"""
+
+
+def fail(message, status=1):
+    """End with one line on standard error and an exit status: 1 for a failure, 2 for a wrong call."""
+    print("quickstart.py: " + message, file=sys.stderr)
+    raise SystemExit(status)
+
+
+def check_python(version):
+    if not OLDEST <= tuple(version[:2]) <= NEWEST:
+        fail(
+            "needs Python {}.{} to {}.{}, and this is {}.{}; start it with one of those, for example: "
+            "python3.11 quickstart.py test".format(*OLDEST, *NEWEST, *version[:2]),
+            status=2,
+        )
+
+
+def run(command, watch=None):
+    """Print and run a command. Return (exit status, whether its standard error held one of the strings in `watch`)."""
+    line = subprocess.list2cmdline(command) if os.name == "nt" else " ".join(shlex.quote(word) for word in command)
+    print("\n$ " + line, flush=True)
+    environment = dict(os.environ)
+    if environment.get("CI", "").lower() not in ("", "0", "false"):
+        environment.update(NO_COLOR="1", PIP_NO_INPUT="1", PIP_PROGRESS_BAR="off")
+        environment.pop("FORCE_COLOR", None)
+    found = False
+    # Standard output stays the terminal's own, so that progress bars work.
+    with subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE if watch else None, universal_newlines=True, errors="replace"
+    ) as process:
+        while True:
+            try:
+                for text in process.stderr or ():
+                    found = found or any(words in text for words in watch)
+                    sys.stderr.write(text)
+                    sys.stderr.flush()
+                status = process.wait()
+                break
+            except KeyboardInterrupt:
+                continue  # Ctrl-C reaches the command too: let it end in its own way
+    return (128 - status if status < 0 else status), found
+
+
+def answers(python, *arguments):
+    """Whether a Python ends with status 0; it sees no package index, and prints nothing."""
+    environment = {key: value for key, value in os.environ.items() if key != "PIP_FIND_LINKS"}
+    environment["PIP_CONFIG_FILE"] = os.devnull
+    try:
+        return not subprocess.call(
+            [str(python), *arguments], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+    except OSError:
+        return False
+
+
+def has_packages(python):
+    """Whether everything in the two requirement files is installed, in any version that they allow."""
+    requirements = [word for name in REQUIREMENTS[:2] for word in ("-r", str(ROOT / name))]
+    return answers(python, "-m", "pip", "install", "--dry-run", "--no-index", "--no-deps", *requirements)
+
+
+def find_environment():
+    """Return the Python to use and the folder of its environment, after making `.venv` if there is no other."""
+    own = ROOT / ".venv"
+    python = own / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    in_conda = os.environ.get("CONDA_PREFIX") == sys.prefix and os.environ.get("CONDA_DEFAULT_ENV") != "base"
+    if sys.prefix != sys.base_prefix or in_conda:
+        return sys.executable, Path(sys.prefix)
+
+    if own.exists() and answers(python, "-c", "pass"):
+        supported = "import sys; sys.exit(not {} <= sys.version_info[:2] <= {})".format(OLDEST, NEWEST)
+        if not answers(python, "-c", supported):
+            fail(".venv holds a Python that is too old or too new; delete that folder and run this again")
+        return str(python), own
+    if not own.exists() and has_packages(sys.executable):
+        return sys.executable, Path(sys.prefix)
+
+    if not (importlib.util.find_spec("venv") and importlib.util.find_spec("ensurepip")):
+        fail(
+            "this Python cannot make virtual environments, since its venv or ensurepip module is missing; "
+            "on Debian and Ubuntu install it with: apt install python{}.{}-venv".format(*sys.version_info[:2])
+        )
+    # What stands there has no Python that runs, say because an upgrade has removed the one it was made from.
+    clear = ["--clear"] if own.exists() else []
+    if run([sys.executable, "-m", "venv", *clear, str(own)])[0]:
+        fail("could not make the virtual environment {} (see above)".format(own))
+    return str(python), own
+
+
+def fingerprint():
+    """SHA-256 over the three requirement files."""
+    parts = [hashlib.sha256((ROOT / name).read_bytes()).hexdigest() for name in REQUIREMENTS]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def install(python, prefix):
+    """Bring an environment to the tested versions, unless its stamp says that it holds them.
+
+    An environment of the user's own is left as it is if its packages satisfy the requirements: a torch that was chosen
+    for a machine is not replaced.
+    """
+    stamp = prefix / STAMP
+    ours = prefix.resolve() == (ROOT / ".venv").resolve()
+    if stamp.exists() and stamp.read_text().strip() == fingerprint():
+        return
+    if not ours and has_packages(python):
+        return
+    # uv makes environments without pip, and so does venv if it is interrupted.
+    if not answers(python, "-m", "pip", "--version") and run([python, "-m", "ensurepip", "--default-pip"])[0]:
+        fail("could not put pip into the environment of {} (see above)".format(python))
+    if stamp.exists():
+        stamp.unlink()  # first, so that an installation that breaks off is taken up again by the next run
+    if ours:
+        # pip writes RECORD last: without it a package was cut off, yet pip would take it for installed.
+        for folder in prefix.glob("**/site-packages/*.dist-info"):
+            if not (folder / "RECORD").exists():
+                shutil.rmtree(str(folder))
+    command = [python, "-m", "pip", "install", "--disable-pip-version-check"]
+    status, disconnected = run(
+        [*command, "-r", REQUIREMENTS[0], "-r", REQUIREMENTS[1], "-c", REQUIREMENTS[2]], watch=NO_CONNECTION
+    )
+    if status and disconnected:
+        fail("pip could not reach a package index: check the network, proxy or PIP_INDEX_URL, then run this again")
+    if status:
+        fail("the installation broke off (see above); the same command takes it up again")
+    stamp.write_text(fingerprint() + "\n")
+
+
+def test(pytest_arguments):
+    """Run every check in turn and return the exit status of the first that fails, else 0."""
+    python, prefix = find_environment()
+    install(python, prefix)
+    for command in (
+        ["pip", "--disable-pip-version-check", "check"],
+        ["ruff", "check", "."],
+        ["ruff", "format", "--check", "."],
+        ["pytest", *pytest_arguments],
+    ):
+        status, _ = run([python, "-m", *command])
+        if status:
+            return status
+    return 0
+
+
+COMMANDS = {"test": test}
+
+
+def main(arguments):
+    check_python(sys.version_info)
+    if not arguments or arguments[0] in ("-h", "--help") or arguments[1:] in (["-h"], ["--help"]):
+        print(HELP, end="")
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        fail("there is no command {!r}; python quickstart.py --help names them".format(name), status=2)
+    os.chdir(str(ROOT))
+    return COMMANDS[name](rest)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)
