@@ -24,7 +24,8 @@ def main():
         init_from=Path("out/pretrain"),
         out_dir=Path("out/sft"),
         epochs=2,
-        batch_size=8,
+        batch_size=4,  # rows
+        max_seq_len=1024,  # tokens in a row: a chat that is longer loses its end
         learning_rate=5e-4,
         min_learning_rate=5e-5,
         warmup_steps=20,

@@ -92,7 +92,7 @@ def converse(writer: Writer, messages: list[dict]):
     print("Type, or /help." if writer.is_chat else "A base model continues texts: type the beginning of one, or /help.")
     while True:
         try:
-            line = input("\n> ").strip()
+            line = as_utf8(input("\n> ")).strip()
         except (EOFError, KeyboardInterrupt):
             print()
             return
@@ -114,10 +114,10 @@ def converse(writer: Writer, messages: list[dict]):
             elif command.startswith("/"):
                 print(HELP)
             elif line:
-                messages.append({"role": "user", "content": line})
                 if not writer.is_chat:
                     print(line, end="")
-                messages.append({"role": "assistant", "content": writer.write(messages)})
+                question = [*messages, {"role": "user", "content": line}]
+                messages = [*question, {"role": "assistant", "content": writer.write(question)}]
         except (ValueError, OSError, argparse.ArgumentTypeError) as error:
             print(f"error: {error}")
 
@@ -186,6 +186,8 @@ def choice(model, tokenizer, is_chat: bool, file: str) -> dict:
     device = model.lm_head.weight.device
     with open(file, encoding="utf-8-sig", newline="") as stream:
         rows = [{key.lower(): value for key, value in row.items() if key} for row in csv.DictReader(stream)]
+    if not rows:
+        raise ValueError(f"{file} holds no questions")
     right = 0
     for number, row in enumerate(rows, 1):
         missing = [name for name in ("question", "a", "b", "c", "d", "answer") if not row.get(name)]
@@ -211,6 +213,11 @@ def choice(model, tokenizer, is_chat: bool, file: str) -> dict:
     centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     low, high = ((centre + sign * spread) / (1 + z * z / n) for sign in (-1, 1))
     return {"questions": n, "accuracy": p, "low": low, "high": high, "chance": 0.25}
+
+
+def as_utf8(text: str) -> str:
+    """Bytes of another encoding, typed into a UTF-8 terminal, become question marks."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def not_negative(text: str) -> float:
@@ -270,7 +277,7 @@ def main():
     elif args.prompt is not None:
         if not is_chat:
             print(args.prompt, end="")
-        writer.write([*system, {"role": "user", "content": args.prompt}])
+        writer.write([*system, {"role": "user", "content": as_utf8(args.prompt)}])
     else:
         print(f"{directory}: {model.num_parameters():,} parameters")
         converse(writer, system)

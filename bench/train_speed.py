@@ -5,8 +5,8 @@
 
 Both models have the same size, optimizer (fused AdamW, float32 weights) and input: rows packed with texts. Jiezi keeps
 the texts of a row apart; transformers' LlamaForCausalLM reads a row as one text, as its users' scripts do. The two take
-turns, step by step, so that a change in the machine's speed meets both; medians are printed. The operations counted, for
-both alike, are those that Jiezi needs: 6 a weight and token, and attention inside documents only.
+turns, step by step, so that a change in the machine's speed meets both; medians are printed. The operations counted,
+for both alike, are those that Jiezi needs: 6 a weight and token, and attention inside documents only.
 """
 
 import argparse

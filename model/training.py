@@ -249,8 +249,8 @@ def next_token_loss(model: CausalLM, batch: Batch) -> tuple[Tensor, int, dict[st
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     """Makes all singular values of each matrix (n, rows, columns) roughly 1, by Newton-Schulz iteration.
 
-    The polynomial's coefficients are Keller Jordan's (Muon, 2024): they lift small singular values in few steps and leave
-    all between about 0.7 and 1.2. In float32 on a CPU, where bfloat16 products can be a hundred times slower.
+    The polynomial's coefficients are Keller Jordan's (Muon, 2024): they lift small singular values in few steps and
+    leave all between about 0.7 and 1.2. In float32 on a CPU, where bfloat16 products can be a hundred times slower.
     """
     x = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices  # the products below are of the short side
     if x.device.type == "cuda":
@@ -811,7 +811,7 @@ def describe(args: argparse.Namespace, machine: Machine, model: CausalLM, data: 
     minutes = step_flops(model, tokens, 0) / (0.6 * peak * machine.world_size) / 60
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     lines = [
-        f"model    {model.num_parameters():,} parameters, {trained:,} of them trained",
+        f"model    {model.num_parameters():,} parameters, {trained:,} of them trained ({trained / model.num_parameters():.1%})",
         f"data     {args.data}: {data.n_tokens:,} tokens in {len(data):,} rows of {args.max_seq_len}, "
         f"{data.real_share:.1%} of them real",
         f"machine  {machine.world_size} x {machine.device.type}, {str(machine.dtype).removeprefix('torch.')}, "

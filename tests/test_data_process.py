@@ -101,7 +101,7 @@ def test_every_kind_of_file_gzipped_or_not_and_a_folder_of_them():
         for j, suffix in enumerate(["", ".gz"]):
             path, text = Path(f"in/deep/{kind}.{kind}"), wanted[2 * i + j]
             if kind == "csv":
-                path.write_text(f'id,text\n1,"{text}\n引号，逗号, 换行"\n', encoding="utf-8-sig")
+                path.write_text(f'text,id\n"{text}\n引号，逗号, 换行",1\n', encoding="utf-8-sig")
             elif kind == "parquet":
                 pyarrow.parquet.write_table(pyarrow.table({"text": [text], "n": [1]}), path)
             elif kind in ("txt", "md"):
@@ -528,18 +528,22 @@ REFUSED = {  # file name: (content, what the error says)
     "missing.jsonl": (None, "missing.jsonl: no such file"),
     "kind.docx": (b"x", "kind.docx: cannot tell what it is"),
     "empty.jsonl": (b"", "empty.jsonl: no document is left"),
-    "empty.parquet": (b"", "empty.parquet: broken or cut off after record 0"),
+    "empty.parquet": (b"", "empty.parquet: broken after record 0"),
     "column.parquet": ("parquet", 'column.parquet:1: no text in the field "text" .*there is body'),
     "cut.jsonl.gz": (
         gzip.compress(FINE * 1000)[:90],
-        "cut.jsonl.gz: broken or cut off after record \\d+ .*fetch it again",
+        "cut.jsonl.gz: broken after record \\d+ .*fetch it again",
     ),
-    "no.jsonl.gz": (b"plain text", "no.jsonl.gz: broken or cut off after record 0 .Not a gzipped file"),
-    "cut.json": (b'[{"text": "a"}, {"te', "cut.json: broken or cut off after record 1 .element 2 of the JSON array"),
+    "no.jsonl.gz": (b"plain text", "no.jsonl.gz: broken after record 0 .Not a gzipped file"),
+    "cut.json": (b'[{"text": "a"}, {"te', "cut.json: broken after record 1 .element 2 of the JSON array"),
+    "gbk.csv": (
+        "编号,正文\n1,子曰学而时习之\n".encode("gbk"),
+        r'gbk.csv:2: no text in the field "text" .*there is \\udcb1',
+    ),
     "gbk.txt": (("子曰：学而时习之。\n" * 9).encode("gbk"), "gbk.txt:1: character 1 is not UTF-8"),
     "bad.jsonl": (
         FINE + b"{broken\n" * 2,
-        "bad.jsonl:2: broken JSON at character 2.*2 of 3 records.*--max_bad_fraction",
+        "bad.jsonl:2: broken JSON: Expecting.*2 of 3 records.*--max_bad_fraction",
     ),
     "chat.jsonl": (b'{"messages": []}\n', 'chat.jsonl:1: no text in the field "text"'),
 }
@@ -584,9 +588,42 @@ def test_bad_lines_are_skipped_and_named():
         "a.jsonl:3: expected a JSON object, found: NoneType",
         'a.jsonl:4: no text in the field "text" (see --text_field); there is text',
         'a.jsonl:5: no text in the field "text" (see --text_field); there is body',
-        "a.jsonl:6: not UTF-8 at byte 11",
+        "a.jsonl:6: broken JSON: 'utf-8' codec can't decode byte 0xff in position 10: invalid start byte",
     ]
     run("pretrain", "a.jsonl", "--output", "out", "--max_bad_fraction", 0.85, status=2)
+
+
+def test_a_bad_line_that_is_not_unicode_can_be_reported(capsys):
+    Path("a.csv").write_bytes(f"text\n{TEXT}\n".encode() + "子曰学而时习之\n".encode("gbk"))
+    run("pretrain", "a.csv", "--output", "out", "--max_bad_fraction", 0.5)
+    assert "a.csv:3: character 1 is not UTF-8" in capsys.readouterr().out
+    write_jsonl("b.jsonl", [{"messages": MESSAGES}])
+    with open("b.jsonl", "a") as file:
+        file.write('{"messages": [{"role": "\\ud800", "content": ""}]}\n')
+    run("sft", "b.jsonl", "--output", "out", "--max_bad_fraction", 0.5)
+    assert 'has the role "\\ud800"' in capsys.readouterr().out
+    assert report("out")["bad"] == 1
+
+
+def test_many_bad_lines_stop_the_run_before_the_end(capsys):
+    Path("a.jsonl").write_bytes(b"broken\n" * 1100)
+    Path("b.jsonl.gz").write_bytes(b"not gzip")  # is never reached
+    run("pretrain", "a.jsonl", "b.jsonl.gz", "--output", "out", status=2)
+    assert "a.jsonl:1: broken JSON" in capsys.readouterr().err
+
+
+def test_the_old_output_comes_back_when_the_new_one_cannot_take_its_place(monkeypatch):
+    write_jsonl("a.jsonl", [{"text": text} for text in sentences(3)])
+    run("pretrain", "a.jsonl", "--output", "out")
+    before = texts("out")
+
+    def refuse(*_):
+        raise PermissionError(13, "in use")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    run("pretrain", "a.jsonl", "--output", "out", status=1)
+    assert texts("out") == before
+    assert not list(Path().glob(".out*"))
 
 
 def test_nul_bytes_in_csv_are_taken_out():

@@ -1,0 +1,317 @@
+"""eval.py: one answer, many answers, figures that another computation confirms, and the conversation."""
+
+import csv
+import io
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, TIMEOUT, TOKENIZER
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from model.checkpoint import save_model
+from model.LMConfig import LMConfig
+from model.model import CausalLM
+
+TEXTS = ["春天来了，山上的花开了。", "The cat sat on the mat.\n  It did not move.", "👩‍👩‍👧 1 + 1 = 2", "x"]
+CONTEXT = 96
+
+
+def make_model(directory, is_chat: bool, seed: int = 0):
+    torch.manual_seed(seed)
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    model = CausalLM(LMConfig(**sizes, num_key_value_heads=1, max_position_embeddings=CONTEXT))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8 if parameter.dim() > 1 else 1)
+    save_model(directory, model, TOKENIZER, is_chat=is_chat)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("base"), is_chat=False)
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("chat"), is_chat=True)
+
+
+@pytest.fixture
+def evaluate(run_here):
+    def run_eval(model, *flags):
+        return run_here("eval.py", "--model", model, "--device", "cpu", *flags)
+
+    return run_eval
+
+
+def write_jsonl(path, records):
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "utf-8")
+    return path
+
+
+# ----------------------------------------------------------------------------------------------------------- perplexity
+
+
+def transformers_figures(directory, texts: list[str]) -> dict:
+    """Loss and bits per byte of texts that fit the context, by transformers."""
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    loss, tokens = 0.0, 0
+    for text in texts:
+        ids = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
+        ids = F.pad(F.pad(ids, (1, 0), value=tokenizer.bos_token_id), (0, 1), value=tokenizer.eos_token_id)
+        assert len(ids) <= CONTEXT
+        with torch.no_grad():
+            log_probs = model(ids[None]).logits[0].double().log_softmax(-1)
+        loss -= sum(log_probs[place, token].item() for place, token in enumerate(ids[1:]))
+        tokens += len(ids) - 1
+    n_bytes = sum(len(text.encode("utf-8")) for text in texts)
+    return {"loss": loss / tokens, "bits_per_byte": loss / math.log(2) / n_bytes, "tokens": tokens, "bytes": n_bytes}
+
+
+def test_perplexity_is_what_transformers_logits_give(base, tmp_path):
+    """A process of its own, as a user starts it; the last line is JSON."""
+    file = write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in TEXTS])
+    command = [sys.executable, "eval.py", "--model", base, "--perplexity", file, "--json"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=TIMEOUT)
+    assert result.returncode == 0, result.stderr
+    *table, last = result.stdout.splitlines()
+    figures, expected = json.loads(last), transformers_figures(base, TEXTS)
+    assert figures["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert figures["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], rel=1e-5)
+    assert figures["perplexity"] == pytest.approx(math.exp(expected["loss"]), rel=1e-4)
+    assert (figures["texts"], figures["tokens"], figures["bytes"]) == (4, expected["tokens"], expected["bytes"])
+    assert any(line.startswith("bits_per_byte") for line in table)
+
+
+def test_a_text_longer_than_the_context_is_scored_whole(base, evaluate, tmp_path):
+    file = write_jsonl(tmp_path / "texts.jsonl", [{"text": TEXTS[1] * 40}])
+    result = evaluate(base, "--perplexity", file, "--json")
+    figures = json.loads(result.out.splitlines()[-1])
+    n_tokens = len(AutoTokenizer.from_pretrained(base)(TEXTS[1] * 40, add_special_tokens=False).input_ids)
+    assert n_tokens > 2 * CONTEXT
+    assert figures["tokens"] == n_tokens + 1
+    assert figures["bytes"] == 40 * len(TEXTS[1].encode())
+
+
+def test_validation_loss_is_the_one_that_training_reports(data, run_here, evaluate, tmp_path):
+    flags = ["--data", data, "--preset", "tiny", "--max_seq_len", "64", "--batch_size", "2", "--max_steps", "1"]
+    assert run_here("1-pretrain.py", *flags, "--out_dir", tmp_path / "out", "--eval_rows", "1").status == 0
+    reported = json.loads((tmp_path / "out/metrics.jsonl").read_text("utf-8").splitlines()[-1])
+    result = evaluate(tmp_path / "out", "--data", data, "--max_seq_len", "64", "--json")
+    figures = json.loads(result.out.splitlines()[-1])
+    for name in ("val_loss", "val_bits_per_byte"):
+        assert figures[name] == pytest.approx(reported[name], rel=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------------------- choice
+
+
+def write_questions(path, rows: list[dict]):
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+@pytest.mark.parametrize("upper", [True, False], ids=["CMMLU", "C-Eval"])
+def test_choice_takes_the_most_probable_option_a_byte(upper, base, evaluate, tmp_path):
+    question, options = "水在____度时沸腾。", ["一百", "零", "五十", "一千零一万分之一"]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    scores = []
+    for option in options:
+        before, answer = (tokenizer(text, add_special_tokens=False).input_ids for text in ("水在", option))
+        ids = torch.tensor([tokenizer.bos_token_id, *before, *answer])
+        with torch.no_grad():
+            log_probs = model(ids[None]).logits[0].log_softmax(-1)
+        places = range(len(ids) - len(answer), len(ids))
+        scores.append(sum(log_probs[place - 1, ids[place]].item() for place in places) / len(option.encode()))
+    best = max(range(4), key=scores.__getitem__)
+    assert best != max(range(4), key=lambda i: scores[i] * len(options[i].encode())), "shorter must not be better"
+    rows = [dict(zip("ABCD", options), question=question, answer="ABCD"[(best + shift) % 4]) for shift in (0, 0, 0, 1)]
+    if upper:
+        rows = [{name.capitalize(): value for name, value in row.items()} for row in rows]
+    result = evaluate(base, "--choice", write_questions(tmp_path / "q.csv", rows), "--json")
+    figures = json.loads(result.out.splitlines()[-1])
+    assert (figures["questions"], figures["accuracy"], figures["chance"]) == (4, 0.75, 0.25)
+    assert 0 < figures["low"] < 0.75 < figures["high"] < 1
+
+
+def test_a_question_without_an_option_is_named(base, evaluate, tmp_path):
+    row = dict(question="?", A="1", B="2", C="3", D="4", answer="A")
+    file = write_questions(tmp_path / "q.csv", [row, row | {"C": ""}])
+    assert "question 2 has no c" in evaluate(base, "--choice", file).error_line(status=2)
+
+
+# ----------------------------------------------------------------------------------------------------------- one answer
+
+
+def test_a_base_model_goes_on_from_the_prompt(base, evaluate):
+    flags = ["--prompt", "春天", "--max_new_tokens", "12"]
+    result = evaluate(base, *flags, "--temperature", "0", "--repetition_penalty", "1")
+    assert result.status == 0, result.err
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    ids = tokenizer("春天", return_tensors="pt").input_ids
+    generated = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    assert result.out.rstrip("\n") == tokenizer.decode(generated[0], skip_special_tokens=True).rstrip("\n")
+    assert "12 tokens" in result.err
+
+
+def test_the_seed_decides_the_answer(base, evaluate):
+    flags = ["--prompt", "春天", "--max_new_tokens", "20", "--temperature", "1"]
+    first, again, other = (evaluate(base, *flags, "--seed", seed).out for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_an_answer_per_line_of_a_batch_in_its_order(chat, evaluate, tmp_path):
+    prompts = ["你好", "What is the name of the cat that sat on the mat?", "一", "水在一百度时"]
+    file = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": prompt, "id": n} for n, prompt in enumerate(prompts)])
+    greedy = ["--temperature", "0", "--max_new_tokens", "10"]
+    result = evaluate(chat, "--batch", file, "--batch_size", "3", *greedy)
+    assert result.status == 0, result.err
+    records = [json.loads(line) for line in result.out.splitlines()]
+    assert [(record["id"], record["prompt"]) for record in records] == list(enumerate(prompts))
+    for record in records:
+        assert evaluate(chat, "--prompt", record["prompt"], *greedy).out == record["answer"] + "\n"
+
+
+def test_the_newest_stage_is_taken_when_none_is_named(base, tmp_path, run_here, monkeypatch):
+    for stage, age in (("pretrain", 200), ("sft", 100)):
+        shutil.copytree(base, tmp_path / "out" / stage)
+        path = tmp_path / "out" / stage / "model.safetensors"
+        os.utime(path, (path.stat().st_mtime - age,) * 2)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert "sft" in run_here("eval.py").out.splitlines()[0]
+
+
+# --------------------------------------------------------------------------------------------------------- conversation
+
+
+def test_a_base_model_goes_on_from_piped_lines(base):
+    """A process of its own, which ends where its input ends."""
+    command = [sys.executable, "eval.py", "--model", base, "--max_new_tokens", "5", "--temperature", "0"]
+    run = dict(cwd=ROOT, capture_output=True, encoding="utf-8", timeout=TIMEOUT)
+    result = subprocess.run(command, input="春天\n\nThe cat\n", **run)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("> ") >= 4
+    assert result.stderr.count("5 tokens") == 2, "an empty line is no prompt"
+    assert "Traceback" not in result.stderr
+
+
+@pytest.fixture
+def talk(evaluate, monkeypatch):
+    """talk(model, lines) types the lines and returns what came."""
+
+    def type_lines(model, lines: list[str], *flags):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))
+        return evaluate(model, "--max_new_tokens", "8", "--seed", "0", *flags)
+
+    return type_lines
+
+
+def saved_chat(path) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"]) for message in json.loads(path.read_text("utf-8"))["messages"]]
+
+
+def test_commands_of_the_conversation(chat, talk, tmp_path):
+    before, after = tmp_path / "before.jsonl", tmp_path / "after.jsonl"
+    lines = ["/system 简短", "你好", "春天", f"/save {before}", "/clear", "花", f"/save {after}", "/exit", "never read"]
+    result = talk(chat, lines)
+    assert (result.status, result.err.count("tokens/s")) == (0, 3)
+    assert [role for role, _ in saved_chat(before)] == ["system", "user", "assistant", "user", "assistant"]
+    assert saved_chat(before)[0] == ("system", "简短")
+    assert saved_chat(before)[3] == ("user", "春天")
+    assert [role for role, _ in saved_chat(after)] == ["system", "user", "assistant"]
+    assert saved_chat(after)[1] == ("user", "花")
+
+
+def test_a_command_that_is_wrong_is_answered_and_the_conversation_goes_on(chat, talk):
+    result = talk(chat, ["/temperature hot", "/temperature -1", "/nonsense", "/save /no/such/folder/x", "你好"])
+    assert result.status == 0
+    assert result.out.count("error: ") == 3
+    assert "/temperature X" in result.out
+    assert result.err.count("tokens/s") == 1
+
+
+def test_a_conversation_that_outgrows_the_context_slides(chat, talk):
+    result = talk(chat, ["山上的花开了，小河里的水慢慢地流。"] * 12, "--system", "简短")
+    assert result.status == 0
+    assert "error" not in result.out
+    assert result.err.count("tokens/s") == 12
+
+
+def test_a_line_that_does_not_fit_is_said_and_forgotten(chat, talk, tmp_path):
+    lines = ["你好", "a b c d e f g " * 60, "春天", f"/save {tmp_path / 'chat.jsonl'}"]
+    result = talk(chat, lines)
+    assert result.status == 0
+    assert result.out.count("error: ") == 1
+    roles = [role for role, _ in saved_chat(tmp_path / "chat.jsonl")]
+    assert roles == ["user", "assistant"] * 2, "the line without an answer is still in the conversation"
+
+
+# ------------------------------------------------------------------------------------------------------------- mistakes
+
+
+def test_no_model_at_all_names_the_command(tmp_path, run_here, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "python 1-pretrain.py" in run_here("eval.py").error_line(status=2)
+
+
+def test_a_folder_that_is_no_model_is_one_line(tmp_path, evaluate):
+    assert "no model in" in evaluate(tmp_path, "--prompt", "x").error_line(status=2)
+    assert "no model in" in evaluate(tmp_path / "nothing", "--prompt", "x").error_line(status=2)
+
+
+@pytest.mark.parametrize("flag", ["--perplexity", "--batch", "--choice"])
+def test_an_input_file_that_is_missing_is_one_line(flag, base, evaluate, tmp_path):
+    assert "nothing." in evaluate(base, flag, tmp_path / "nothing.jsonl").error_line(status=2)
+
+
+@pytest.mark.parametrize("flag", ["--perplexity", "--choice"])
+def test_an_empty_input_file_is_one_line(flag, base, evaluate, tmp_path):
+    file = tmp_path / "input.jsonl"
+    file.write_text("")
+    assert file.name in evaluate(base, flag, file).error_line(status=2)
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"wrong": "field"}', '{"text": 3}'])
+def test_a_bad_record_is_one_line(line, base, evaluate, tmp_path):
+    file = tmp_path / "input.jsonl"
+    file.write_text(json.dumps({"text": "good"}) + "\n" + line + "\n")
+    assert f"{file.name}:2" in evaluate(base, "--perplexity", file).error_line(status=2)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--max_new_tokens 0",
+        "--temperature -1",
+        "--temperature nan",
+        "--top_k -1",
+        "--top_p -0.1",
+        "--top_p 1.5",
+        "--min_p -0.1",
+        "--min_p 2",
+        "--repetition_penalty 0",
+        "--repetition_penalty -1",
+        "--device quantum",
+    ],
+)
+def test_an_impossible_value_is_refused_with_the_flag_named(flags, base, run_here):
+    result = run_here("eval.py", "--model", base, "--prompt", "x", *flags.split())
+    assert result.status == 2, result.out + result.err
+    assert flags.split()[0] in result.err
+
+
+def test_a_prompt_longer_than_the_context_is_one_line(base, evaluate):
+    assert f"context is {CONTEXT}" in evaluate(base, "--prompt", "a b c " * 100).error_line(status=2)

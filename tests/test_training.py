@@ -1,0 +1,568 @@
+"""The loop: gradients, several processes, numbers that are not finite, the schedule, the flags, the limits."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from conftest import ROOT, TIMEOUT, Processes, hurry, make_documents, write_data
+from safetensors.torch import load_file, save_file
+
+from model import training
+from model.dataset import IGNORE, PackedDataset
+from model.LMConfig import LMConfig
+from model.model import CausalLM
+
+SMALL = LMConfig(
+    hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1
+)
+FIXED_WEIGHTS = ["--learning_rate", "1e-12", "--min_learning_rate", "1e-12"]  # every step sees the same model
+ONCE = ["--log_interval", "1", "--eval_interval", "1000", "--save_interval", "1000", "--eval_rows", "2"]
+
+
+class Observed(NamedTuple):
+    """What train() did, update by update."""
+
+    gradients: list[torch.Tensor]  # as the optimizer gets them, of all parameters
+    weights: list[torch.Tensor]  # after the update
+    all_reduces: list[int]  # so far
+
+
+def flat(tensors) -> torch.Tensor:
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+
+def observe(data, out_dir, *flags, machine=None, loss_fn=training.next_token_loss, model=None) -> Observed:
+    seen, count = Observed([], [], []), [0]
+    optimizer_step, all_reduce = training.optimizer_step, dist.all_reduce
+
+    def observed_step(optimizer, buffer, scaler, scale, *rest):
+        seen.gradients.append(flat(p.grad for p in model.parameters()) * scale)
+        seen.all_reduces.append(count[0])
+        norm = optimizer_step(optimizer, buffer, scaler, scale, *rest)
+        seen.weights.append(flat(model.parameters()))
+        return norm
+
+    def counted_all_reduce(*args, **kwargs):
+        count[0] += 1
+        return all_reduce(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["test", *map(str, flags)])
+        hurry(patch.setattr)
+        patch.setattr(training, "optimizer_step", observed_step)
+        patch.setattr(dist, "all_reduce", counted_all_reduce)
+        args = training.parse_flags("", data=Path(data), out_dir=Path(out_dir), max_seq_len=96, warmup_steps=1)
+        machine = machine or training.start_machine(args)
+        torch.manual_seed(args.seed)
+        model = model or CausalLM(SMALL)
+        training.train(args, machine, model, loss_fn)
+    return seen
+
+
+def records(out_dir) -> list[dict]:
+    return [json.loads(line) for line in (Path(out_dir) / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+
+def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+# --------------------------------------------------------------------------------------------- two processes, one start
+
+
+class TwoProcesses:
+    """Runs in both processes of the fixture `pair`; what it finds goes into files for the tests below."""
+
+    def __init__(self, folder: Path, data: Path, chat_data: Path, one_row_data: Path):
+        self.folder, self.data, self.chat_data, self.one_row_data = folder, data, chat_data, one_row_data
+        self.rank = int(os.environ["RANK"])
+        sys.argv = ["test", "--device", "cpu"]
+        self.machine = training.start_machine(training.parse_flags(""))
+        self.calls = 0
+        self.suspects = []
+
+    def observe(self, data, name, *flags, loss_fn=training.next_token_loss):
+        print(f"--- {name}")
+        self.calls = 0
+        seen = observe(data, self.folder / name, *ONCE, *flags, machine=self.machine, loss_fn=loss_fn)
+        tensors = {f"gradient.{i}": gradient for i, gradient in enumerate(seen.gradients)}
+        tensors |= {f"weights.{i}": weights for i, weights in enumerate(seen.weights)}
+        save_file(tensors, self.folder / f"{name}.{self.rank}.safetensors")
+        report = {"all_reduces": seen.all_reduces, "suspects": self.suspects}
+        (self.folder / f"{name}.{self.rank}.json").write_text(json.dumps(report), "utf-8")
+
+    def infinite_once(self, model, batch):
+        """The second process's third pass of training has an infinite loss."""
+        loss_sum, count, metrics = training.next_token_loss(model, batch)
+        self.calls += batch.split == "train"
+        if self.rank == 1 and self.calls == 3 and batch.split == "train":
+            self.suspects = batch.documents
+            loss_sum = loss_sum * math.inf
+        return loss_sum, count, metrics
+
+    def signalled(self, model, batch):
+        """The second process alone is told to stop, in the first pass of its third step."""
+        self.calls += batch.split == "train"
+        if self.rank == 1 and self.calls == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return training.next_token_loss(model, batch)
+
+    def with_metric(self, model, batch):
+        loss_sum, count, _ = training.next_token_loss(model, batch)
+        return loss_sum, count, {"twice": 2.0 * count}
+
+    def never_finite(self, model, batch):
+        loss_sum, count, metrics = training.next_token_loss(model, batch)
+        return loss_sum * (math.nan if self.rank == 1 and batch.split == "train" else 1), count, metrics
+
+    def main(self):
+        two = ["--batch_size", "1", "--accumulation_steps", "2"]
+        self.observe(self.chat_data, "gradients", "--batch_size", "1", "--accumulation_steps", "4", *FIXED_WEIGHTS)
+        self.observe(self.data, "infinite", *two, "--max_steps", "4", loss_fn=self.infinite_once)
+        self.observe(self.data, "signalled", *two, "--max_steps", "9", loss_fn=self.signalled)
+        self.observe(self.one_row_data, "metric", *two, "--epochs", "2", loss_fn=self.with_metric)
+        observe(
+            self.data,
+            self.folder / "never",
+            *ONCE,
+            *two,
+            "--epochs",
+            "9",
+            machine=self.machine,
+            loss_fn=self.never_finite,
+        )
+
+
+def two_processes(*folders):
+    training.run(TwoProcesses(*folders).main)
+
+
+class Pair(NamedTuple):
+    folder: Path
+    results: list
+
+    def tensors(self, name: str, rank: int) -> dict[str, torch.Tensor]:
+        assert (self.folder / f"{name}.{rank}.json").exists(), self.results[rank].err
+        return load_file(self.folder / f"{name}.{rank}.safetensors")
+
+    def series(self, name: str, rank: int, kind: str) -> list[torch.Tensor]:
+        tensors = self.tensors(name, rank)
+        return [tensors[f"{kind}.{i}"] for i in range(sum(key.startswith(kind) for key in tensors))]
+
+    def report(self, name: str, rank: int) -> dict:
+        assert (self.folder / f"{name}.{rank}.json").exists(), self.results[rank].err
+        return json.loads((self.folder / f"{name}.{rank}.json").read_text("utf-8"))
+
+
+@pytest.fixture(scope="module")
+def pair(data, chat_data, tmp_path_factory) -> Pair:
+    folder = tmp_path_factory.mktemp("pair")
+    short = make_documents("pretrain", 2, seed=5)
+    one_row = write_data(folder / "one_row", [short[0][:50]], [short[1][:50]])
+    return Pair(folder, Processes(folder / "logs", two_processes, folder, data, chat_data, one_row, processes=2).wait())
+
+
+@pytest.fixture(scope="module")
+def expected_gradients(chat_data) -> list[torch.Tensor]:
+    """The gradient of every step of 8 rows, of the mean over all scored tokens, as one would write it down."""
+    torch.manual_seed(0)
+    model, rows = CausalLM(SMALL), PackedDataset(chat_data, "train", 96)
+    order, gradients = rows.order(seed=0, epoch=0), []
+    for start in range(0, len(order), 8):
+        batch = rows.batch(order[start : start + 8])
+        logits = model(batch.input_ids, batch.position_ids)
+        loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE)
+        gradients.append(flat(torch.autograd.grad(loss, list(model.parameters()))))
+    assert len(order) % 8, "the last step must be a smaller one"
+    counts = {int((rows.batch(order[i : i + 1]).labels != IGNORE).sum()) for i in range(8)}
+    assert max(counts) > 1.5 * min(counts), "the rows must differ in their number of scored tokens"
+    return gradients
+
+
+@pytest.mark.parametrize("batch_size", [8, 1])
+def test_rows_at_once_or_accumulated_give_the_gradient_of_the_mean(batch_size, chat_data, expected_gradients, tmp_path):
+    flags = ["--batch_size", batch_size, "--accumulation_steps", 8 // batch_size, *FIXED_WEIGHTS, *ONCE]
+    seen = observe(chat_data, tmp_path / "out", *flags)
+    assert len(seen.gradients) == len(expected_gradients), "the last, smaller step is missing"
+    differences = [relative_difference(a, b) for a, b in zip(seen.gradients, expected_gradients)]
+    assert max(differences) < 1e-5, differences
+
+
+def test_two_processes_give_the_gradient_of_the_mean(pair, expected_gradients):
+    for rank in range(2):
+        gradients = pair.series("gradients", rank, "gradient")
+        assert len(gradients) == len(expected_gradients)
+        differences = [relative_difference(a, b) for a, b in zip(gradients, expected_gradients)]
+        assert max(differences) < 1e-5, differences
+
+
+def test_one_all_reduce_a_step_whatever_the_accumulation(pair):
+    for name in ("gradients", "infinite"):
+        counts = pair.report(name, 0)["all_reduces"]
+        assert {b - a for a, b in zip(counts, counts[1:])} == {1}, counts
+
+
+def test_weights_are_equal_in_both_processes_after_every_step(pair):
+    for name in ("gradients", "infinite", "metric"):
+        weights = [pair.series(name, rank, "weights") for rank in range(2)]
+        assert len(weights[0]) > 1
+        assert all(torch.equal(a, b) for a, b in zip(*weights)), name
+
+
+def test_an_infinite_loss_in_one_process_skips_the_step_in_both(pair):
+    for rank in range(2):
+        weights = pair.series("infinite", rank, "weights")
+        changed = [not torch.equal(a, b) for a, b in zip(weights, weights[1:])]
+        assert changed == [False, True, True], "the second step, and only that, should have changed nothing"
+        assert all(w.isfinite().all() for w in weights)
+
+
+def test_the_documents_of_an_infinite_loss_are_named(pair):
+    suspects = pair.report("infinite", 1)["suspects"]
+    assert suspects
+    assert f"documents: {sorted(suspects)}" in pair.results[0].out
+    assert [record["step"] for record in records(pair.folder / "infinite")] == [0, 1, 3, 4]
+
+
+def test_ten_steps_in_a_row_without_a_finite_loss_end_the_run(pair):
+    assert [result.status for result in pair.results] == [1, 1], pair.results[1].err
+    assert "10 steps in a row" in pair.results[0].error_line(status=1)
+    assert "--learning_rate" in pair.results[0].err
+    assert pair.results[0].out.partition("--- metric")[2].count("skipped") == 10
+    assert not (pair.folder / "never").exists()
+
+
+def test_a_signal_to_one_process_saves_in_both_with_the_whole_steps_only(pair):
+    assert len(pair.series("signalled", 0, "weights")) == len(pair.series("signalled", 1, "weights")) == 2
+    assert "stopped at step 2, and saved" in pair.results[0].out
+    assert (pair.folder / "signalled/training_state/state.safetensors").exists()
+
+
+def test_a_process_without_a_row_neither_waits_nor_counts(pair):
+    validated, *trained = records(pair.folder / "metric")
+    assert validated["val_twice"] == pytest.approx(2)
+    assert [record["twice"] for record in trained] == pytest.approx([2, 2])
+    assert trained[0]["loss"] == pytest.approx(math.log(SMALL.vocab_size), abs=0.2)
+
+
+# ---------------------------------------------------------------------------------------------------- not finite, alone
+
+
+def test_a_step_that_is_skipped_at_the_end_still_leaves_a_checkpoint(data, tmp_path):
+    calls = []
+
+    def last_is_infinite(model, batch):
+        calls.append(batch.split)
+        loss_sum, count, metrics = training.next_token_loss(model, batch)
+        return loss_sum * (math.inf if calls.count("train") == 3 else 1), count, metrics
+
+    seen = observe(data, tmp_path / "out", "--batch_size", "2", "--max_steps", "3", *ONCE, loss_fn=last_is_infinite)
+    saved = load_file(tmp_path / "out/model.safetensors")
+    assert torch.equal(saved["model.embed_tokens.weight"].flatten(), seen.weights[1][: 6400 * SMALL.hidden_size])
+
+
+def test_a_gradient_that_is_not_finite_skips_the_step_though_the_loss_is(data, tmp_path):
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * math.nan
+
+    calls = []
+
+    def broken_backward(model, batch):
+        calls.append(batch.split)
+        loss_sum, count, metrics = training.next_token_loss(model, batch)
+        return (Broken.apply(loss_sum) if calls.count("train") == 2 else loss_sum), count, metrics
+
+    seen = observe(data, tmp_path / "out", "--batch_size", "2", "--max_steps", "3", *ONCE, loss_fn=broken_backward)
+    assert torch.equal(seen.weights[0], seen.weights[1])
+    assert not torch.equal(seen.weights[1], seen.weights[2])
+    assert seen.weights[2].isfinite().all()
+
+
+# ----------------------------------------------------------------------------------------------- schedule and optimizer
+
+
+@pytest.mark.parametrize(
+    ("step", "done", "expected"),
+    [
+        (0, 0.0, 1e-3 / 10),  # the first step already moves
+        (4, 0.0, 1e-3 / 2),
+        (9, 0.0, 1e-3),
+        (50, 0.5, (1e-3 + 1e-4) / 2),
+        (50, 0.25, 1e-4 + 9e-4 * (2 + math.sqrt(2)) / 4),
+        (99, 1.0, 1e-4),
+        (150, 1.2, 1e-4),
+    ],
+)
+def test_learning_rate_rises_then_follows_half_a_cosine(step, done, expected, monkeypatch):
+    flags = ["--learning_rate", "1e-3", "--min_learning_rate", "1e-4", "--warmup_steps", "10"]
+    monkeypatch.setattr(sys, "argv", ["test", *flags])
+    assert training.learning_rate(training.parse_flags(""), step, done) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_only_matrices_decay(optimizer, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["test", "--optimizer", optimizer, "--weight_decay", "0.5"])
+    model = CausalLM(SMALL)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    updater = training.build_optimizer(model, training.parse_flags("", learning_rate=0.1))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    updater.step()
+    for name, parameter in model.named_parameters():
+        factor = 1 if "norm" in name else 1 - 0.1 * 0.5
+        torch.testing.assert_close(parameter.detach(), before[name] * factor, msg=name)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_loss_falls(optimizer, data, tmp_path):
+    flags = ["--batch_size", "8", "--optimizer", optimizer, "--learning_rate", "1e-2", "--epochs", "3", *ONCE]
+    observe(data, tmp_path / "out", *flags)
+    losses = [record["loss"] for record in records(tmp_path / "out") if "loss" in record]
+    assert losses[-1] < losses[0] - 1.5, losses
+
+
+def test_clipping_bounds_the_update_and_the_log_shows_the_norm_before_it(data, tmp_path):
+    seen = observe(data, tmp_path / "out", "--batch_size", "2", "--max_steps", "2", "--grad_clip", "0.01", *ONCE)
+    norms = [record["grad_norm"] for record in records(tmp_path / "out") if "grad_norm" in record]
+    assert norms == pytest.approx([gradient.norm().item() for gradient in seen.gradients], rel=1e-4)
+    assert min(norms) > 0.01
+    state = load_file(tmp_path / "out/training_state/state.safetensors")
+    moments = flat(value for key, value in state.items() if key.endswith("/exp_avg"))
+    assert 0 < moments.norm() <= 0.01, "the optimizer was given a gradient above the limit"
+
+
+# ------------------------------------------------------------------------------------------ what a run prints and keeps
+
+
+def test_the_first_loss_is_that_of_a_model_that_knows_nothing(data, tmp_path, capsys):
+    observe(data, tmp_path / "out", "--batch_size", "2", "--max_steps", "1", *ONCE)
+    assert records(tmp_path / "out")[0]["val_loss"] == pytest.approx(math.log(6400), abs=0.05)
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_a_first_loss_that_is_too_high_is_warned_of(data, tmp_path, capsys):
+    model = CausalLM(SMALL)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(30)
+    observe(data, tmp_path / "out", "--batch_size", "2", "--max_steps", "1", *ONCE, model=model)
+    assert "warning" in capsys.readouterr().out
+
+
+def test_a_checkpoint_before_the_first_line_of_the_log_can_be_written(data, tmp_path):
+    flags = ["--batch_size", "2", "--max_steps", "3", "--save_interval", "1", "--log_interval", "50"]
+    observe(data, tmp_path / "out", *flags, "--eval_rows", "2")
+    assert [record["step"] for record in records(tmp_path / "out")] == [0, 3]
+
+
+FIRST, SECOND = {"step": 0, "tokens": 0, "val_loss": 8.7}, {"step": 1, "tokens": 9, "loss": 8.6, "margin": 0.1}
+
+
+@pytest.mark.parametrize("lines", [[FIRST], [FIRST, SECOND], [SECOND, SECOND | {"val_loss": 8.5}], []], ids=str)
+def test_the_curves_can_be_drawn_whatever_there_is(lines, tmp_path, recwarn):
+    training.plot(lines, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert not [str(warning.message) for warning in recwarn]
+
+
+def test_the_folder_holds_all_that_was_promised(data, tmp_path):
+    observe(data, tmp_path / "out", "--batch_size", "2", "--max_steps", "2", *ONCE)
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {
+        *("config.json", "model.safetensors", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+        *("chat_template.jinja", "training_state", "metrics.jsonl", "loss.png", "run.json"),
+    }
+    run = json.loads((tmp_path / "out/run.json").read_text("utf-8"))
+    assert run["arguments"]["max_steps"] == 2
+    assert run["versions"]["torch"] == torch.__version__
+    record = records(tmp_path / "out")[-1]
+    assert record.keys() >= {"step", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_s", "val_loss"}
+
+
+def test_tokens_in_the_log_are_the_real_ones(data, tmp_path):
+    observe(data, tmp_path / "out", "--batch_size", "4", "--epochs", "1", *ONCE)
+    assert records(tmp_path / "out")[-1]["tokens"] == PackedDataset(data, "train", 96).n_tokens
+
+
+# ----------------------------------------------------------------------------------------------------------- the limits
+
+
+@pytest.mark.parametrize(
+    ("flags", "rows"),
+    [(["--max_steps", "3"], 3 * 4), (["--epochs", "2"], None), (["--epochs", "1", "--max_steps", "99"], None)],
+    ids=["steps", "epochs", "the nearer one"],
+)
+def test_steps_and_epochs_end_the_run(flags, rows, data, tmp_path):
+    updates = len(observe(data, tmp_path / "out", "--batch_size", "4", *ONCE, *flags).weights)
+    steps_an_epoch = math.ceil(len(PackedDataset(data, "train", 96)) / 4)
+    assert updates == (rows // 4 if rows else int(flags[1]) * steps_an_epoch)
+
+
+def test_minutes_end_the_run_and_the_cosine_with_it(data, tmp_path):
+    flags = ["--batch_size", "2", "--epochs", "1000", "--max_minutes", "0.01", "--learning_rate", "1e-3"]
+    updates = len(observe(data, tmp_path / "out", *flags, "--eval_rows", "2", "--log_interval", "1").weights)
+    assert 1 <= updates < 1000 * math.ceil(len(PackedDataset(data, "train", 96)) / 2)
+    last = records(tmp_path / "out")[-1]
+    assert last["minutes"] >= 0.01
+    assert updates == last["step"]
+
+
+# ------------------------------------------------------------------------------------------------------------ the flags
+
+
+def parsed(monkeypatch, *flags, **defaults):
+    monkeypatch.setattr(sys, "argv", ["test", *flags])
+    return training.parse_flags("", **defaults)
+
+
+def test_a_preset_beats_the_stage_and_the_command_line_beats_both(monkeypatch):
+    monkeypatch.setitem(training.TRAINING_FLAGS, "tiny", {"learning_rate": 0.5, "batch_size": 7})
+    args = parsed(monkeypatch, "--preset", "tiny", "--batch_size", "3", learning_rate=0.1, batch_size=2, epochs=9)
+    assert (args.learning_rate, args.batch_size, args.epochs) == (0.5, 3, 9)
+    args = parsed(monkeypatch, learning_rate=0.1, batch_size=2)
+    assert (args.learning_rate, args.batch_size) == (0.1, 2)
+
+
+@pytest.mark.parametrize("preset", training.TRAINING_FLAGS)
+def test_the_measured_flags_of_every_preset_exist(preset, monkeypatch):
+    known = vars(parsed(monkeypatch))
+    assert training.TRAINING_FLAGS[preset].keys() <= known.keys()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--batch_size 0",
+        "--batch_size -2",
+        "--epochs two",
+        "--max_steps 0",
+        "--preset huge",
+        "--dtype int8",
+        "--optimizer sgd",
+        "--batch 4",
+        "--nonsense",
+        "--device quantum",
+        "--max_minutes 0",
+        "--max_minutes -1",
+        "--warmup_steps -1",
+        "--learning_rate -1",
+        "--learning_rate nan",
+        "--grad_clip 0",
+        "--weight_decay -0.1",
+        "--seed -1",
+        "--max_seq_len 4096",
+    ],
+)
+def test_an_impossible_value_is_refused_with_the_flag_named(flags, data, run_here, tmp_path):
+    common = ["--data", data, "--out_dir", tmp_path / "out", "--preset", "tiny", "--max_seq_len", "16"]
+    result = run_here(
+        "1-pretrain.py", *common, "--batch_size", "1", "--max_steps", "1", "--eval_rows", "1", *flags.split()
+    )
+    assert result.status == 2, result.out + result.err
+    assert flags.split()[0] in result.err
+    assert not (tmp_path / "out").exists()
+
+
+# ----------------------------------------------------------------------------------------------- errors about the input
+
+
+def test_missing_data_is_answered_with_the_command_that_makes_it(run_here, tmp_path):
+    result = run_here("1-pretrain.py", "--data", tmp_path / "nothing", "--preset", "tiny")
+    assert "python data_process.py pretrain" in result.error_line(status=2)
+
+
+def test_data_of_another_vocabulary_are_refused(run_here, tmp_path):
+    documents = make_documents("pretrain", 8, seed=1)
+    data = write_data(tmp_path / "data", documents[2:], documents[:2], vocab_size=5000)
+    error = run_here("1-pretrain.py", "--data", data, "--preset", "tiny").error_line(status=2)
+    assert "5000" in error
+    assert "6400" in error
+
+
+def test_data_of_another_tokenizer_are_refused(run_here, tmp_path):
+    documents = make_documents("pretrain", 8, seed=1)
+    data = write_data(tmp_path / "data", documents[2:], documents[:2], tokenizer_sha256="0" * 64)
+    assert "another tokenizer" in run_here("1-pretrain.py", "--data", data, "--preset", "tiny").error_line(status=2)
+
+
+def test_a_tokenizer_that_is_gone_is_one_line(run_here, tmp_path):
+    documents = make_documents("pretrain", 8, seed=1)
+    data = write_data(tmp_path / "data", documents[2:], documents[:2], tokenizer="no/such/folder")
+    error = run_here("1-pretrain.py", "--data", data, "--preset", "tiny").error_line(status=2)
+    assert re.search("no.such.folder", error)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_data_without_a_text_are_refused(split, run_here, tmp_path):
+    documents = make_documents("pretrain", 8, seed=1)
+    train, val = ([], documents) if split == "train" else (documents, [])
+    data = write_data(tmp_path / "data", train, val)
+    out_dir = tmp_path / "out"
+    flags = ["--preset", "tiny", "--max_seq_len", "32", "--batch_size", "2", "--out_dir", out_dir]
+    assert "more" in run_here("1-pretrain.py", "--data", data, *flags).error_line(status=2)
+
+
+# ------------------------------------------------------------------------------------------------------------- machines
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_takes_a_step_on_a_cpu(dtype, data, tmp_path):
+    flags = ["--dtype", dtype, "--batch_size", "1", "--max_seq_len", "32", "--max_steps", "2", "--eval_rows", "1"]
+    seen = observe(data, tmp_path / "out", *flags, "--log_interval", "1")
+    assert not torch.equal(seen.weights[0], seen.weights[-1])
+    assert seen.weights[-1].dtype == torch.float32
+    record = records(tmp_path / "out")[-1]
+    assert record["loss"] == pytest.approx(math.log(6400), abs=0.3)
+
+
+def test_checkpointed_gradients_are_the_same(data, tmp_path):
+    flags = ["--batch_size", "4", "--max_steps", "1", *ONCE]
+    plain = observe(data, tmp_path / "plain", *flags)
+    recomputed = observe(data, tmp_path / "recomputed", *flags, "--grad_checkpointing")
+    assert relative_difference(recomputed.gradients[0], plain.gradients[0]) < 1e-6
+
+
+def test_torchrun_starts_it_and_wandb_stays_out(data, tmp_path):
+    """The real launcher, and the script as it is: nothing is patched, there is but a check at the end."""
+    code = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__'); "
+    (tmp_path / "check.py").write_text(code + "assert 'wandb' not in sys.modules")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", tmp_path / "check.py"]
+    flags = ["--data", data, "--out_dir", tmp_path / "out", "--preset", "tiny", "--max_seq_len", "64"]
+    result = subprocess.run(
+        [
+            sys.executable,
+            *launcher,
+            "1-pretrain.py",
+            *flags,
+            "--batch_size",
+            "2",
+            "--max_steps",
+            "2",
+            "--eval_rows",
+            "2",
+        ],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=TIMEOUT,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("done: 2 steps") == 1, "each process prints"
+    assert "machine  2 x cpu" in result.stdout
+    assert (tmp_path / "out/model.safetensors").exists()
+    assert (tmp_path / "out/loss.png").read_bytes().startswith(b"\x89PNG")
