@@ -14,9 +14,11 @@ style is whatever makes that number fall.
 from pathlib import Path
 
 from model.checkpoint import load_model
+from model.flags import parse_flags
 from model.LMConfig import PRESETS, LMConfig
+from model.machine import start_machine
 from model.model import CausalLM
-from model.training import next_token_loss, parse_flags, run, start_machine, train
+from model.training import next_token_loss, run, train
 
 
 def main():

@@ -14,7 +14,9 @@ texts are, and do not see each other. (InstructGPT, arXiv 2203.02155, step 1.)
 from pathlib import Path
 
 from model.checkpoint import load_model
-from model.training import next_token_loss, parse_flags, run, start_machine, train
+from model.flags import parse_flags
+from model.machine import start_machine
+from model.training import next_token_loss, run, train
 
 
 def main():

@@ -14,8 +14,10 @@ many adapters. B starts at zero: step 0 is the base model exactly (arXiv 2106.09
 from pathlib import Path
 
 from model.checkpoint import load_adapter, load_model, save_model
+from model.flags import parse_flags
 from model.lora import LORA_FLAGS, apply_lora, merge_lora
-from model.training import next_token_loss, parse_flags, run, start_machine, train
+from model.machine import start_machine
+from model.training import next_token_loss, run, train
 
 
 def main():

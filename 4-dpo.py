@@ -22,9 +22,11 @@ from torch import Tensor
 
 from model.checkpoint import load_model, weights_fingerprint, write_file
 from model.dataset import IGNORE, Batch, PackedDataset
+from model.flags import parse_flags
 from model.lora import LORA_FLAGS, apply_lora
+from model.machine import Machine, start_machine
 from model.model import CausalLM
-from model.training import Machine, fingerprint, parse_flags, run, start_machine, train
+from model.training import fingerprint, run, train
 
 
 def answer_log_probs(model: CausalLM, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -50,7 +50,7 @@ BATCH_RECORDS, BATCH_BYTES = 256, 2**20  # a batch is full when it reaches eithe
 MAX_RECORD = 2**26  # 64 MiB: a longer line is no record, and would have to be held in memory whole
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """Something that the user can mend; the message is one line that says what, where, and what to do."""
 
 

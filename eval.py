@@ -17,7 +17,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -27,8 +27,10 @@ from data_process import find_files, parse, read_batches, text_of
 from model.chat import BOS, EOS, IM_END, encode, encode_chat, load_tokenizer, token_bytes
 from model.checkpoint import is_chat_model, load_adapter, load_model
 from model.dataset import PackedDataset
+from model.flags import HelpFormatter, above_zero, fraction, natural, not_negative, positive
 from model.generation import TextStream, generate
-from model.training import HelpFormatter, Machine, choose_device, evaluate, next_token_loss, positive, run
+from model.machine import Machine, choose_device
+from model.training import evaluate, next_token_loss, run
 
 STAGES = ("pretrain", "sft", "dpo")
 HELP = """/clear           forget the conversation
@@ -122,21 +124,32 @@ def converse(writer: Writer, messages: list[dict]):
             print(f"error: {error}")
 
 
+def each_record(file: str, text_field: str, take: Callable) -> Iterator:
+    """take(record) for every record of a file; ValueError names the file and line of a bad one."""
+    for batch in read_batches(find_files([file]), text_field):
+        for place, record in batch.records:
+            try:
+                value = take(parse(record))
+            except ValueError as error:
+                raise ValueError(f"{batch.path}:{place}: {error}") from None
+            yield value
+
+
 def answer_batch(writer: Writer, file: str, system: list[dict]):
     """Answers every {"prompt"} or {"messages"} of a jsonl file; prints one {…, "answer"} a line, in the same order."""
-    records = [parse(record) for batch in read_batches(find_files([file]), "prompt") for _, record in batch.records]
+
+    def with_chat(record: dict) -> tuple[dict, list[dict]]:
+        return record, record.get("messages") or [*system, {"role": "user", "content": text_of(record, "prompt")}]
+
+    records = list(each_record(file, "prompt", with_chat))
     for start in range(0, len(records), writer.args.batch_size):
         part = records[start : start + writer.args.batch_size]
-        chats = [
-            record.get("messages") or [*system, {"role": "user", "content": text_of(record, "prompt")}]
-            for record in part
-        ]
         answers: list[list[int]] = [[] for _ in part]
-        for step in writer.tokens([writer.prompt_ids(chat) for chat in chats]):
+        for step in writer.tokens([writer.prompt_ids(chat) for _, chat in part]):
             for answer, token_id in zip(answers, step):
                 if token_id is not None:
                     answer.append(token_id)
-        for record, answer in zip(part, answers):
+        for (record, _), answer in zip(part, answers):
             stream = TextStream(writer.tokenizer)
             text = "".join(map(stream.add, answer)) + stream.end()
             print(json.dumps(record | {"answer": text}, ensure_ascii=False), flush=True)
@@ -150,15 +163,13 @@ def perplexity(model, tokenizer, file: str, text_field: str) -> dict:
     """
     device, context = model.lm_head.weight.device, model.config.max_position_embeddings
     loss, tokens, texts, size = 0.0, 0, 0, 0
-    for batch in read_batches(find_files([file]), text_field):
-        for _, record in batch.records:
-            text = text_of(parse(record), text_field)
-            ids = torch.tensor([BOS, *encode(tokenizer, text), EOS], device=device)
-            for start in range(0, len(ids) - 1, context):
-                piece = ids[start : start + context + 1]
-                logits = model(piece[None, :-1])[0]  # (T, V)
-                loss += F.cross_entropy(logits.float(), piece[1:], reduction="sum").item()
-            texts, tokens, size = texts + 1, tokens + len(ids) - 1, size + len(text.encode())
+    for text in each_record(file, text_field, lambda record: text_of(record, text_field)):
+        ids = torch.tensor([BOS, *encode(tokenizer, text), EOS], device=device)
+        for start in range(0, len(ids) - 1, context):
+            piece = ids[start : start + context + 1]
+            logits = model(piece[None, :-1])[0]  # (T, V)
+            loss += F.cross_entropy(logits.float(), piece[1:], reduction="sum").item()
+        texts, tokens, size = texts + 1, tokens + len(ids) - 1, size + len(text.encode())
     if not size:
         raise ValueError(f"{file} holds no text")
     bits = loss / math.log(2) / size
@@ -220,12 +231,6 @@ def as_utf8(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def not_negative(text: str) -> float:
-    if not float(text) >= 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, not {text}")
-    return float(text)
-
-
 def newest_model(out: Path) -> Path:
     models = [out / stage for stage in STAGES if (out / stage / "model.safetensors").exists()]
     if not models:
@@ -252,11 +257,13 @@ def main():
     group = parser.add_argument_group("how it writes")
     group.add_argument("--max_new_tokens", type=positive, default=256, help="tokens at most")
     group.add_argument("--temperature", type=not_negative, default=0.7, help="0: always the most probable token")
-    group.add_argument("--top_k", type=int, default=0, help="only the k most probable tokens; 0: all")
-    group.add_argument("--top_p", type=float, default=0.9, help="only the most probable that make up this share")
-    group.add_argument("--min_p", type=float, default=0.0, help="only tokens at least this share of the most probable")
-    group.add_argument("--repetition_penalty", type=float, default=1.1, help="1: none")
-    group.add_argument("--seed", type=int, help="the same seed writes the same text")
+    group.add_argument("--top_k", type=natural, default=0, help="only the k most probable tokens; 0: all")
+    group.add_argument("--top_p", type=fraction, default=0.9, help="only the most probable that make up this share")
+    group.add_argument(
+        "--min_p", type=fraction, default=0.0, help="only tokens at least this share of the most probable"
+    )
+    group.add_argument("--repetition_penalty", type=above_zero, default=1.1, help="1: none")
+    group.add_argument("--seed", type=natural, help="the same seed writes the same text")
     args = parser.parse_args()
     directory = args.model or newest_model(Path("out"))
     model = load_model(directory, choose_device(args.device)).eval()

@@ -18,9 +18,11 @@ import numpy as np
 import torch
 
 from model.dataset import IGNORE, Batch, PackedDataset, pack
+from model.flags import HelpFormatter, positive
 from model.LMConfig import PRESETS, LMConfig
+from model.machine import Machine, matmul_rate
 from model.model import CausalLM
-from model.training import HelpFormatter, Machine, matmul_rate, next_token_loss, positive, run, step_flops
+from model.training import next_token_loss, run, step_flops
 
 
 def made_up_batch(rows: int, max_seq_len: int, vocab_size: int) -> Batch:

@@ -74,11 +74,10 @@ class LMConfig:
             )
         if self.scoring_func not in ("softmax", "sigmoid"):
             raise ValueError(f'scoring_func must be "softmax" or "sigmoid", not "{self.scoring_func}"')
+        raise ValueError("use_moe: model.py has no mixture of experts yet; leave it False")
 
     def to_hf(self) -> dict:
         """The content of config.json: a Llama, or a Qwen3 with qk_norm (the same decoder with that one addition)."""
-        if self.use_moe:
-            raise NotImplementedError("the mixture of experts")
         hf = {name: getattr(self, name) for name in _SHARED_FIELDS}
         return hf | {
             "architectures": ["Qwen3ForCausalLM" if self.qk_norm else "LlamaForCausalLM"],
@@ -97,8 +96,11 @@ class LMConfig:
         if hf.get("model_type") not in ("llama", "qwen3"):
             raise ValueError(f'model_type "{hf.get("model_type")}" is not supported; "llama" and "qwen3" are')
         rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-        if rope.get("rope_type", "default") != "default":
-            raise ValueError(f'rope_type "{rope["rope_type"]}" is not supported; only "default" is')
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise ValueError(f'rope_type "{kind}" is not supported; only "default" is')
+        if hf.get("hidden_act", "silu") != "silu":
+            raise ValueError(f'hidden_act "{hf["hidden_act"]}" is not supported; only "silu" is')
         known = {name: hf[name] for name in _SHARED_FIELDS if hf.get(name) is not None}
         theta = rope.get("rope_theta", hf.get("rope_theta", cls.rope_theta))
         return cls(**known, rope_theta=theta, qk_norm=hf["model_type"] == "qwen3")

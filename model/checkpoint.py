@@ -97,7 +97,8 @@ def weights_fingerprint(directory: Path) -> str:
 def is_chat_model(directory: Path) -> bool:
     """Whether the model was trained to stop at the end of a turn."""
     path = Path(directory) / "generation_config.json"
-    return path.exists() and IM_END in json.loads(path.read_text("utf-8"))["eos_token_id"]
+    stop_ids = json.loads(path.read_text("utf-8")).get("eos_token_id") if path.exists() else None
+    return IM_END in (stop_ids if isinstance(stop_ids, list) else [stop_ids])
 
 
 def load_adapter(model: CausalLM, directory: Path, base_dir: Path):
@@ -120,7 +121,7 @@ def load_config(directory: Path) -> LMConfig:
         raise FileNotFoundError(f"no model in {directory}; train one with: python 1-pretrain.py")
     try:
         return LMConfig.from_hf(json.loads(path.read_text("utf-8")))
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 
@@ -145,6 +146,7 @@ def load_weights(model: CausalLM, tensors: dict[str, Tensor], path: Path):
                 f"{path} does not fit its config.json: {name} is {found.get(name, 'missing')} in the file and "
                 f"{expected.get(name, 'absent')} in the model"
             )
+    tensors = {name: tensor.float() for name, tensor in tensors.items()}
     model.load_state_dict(tensors, strict=False, assign=True)
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight

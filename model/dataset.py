@@ -76,6 +76,8 @@ class PackedDataset:
         self.group = 2 if self.meta["kind"] == "dpo" else 1  # documents that stay together
         self.tokens = _memory_map(folder / f"{split}.bin", self.meta["dtype"])
         self.mask = None if self.meta["kind"] == "pretrain" else _memory_map(folder / f"{split}.mask", np.uint8)
+        if self.mask is not None and len(self.mask) != len(self.tokens):
+            raise ValueError(f"{folder}/{split}.mask and {split}.bin do not belong together; make the data anew")
         offsets = _memory_map(folder / f"{split}.idx", np.int64)
         if len(offsets) < 1 or offsets[-1] != len(self.tokens):
             raise ValueError(f"{folder}/{split}.idx and {split}.bin do not belong together; make the data anew")
@@ -149,8 +151,10 @@ def read_meta(folder: Path) -> dict:
         ) from None
     except ValueError as error:
         raise ValueError(f"{folder}/meta.json is damaged ({error}); make the data anew") from None
-    if meta.get("format_version") != 1:
-        raise ValueError(f"{folder}/meta.json has format {meta.get('format_version')}, not 1; make the data anew")
+    if not isinstance(meta, dict) or not {"format_version", "kind", "dtype", "files"} <= meta.keys():
+        raise ValueError(f"{folder}/meta.json is not what data_process.py writes; make the data anew")
+    if meta["format_version"] != 1:
+        raise ValueError(f"{folder}/meta.json has format {meta['format_version']}, not 1; make the data anew")
     return meta
 
 

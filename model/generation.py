@@ -62,6 +62,7 @@ def sample(
     if top_p < 1:
         ordered, index = probabilities.sort(descending=True)
         before = ordered.cumsum(-1) - ordered  # the probability of all that are more probable
+        before[:, 0] = -1  # the most probable always stays
         ordered[before >= top_p * ordered.sum(-1, keepdim=True)] = 0
         probabilities = torch.zeros_like(probabilities).scatter(-1, index, ordered)
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)  # weights need not add up to 1

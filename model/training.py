@@ -1,7 +1,6 @@
-"""What all stages share: flags, the machine, the optimizer, the schedule, saving, and one training loop."""
+"""What all stages share: flags, costs, the loss, saving and resuming, and one training loop."""
 
 import argparse
-import contextlib
 import hashlib
 import json
 import math
@@ -11,7 +10,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -24,81 +22,26 @@ from torch import Tensor
 
 from model.chat import load_tokenizer, token_bytes, tokenizer_fingerprint
 from model.checkpoint import (
+    STATE_FILE,
     check_same_config,
     load_config,
     load_state,
     replace_directory,
     save_model,
     save_state,
-    write_file,
+    weights_fingerprint,
     write_json,
 )
 from model.dataset import IGNORE, Batch, PackedDataset
-from model.LMConfig import PRESETS, TRAINING_FLAGS, LMConfig
+from model.LMConfig import LMConfig
+from model.log import Log, Meter
+from model.lora import has_lora
+from model.machine import Machine, matmul_rate
 from model.model import CausalLM
+from model.optimizer import GradientBuffer, build_optimizer, learning_rate, optimizer_step
 
 MAX_SKIPPED_STEPS = 10  # in a row: then a run with non-finite numbers is stopped
 LossFunction = Callable[[CausalLM, Batch], tuple[Tensor, int, dict[str, float]]]
-
-# ------------------------------------------------------------------------------------------------------------ the flags
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
-
-
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
-    return int(text)
-
-
-def parse_flags(description: str, stage_flags: dict[str, dict] | None = None, **stage_defaults) -> argparse.Namespace:
-    """The flags of every stage and those of one: name -> options of argparse's add_argument.
-
-    Values measured for a preset replace the stage's defaults; the command line replaces both.
-    """
-    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
-    group = parser.add_argument_group("what")
-    group.add_argument("--data", type=Path, help="folder made by data_process.py")
-    group.add_argument("--init_from", type=Path, help="model to start from; without it, random weights")
-    group.add_argument("--out_dir", type=Path, help="where the model goes")
-    group.add_argument("--resume", action="store_true", help="continue the run in --out_dir exactly where it stopped")
-    group.add_argument("--preset", choices=PRESETS, help="a size from model/LMConfig.py; without it, its defaults")
-    group.add_argument("--seed", type=int, default=0, help="of the first weights and of the order of the samples")
-    group = parser.add_argument_group("how long: what comes first ends the run, and the cosine with it")
-    group.add_argument("--epochs", type=positive, default=1, help="passes over the data")
-    group.add_argument("--max_steps", type=positive, help="optimizer steps")
-    group.add_argument("--max_minutes", type=float, help="minutes of training")
-    group = parser.add_argument_group("a step")
-    group.add_argument("--batch_size", type=positive, default=8, help="rows per process in a forward and backward pass")
-    group.add_argument("--accumulation_steps", type=positive, default=1, help="such passes in an optimizer step")
-    group.add_argument("--max_seq_len", type=positive, default=512, help="tokens in a row")
-    group.add_argument("--learning_rate", type=float, default=1e-4, help="after the warm-up")
-    group.add_argument("--min_learning_rate", type=float, default=1e-5, help="at the end of the cosine")
-    group.add_argument("--warmup_steps", type=int, default=100, help="steps of linear rise")
-    group.add_argument("--weight_decay", type=float, default=0.1, help="of the matrices")
-    group.add_argument("--grad_clip", type=float, default=1.0, help="largest norm of the gradient")
-    group.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw", help="update rule")
-    group = parser.add_argument_group("the machine")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    group.add_argument(
-        "--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="of matrix products"
-    )
-    group.add_argument("--compile", action="store_true", help="torch.compile: starts slower, runs faster on a GPU")
-    group.add_argument("--grad_checkpointing", action="store_true", help="much less memory for a third more work")
-    group = parser.add_argument_group("what is shown and kept")
-    group.add_argument("--log_interval", type=positive, default=10, help="steps between two lines of the log")
-    group.add_argument("--eval_interval", type=positive, default=200, help="steps between two validations")
-    group.add_argument("--eval_rows", type=positive, default=64, help="rows of a validation; the last one takes all")
-    group.add_argument("--save_interval", type=positive, default=200, help="steps between two checkpoints")
-    group.add_argument("--wandb", choices=["disabled", "offline", "online"], default="disabled", help="tracking")
-    group = parser.add_argument_group("this stage")
-    for name, options in (stage_flags or {}).items():
-        group.add_argument(name, **options)
-    parser.set_defaults(**stage_defaults)
-    parser.set_defaults(**TRAINING_FLAGS.get(parser.parse_known_args()[0].preset, {}))
-    return parser.parse_args()
 
 
 def run(main: Callable[[], None]):
@@ -127,78 +70,7 @@ def _exit(error: Exception | str, status: int):
     sys.exit(status)
 
 
-# ---------------------------------------------------------------------------------------------------------- the machine
-
-
-@dataclass
-class Machine:
-    """Which of the processes this one is, and what it computes on."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-    dtype: torch.dtype  # of matrix products; weights and optimizer are float32
-
-    def autocast(self):
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Adds up the tensors of all processes, in place."""
-        if self.world_size > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-    def gather(self, value) -> list:
-        """The values of all processes, in the order of their ranks."""
-        values = [value] * self.world_size
-        if self.world_size > 1:
-            dist.all_gather_object(values, value)
-        return values
-
-
-def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """ValueError when torch does not know, or this machine does not have, the device."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    return device
-
-
-def start_machine(args: argparse.Namespace) -> Machine:
-    """Joins the other processes when torchrun started this one, and chooses device and number format."""
-    world_size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    device = choose_device(args.device, local_rank)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    elif device.type == "cpu":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    dtype = args.dtype
-    if dtype == "auto":  # bfloat16 before compute capability 8.0 is emulated: "supported", and slow
-        dtype = "float32"
-        if device.type == "cuda":
-            dtype = "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
-    torch.manual_seed(args.seed)
-    return Machine(int(os.environ.get("RANK", 0)), world_size, device, getattr(torch, dtype))
-
-
-def matmul_rate(machine: Machine, size: int = 2048) -> float:
-    """The machine's limit: floating-point operations a second of a plain square matrix product, best of ten."""
-    a, b = (torch.randn(size, size, device=machine.device, dtype=machine.dtype) for _ in range(2))
-    best = math.inf
-    for _ in range(10):
-        start = time.perf_counter()
-        (a @ b)[0, 0].item()  # waits for the device
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+# -------------------------------------------------------------------------------------------------------- what it costs
 
 
 def step_flops(model: CausalLM, tokens: int, attention_pairs: int) -> float:
@@ -224,7 +96,7 @@ def memory_estimate(model: CausalLM, args: argparse.Namespace, bytes_per_number:
     return 16 * model.num_parameters() + bytes_per_number * tokens * kept
 
 
-# --------------------------------------------------------------------------------- loss, optimizer, schedule, gradients
+# ------------------------------------------------------------------------------------------------------------- the loss
 
 
 def next_token_loss(model: CausalLM, batch: Batch) -> tuple[Tensor, int, dict[str, float]]:
@@ -243,149 +115,6 @@ def next_token_loss(model: CausalLM, batch: Batch) -> tuple[Tensor, int, dict[st
         options=torch.nn.LinearCrossEntropyOptions(),
     )
     return loss_sum, int((batch.labels != IGNORE).sum()), {}
-
-
-@torch.no_grad()
-def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Makes all singular values of each matrix (n, rows, columns) roughly 1, by Newton-Schulz iteration.
-
-    The polynomial's coefficients are Keller Jordan's (Muon, 2024): they lift small singular values in few steps and
-    leave all between about 0.7 and 1.2. In float32 on a CPU, where bfloat16 products can be a hundred times slower.
-    """
-    x = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices  # the products below are of the short side
-    if x.device.type == "cuda":
-        x = x.bfloat16()
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        a = x @ x.mT
-        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
-        x = torch.baddbmm(x, b, x, beta=3.4445)
-    return (x.mT if matrices.shape[1] > matrices.shape[2] else x).to(matrices.dtype)
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalized, for the matrices of the layers; Adam for embedding, head and norms.
-
-    Scaled as in arXiv 2502.16982, eq. 4, so that an update is of the size of Adam's and both share a learning rate.
-    Matrices of one shape are updated as one batch.
-    """
-
-    def __init__(self, groups: list[dict], lr: float, momentum: float = 0.95, betas=(0.9, 0.95), eps: float = 1e-8):
-        super().__init__(groups, dict(lr=lr, momentum=momentum, betas=betas, eps=eps, weight_decay=0.0, matrices=False))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            if group["matrices"]:
-                self._muon(group)
-            else:
-                self._adam(group)
-
-    def _muon(self, group: dict):
-        by_shape: dict[torch.Size, list[Tensor]] = {}
-        for parameter in group["params"]:
-            by_shape.setdefault(parameter.shape, []).append(parameter)
-        for shape, parameters in by_shape.items():
-            updates = []
-            for parameter in parameters:
-                state, gradient = self.state[parameter], parameter.grad
-                momentum = state.setdefault("momentum", torch.zeros_like(parameter))
-                momentum.lerp_(gradient, 1 - group["momentum"])
-                updates.append(gradient.lerp(momentum, group["momentum"]))  # Nesterov
-            size = -group["lr"] * 0.2 * max(shape) ** 0.5
-            for parameter, update in zip(parameters, orthogonalize(torch.stack(updates))):
-                parameter.add_(update, alpha=size)
-
-    def _adam(self, group: dict):
-        for parameter in group["params"]:
-            state, (beta1, beta2) = self.state[parameter], group["betas"]
-            if not state:
-                state |= {
-                    "step": torch.zeros(()),
-                    "mean": torch.zeros_like(parameter),
-                    "square": torch.zeros_like(parameter),
-                }
-            state["step"] += 1
-            n = state["step"].item()
-            state["mean"].lerp_(parameter.grad, 1 - beta1)
-            state["square"].mul_(beta2).addcmul_(parameter.grad, parameter.grad, value=1 - beta2)
-            scale = (state["square"] / (1 - beta2**n)).sqrt_().add_(group["eps"])
-            parameter.addcdiv_(state["mean"], scale, value=-group["lr"] / (1 - beta1**n))
-
-
-def build_optimizer(model: CausalLM, args: argparse.Namespace) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101) or Muon. Only matrices decay: shrinking a norm's weight would regularise nothing."""
-    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    matrices = [p for name, p in trainable.items() if p.dim() > 1 and ".layers." in name]
-    tables = [p for name, p in trainable.items() if p.dim() > 1 and ".layers." not in name]  # embedding and head
-    vectors = [p for p in trainable.values() if p.dim() <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": args.weight_decay, "matrices": True},
-        {"params": tables, "weight_decay": args.weight_decay, "matrices": False},
-        {"params": vectors, "weight_decay": 0.0, "matrices": False},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if args.optimizer == "muon":
-        return Muon(groups, lr=args.learning_rate)
-    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
-
-
-def learning_rate(args: argparse.Namespace, step: int, done: float) -> float:
-    """Linear warm-up, then half a cosine from learning_rate to min_learning_rate while `done` goes from 0 to 1."""
-    warm = min(1.0, (step + 1) / max(args.warmup_steps, 1))
-    cosine = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-    return warm * (args.min_learning_rate + (args.learning_rate - args.min_learning_rate) * cosine)
-
-
-class GradientBuffer:
-    """All gradients as views of one flat tensor, with the step's sums at its end: one all-reduce carries everything.
-
-    A parameter that no token reached keeps a zero there, so nothing waits for its gradient.
-    """
-
-    SUMS = ("loss", "tokens", "real_tokens", "flops", "stop", "seconds", "step_seconds")  # then the stage's metrics
-
-    def __init__(self, parameters: list[Tensor], room_for_metrics: int = 16):
-        total = sum(parameter.numel() for parameter in parameters)
-        self.names = list(self.SUMS)
-        self.flat = torch.zeros(total + len(self.names) + room_for_metrics, device=parameters[0].device)
-        self.gradients, self.sums = self.flat[:total], self.flat[total:]
-        at = 0
-        for parameter in parameters:
-            parameter.grad = self.gradients[at : at + parameter.numel()].view_as(parameter)
-            at += parameter.numel()
-
-    def add(self, **sums: float | Tensor):
-        for name, value in sums.items():
-            if name not in self.names:
-                self.names.append(name)
-            self.sums[self.names.index(name)] += value
-
-    def all_reduce(self, machine: Machine) -> dict[str, float]:
-        """Adds the gradients and sums of all processes; returns the sums."""
-        machine.sum(self.flat)
-        return dict(zip(self.names, self.sums.tolist()))
-
-
-def optimizer_step(optimizer, buffer: GradientBuffer, scaler, scale: float, grad_clip: float) -> float:
-    """Multiplies the gradients by `scale`, clips their norm, updates the weights; returns the norm before clipping.
-
-    Where it is not finite, on any process and so after the all-reduce on all of them, the weights stay as they are.
-    """
-    buffer.gradients.mul_(scale)
-    scaler.unscale_(optimizer)  # does nothing but for float16
-    norm = buffer.gradients.norm().item()
-    if math.isfinite(norm) and bool(buffer.sums.isfinite().all()):
-        if norm > grad_clip:
-            buffer.gradients.mul_(grad_clip / norm)
-        scaler.step(optimizer)
-    else:
-        norm = math.nan
-    scaler.update()
-    buffer.flat.zero_()
-    return norm
 
 
 @torch.no_grad()
@@ -464,7 +193,7 @@ class Checkpointer:
 
     def __init__(self, args, machine: Machine, model: CausalLM, optimizer, data: PackedDataset, tokenizer_dir: Path):
         self.args, self.machine, self.model, self.optimizer = args, machine, model, optimizer
-        self.out_dir, self.tokenizer_dir, self.in_place = args.out_dir, tokenizer_dir, args.resume
+        self.out_dir, self.tokenizer_dir, self.in_place, self.saved_step = args.out_dir, tokenizer_dir, args.resume, 0
         self.is_chat = data.meta["kind"] != "pretrain"
         self.names = {parameter: name for name, parameter in model.named_parameters()}
         self.must_agree = {
@@ -472,6 +201,7 @@ class Checkpointer:
             "tokenizer": tokenizer_fingerprint(tokenizer_dir),
             "seed": args.seed,
             "max_seq_len": args.max_seq_len,
+            "base": weights_fingerprint(args.init_from) if has_lora(model) else None,  # which an adapter belongs to
         }
 
     def save(self, progress: Progress, log: "Log"):
@@ -489,11 +219,12 @@ class Checkpointer:
             log.write(directory)
             if not self.in_place:
                 replace_directory(self.out_dir, directory)
-        self.in_place = True
+        self.in_place, self.saved_step = True, progress.step
 
     def resume(self) -> Progress:
         """Takes weights, optimizer, position and random states from out_dir. ValueError names what does not agree."""
-        check_same_config(load_config(self.out_dir), self.model.config, self.out_dir)
+        if not has_lora(self.model):
+            check_same_config(load_config(self.out_dir), self.model.config, self.out_dir)
         tensors, info = load_state(self.out_dir, self.machine.device)
         for name, here in self.must_agree.items():
             there = info["must_agree"][name]
@@ -509,6 +240,7 @@ class Checkpointer:
                 self.optimizer.state[parameters[name]][entry] = tensor
             elif kind == "random" and int(name) == self.machine.rank:
                 torch.set_rng_state(tensor.cpu())
+        self.saved_step = info["progress"]["step"]
         return Progress(**info["progress"])
 
     def run_record(self) -> dict:
@@ -547,132 +279,6 @@ class StopRequest:
             signal.signal(number, handler)
 
 
-# -------------------------------------------------------------------------------------------------------------- the log
-
-
-SHOWN = {  # how a value of a record is printed, where its name alone does not say
-    "step": "step {:,}",
-    "tokens": "{:,} tokens",
-    "val_bits_per_byte": "{:.3f} bits/byte",
-    "learning_rate": "lr {:.1e}",
-    "grad_norm": "norm {:.2f}",
-    "tokens_per_s": "{:,.0f} tok/s",
-    "share_of_peak": "{:.0%} of peak",
-    "real_share": "{:.0%} real",
-    "minutes": "{:.1f} min",
-    "minutes_left": "{:.1f} left",
-}
-
-
-class Log:
-    """Records for metrics.jsonl, loss.png and wandb; on a terminal they move a bar, elsewhere each is a line."""
-
-    def __init__(self, args: argparse.Namespace, machine: Machine, until_step: int):
-        self.args, self.quiet, self.records, self.bar, self.wandb = args, machine.rank != 0, [], None, None
-        path = args.out_dir / "metrics.jsonl"
-        if args.resume and path.exists():
-            records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-            self.records = [record for record in records if record["step"] <= until_step]
-        if self.quiet:
-            return
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=100, unit="%", bar_format="{percentage:3.0f}% |{bar}| {postfix}", dynamic_ncols=True)
-        if args.wandb != "disabled":
-            import wandb
-
-            self.wandb = wandb.init(project="jiezi", name=args.out_dir.name, mode=args.wandb, config=vars(args))
-
-    def say(self, text: str):
-        if not self.quiet:
-            self.bar.write(text, file=sys.stdout) if self.bar else print(text, flush=True)
-
-    def add(self, done: float, record: dict):
-        self.records.append(record)
-        if self.quiet:
-            return
-        shown = "  ".join(SHOWN.get(name, name + " {:.3f}").format(value) for name, value in record.items())
-        if self.bar:
-            self.bar.n = 100 * min(done, 1)
-            self.bar.set_postfix_str(shown)
-        if not self.bar or "val_loss" in record:
-            self.say(shown)
-        if self.wandb:
-            self.wandb.log(record, step=record["step"])
-
-    def write(self, directory: Path):
-        lines = "".join(json.dumps(record) + "\n" for record in self.records)
-        write_file(directory / "metrics.jsonl", lambda temporary: temporary.write_text(lines, "utf-8"))
-        write_file(directory / "loss.png", lambda temporary: plot(self.records, temporary))
-
-    def close(self):
-        if self.bar:
-            self.bar.close()
-        if self.wandb:
-            self.wandb.finish()
-
-
-def plot(records: list[dict], path: Path):
-    """Loss and metrics, of training and validation, over the tokens seen."""
-    from matplotlib.figure import Figure
-
-    panels = {}  # the loss, and the stage's metrics: those whose names begin with the same word share a panel
-    for name in records[-1]:
-        if name not in SHOWN and not name.startswith("val_"):
-            panels.setdefault(name.partition("_")[0], []).append(name)
-    figure = Figure(figsize=(8, 1.5 + 3 * len(panels)), layout="constrained")
-    for axes, (title, names) in zip(figure.subplots(len(panels), squeeze=False).flat, panels.items()):
-        for name in names:
-            for key, style in ((name, dict(lw=1, alpha=0.7)), (f"val_{name}", dict(lw=1.5, marker="o", ms=4))):
-                points = [(record["tokens"] / 1e6, record[key]) for record in records if key in record]
-                axes.plot(*zip(*points), label=key, **style)
-        axes.set(xlabel="million tokens", ylabel=title)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(path, format="png", dpi=120)
-
-
-class Meter:
-    """Time, and what happened since the last line of the log."""
-
-    def __init__(self, machine: Machine, done: float):
-        self.peak = matmul_rate(machine)  # measured by all processes at once
-        self.world_size, self.done_at_start = machine.world_size, done
-        self.started = self.last_call = time.perf_counter()
-        self.window = Counter()
-
-    def start_step(self):
-        self.step_started = time.perf_counter()
-
-    def times(self) -> dict[str, float]:
-        """Seconds since the last call, in which validation and saving are, and seconds of this step."""
-        last, self.last_call = self.last_call, time.perf_counter()
-        return {"seconds": self.last_call - last, "step_seconds": self.last_call - self.step_started}
-
-    def add(self, sums: dict[str, float], row_tokens: int):
-        self.window.update(sums)
-        self.window["row_tokens"] += row_tokens
-
-    def record(self, progress: Progress, done: float, learning_rate: float, grad_norm: float, metrics: list) -> dict:
-        """A line of the log. Speed counts real tokens only; the peak is what plain matrix products reach."""
-        window, self.window = self.window, Counter()
-        seconds_left = (time.perf_counter() - self.started) * (1 - done) / max(done - self.done_at_start, 1e-9)
-        return {
-            "step": progress.step,
-            "tokens": progress.tokens,
-            "loss": window["loss"] / window["tokens"],
-            **{name: window[name] / window["tokens"] for name in metrics},
-            "learning_rate": learning_rate,
-            "grad_norm": grad_norm,
-            "tokens_per_s": window["real_tokens"] / window["step_seconds"],
-            "share_of_peak": window["flops"] / window["step_seconds"] / (self.peak * self.world_size),
-            "real_share": window["real_tokens"] / window["row_tokens"],
-            "minutes": progress.seconds / 60,
-            "minutes_left": seconds_left / 60,
-        }
-
-
 # ------------------------------------------------------------------------------------------------------------- the loop
 
 
@@ -689,8 +295,9 @@ def train(args: argparse.Namespace, machine: Machine, model: CausalLM, loss_fn: 
     buffer = GradientBuffer([parameter for parameter in model.parameters() if parameter.requires_grad])
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     log = Log(args, machine, progress.step)
-    meter = Meter(machine, progress.done(args, len(train_set)))
-    log.say(describe(args, machine, model, train_set, meter.peak))
+    peak = matmul_rate(machine)  # measured by all processes at once
+    meter = Meter(peak * machine.world_size, progress.done(args, len(train_set)))
+    log.say(describe(args, machine, model, train_set, peak))
     if args.compile:
         model.model.compile()
 
@@ -711,6 +318,7 @@ def train(args: argparse.Namespace, machine: Machine, model: CausalLM, loss_fn: 
                 group["lr"] = learning_rate(args, progress.step, done)
 
             meter.start_step()
+            random_state = torch.get_rng_state()
 
             # Forward and backward: the gradients of the micro-batches add up in the buffer.
             rows = order[progress.row : progress.row + rows_per_step]
@@ -729,6 +337,7 @@ def train(args: argparse.Namespace, machine: Machine, model: CausalLM, loss_fn: 
             buffer.add(stop=stop.made, **(meter.times() if machine.rank == 0 else {}))
             sums = buffer.all_reduce(machine)  # the only one of a step
             if sums["stop"]:  # on some process the step is not whole: leave it out; --resume does it again
+                torch.set_rng_state(random_state)
                 stopped = True
                 break
 
@@ -750,9 +359,9 @@ def train(args: argparse.Namespace, machine: Machine, model: CausalLM, loss_fn: 
                 lr = optimizer.param_groups[0]["lr"]
                 record = meter.record(progress, done, lr, grad_norm, buffer.names[len(buffer.SUMS) :])
                 log.add(done, record | (validate(args.eval_rows if done < 1 else None) if evaluates else {}))
-            if done >= 1 or progress.step % args.save_interval == 0:
+            if progress.step % args.save_interval == 0:
                 checkpointer.save(progress, log)
-    if stopped and progress.step > 0:
+    if progress.step != checkpointer.saved_step:
         checkpointer.save(progress, log)
     log.say(farewell(args, machine, progress, stopped))
     log.close()
@@ -785,6 +394,10 @@ def check_data(args: argparse.Namespace, config: LMConfig, data: PackedDataset) 
             f"--max_seq_len {args.max_seq_len} is above the model's max_position_embeddings "
             f"({config.max_position_embeddings})"
         )
+    if args.resume and not (args.out_dir / STATE_FILE).exists():
+        raise FileNotFoundError(f"nothing to resume in {args.out_dir}: start without --resume")
+    if args.preset and args.init_from:
+        raise ValueError(f"--preset is the size of a new model; this one has that of {args.init_from}")
     directory = args.init_from or (args.out_dir if args.resume else Path(data.meta["tokenizer"]))
     if tokenizer_fingerprint(directory) != data.meta["tokenizer_sha256"]:
         raise ValueError(
@@ -811,7 +424,7 @@ def describe(args: argparse.Namespace, machine: Machine, model: CausalLM, data: 
     minutes = step_flops(model, tokens, 0) / (0.6 * peak * machine.world_size) / 60
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     lines = [
-        f"model    {model.num_parameters():,} parameters, {trained:,} of them trained ({trained / model.num_parameters():.1%})",
+        f"model    {model.num_parameters():,} parameters, {trained / model.num_parameters():.1%} of them trained",
         f"data     {args.data}: {data.n_tokens:,} tokens in {len(data):,} rows of {args.max_seq_len}, "
         f"{data.real_share:.1%} of them real",
         f"machine  {machine.world_size} x {machine.device.type}, {str(machine.dtype).removeprefix('torch.')}, "

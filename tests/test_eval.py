@@ -125,7 +125,7 @@ def write_questions(path, rows: list[dict]):
 
 @pytest.mark.parametrize("upper", [True, False], ids=["CMMLU", "C-Eval"])
 def test_choice_takes_the_most_probable_option_a_byte(upper, base, evaluate, tmp_path):
-    question, options = "水在____度时沸腾。", ["一百", "零", "五十", "一千零一万分之一"]
+    question, options = "水在____度时沸腾。", ["一百", "零", "五十", " people people"]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
     scores = []
     for option in options:
@@ -204,7 +204,7 @@ def test_a_base_model_goes_on_from_piped_lines(base):
     result = subprocess.run(command, input="春天\n\nThe cat\n", **run)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("> ") >= 4
-    assert result.stderr.count("5 tokens") == 2, "an empty line is no prompt"
+    assert result.stderr.count("[5 tokens") == 2, "an empty line is no prompt"
     assert "Traceback" not in result.stderr
 
 

@@ -19,7 +19,10 @@ from safetensors.torch import load_file, save_file
 
 from model import training
 from model.dataset import IGNORE, PackedDataset
-from model.LMConfig import LMConfig
+from model.flags import parse_flags
+from model.LMConfig import TRAINING_FLAGS, LMConfig
+from model.log import plot
+from model.machine import start_machine
 from model.model import CausalLM
 
 SMALL = LMConfig(
@@ -61,8 +64,8 @@ def observe(data, out_dir, *flags, machine=None, loss_fn=training.next_token_los
         hurry(patch.setattr)
         patch.setattr(training, "optimizer_step", observed_step)
         patch.setattr(dist, "all_reduce", counted_all_reduce)
-        args = training.parse_flags("", data=Path(data), out_dir=Path(out_dir), max_seq_len=96, warmup_steps=1)
-        machine = machine or training.start_machine(args)
+        args = parse_flags("", data=Path(data), out_dir=Path(out_dir), max_seq_len=96, warmup_steps=1)
+        machine = machine or start_machine(args)
         torch.manual_seed(args.seed)
         model = model or CausalLM(SMALL)
         training.train(args, machine, model, loss_fn)
@@ -87,7 +90,7 @@ class TwoProcesses:
         self.folder, self.data, self.chat_data, self.one_row_data = folder, data, chat_data, one_row_data
         self.rank = int(os.environ["RANK"])
         sys.argv = ["test", "--device", "cpu"]
-        self.machine = training.start_machine(training.parse_flags(""))
+        self.machine = start_machine(parse_flags(""))
         self.calls = 0
         self.suspects = []
 
@@ -312,7 +315,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step_though_the_loss_is(data, t
 def test_learning_rate_rises_then_follows_half_a_cosine(step, done, expected, monkeypatch):
     flags = ["--learning_rate", "1e-3", "--min_learning_rate", "1e-4", "--warmup_steps", "10"]
     monkeypatch.setattr(sys, "argv", ["test", *flags])
-    assert training.learning_rate(training.parse_flags(""), step, done) == pytest.approx(expected)
+    assert training.learning_rate(parse_flags(""), step, done) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -320,7 +323,7 @@ def test_only_matrices_decay(optimizer, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["test", "--optimizer", optimizer, "--weight_decay", "0.5"])
     model = CausalLM(SMALL)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    updater = training.build_optimizer(model, training.parse_flags("", learning_rate=0.1))
+    updater = training.build_optimizer(model, parse_flags("", learning_rate=0.1))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     updater.step()
@@ -375,7 +378,7 @@ FIRST, SECOND = {"step": 0, "tokens": 0, "val_loss": 8.7}, {"step": 1, "tokens":
 
 @pytest.mark.parametrize("lines", [[FIRST], [FIRST, SECOND], [SECOND, SECOND | {"val_loss": 8.5}], []], ids=str)
 def test_the_curves_can_be_drawn_whatever_there_is(lines, tmp_path, recwarn):
-    training.plot(lines, tmp_path / "loss.png")
+    plot(lines, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert not [str(warning.message) for warning in recwarn]
 
@@ -426,21 +429,21 @@ def test_minutes_end_the_run_and_the_cosine_with_it(data, tmp_path):
 
 def parsed(monkeypatch, *flags, **defaults):
     monkeypatch.setattr(sys, "argv", ["test", *flags])
-    return training.parse_flags("", **defaults)
+    return parse_flags("", **defaults)
 
 
 def test_a_preset_beats_the_stage_and_the_command_line_beats_both(monkeypatch):
-    monkeypatch.setitem(training.TRAINING_FLAGS, "tiny", {"learning_rate": 0.5, "batch_size": 7})
+    monkeypatch.setitem(TRAINING_FLAGS, "tiny", {"learning_rate": 0.5, "batch_size": 7})
     args = parsed(monkeypatch, "--preset", "tiny", "--batch_size", "3", learning_rate=0.1, batch_size=2, epochs=9)
     assert (args.learning_rate, args.batch_size, args.epochs) == (0.5, 3, 9)
     args = parsed(monkeypatch, learning_rate=0.1, batch_size=2)
     assert (args.learning_rate, args.batch_size) == (0.1, 2)
 
 
-@pytest.mark.parametrize("preset", training.TRAINING_FLAGS)
+@pytest.mark.parametrize("preset", TRAINING_FLAGS)
 def test_the_measured_flags_of_every_preset_exist(preset, monkeypatch):
     known = vars(parsed(monkeypatch))
-    assert training.TRAINING_FLAGS[preset].keys() <= known.keys()
+    assert TRAINING_FLAGS[preset].keys() <= known.keys()
 
 
 @pytest.mark.parametrize(

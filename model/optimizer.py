@@ -1,0 +1,153 @@
+"""The update: Muon and AdamW, the learning rate, and one buffer for all gradients."""
+
+import argparse
+import math
+
+import torch
+from torch import Tensor
+
+from model.machine import Machine
+from model.model import CausalLM
+
+
+@torch.no_grad()
+def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Makes all singular values of each matrix (n, rows, columns) roughly 1, by Newton-Schulz iteration.
+
+    The polynomial's coefficients are Keller Jordan's (Muon, 2024): they lift small singular values in few steps and
+    leave all between about 0.7 and 1.2. In float32 on a CPU, where bfloat16 products can be a hundred times slower.
+    """
+    x = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices  # the products below are of the short side
+    if x.device.type == "cuda":
+        x = x.bfloat16()
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        a = x @ x.mT
+        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, b, x, beta=3.4445)
+    return (x.mT if matrices.shape[1] > matrices.shape[2] else x).to(matrices.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is orthogonalized, for the matrices of the layers; Adam for embedding, head and norms.
+
+    Scaled as in arXiv 2502.16982, eq. 4, so that an update is of the size of Adam's and both share a learning rate.
+    Matrices of one shape are updated as one batch.
+    """
+
+    def __init__(self, groups: list[dict], lr: float, momentum: float = 0.95, betas=(0.9, 0.95), eps: float = 1e-8):
+        super().__init__(groups, dict(lr=lr, momentum=momentum, betas=betas, eps=eps, weight_decay=0.0, matrices=False))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            if group["matrices"]:
+                self._muon(group)
+            else:
+                self._adam(group)
+
+    def _muon(self, group: dict):
+        by_shape: dict[torch.Size, list[Tensor]] = {}
+        for parameter in group["params"]:
+            by_shape.setdefault(parameter.shape, []).append(parameter)
+        for shape, parameters in by_shape.items():
+            updates = []
+            for parameter in parameters:
+                state, gradient = self.state[parameter], parameter.grad
+                momentum = state.setdefault("momentum", torch.zeros_like(parameter))
+                momentum.lerp_(gradient, 1 - group["momentum"])
+                updates.append(gradient.lerp(momentum, group["momentum"]))  # Nesterov
+            size = -group["lr"] * 0.2 * max(shape) ** 0.5
+            for parameter, update in zip(parameters, orthogonalize(torch.stack(updates))):
+                parameter.add_(update, alpha=size)
+
+    def _adam(self, group: dict):
+        for parameter in group["params"]:
+            state, (beta1, beta2) = self.state[parameter], group["betas"]
+            if not state:
+                state |= {
+                    "step": torch.zeros(()),
+                    "mean": torch.zeros_like(parameter),
+                    "square": torch.zeros_like(parameter),
+                }
+            state["step"] += 1
+            n = state["step"].item()
+            state["mean"].lerp_(parameter.grad, 1 - beta1)
+            state["square"].mul_(beta2).addcmul_(parameter.grad, parameter.grad, value=1 - beta2)
+            scale = (state["square"] / (1 - beta2**n)).sqrt_().add_(group["eps"])
+            parameter.addcdiv_(state["mean"], scale, value=-group["lr"] / (1 - beta1**n))
+
+
+def build_optimizer(model: CausalLM, args: argparse.Namespace) -> torch.optim.Optimizer:
+    """AdamW (arXiv 1711.05101) or Muon. Only matrices decay: shrinking a norm's weight would regularise nothing."""
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    matrices = [p for name, p in trainable.items() if p.dim() > 1 and ".layers." in name]
+    tables = [p for name, p in trainable.items() if p.dim() > 1 and ".layers." not in name]  # embedding and head
+    vectors = [p for p in trainable.values() if p.dim() <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": args.weight_decay, "matrices": True},
+        {"params": tables, "weight_decay": args.weight_decay, "matrices": False},
+        {"params": vectors, "weight_decay": 0.0, "matrices": False},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if args.optimizer == "muon":
+        return Muon(groups, lr=args.learning_rate)
+    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+def learning_rate(args: argparse.Namespace, step: int, done: float) -> float:
+    """Linear warm-up, then half a cosine from learning_rate to min_learning_rate while `done` goes from 0 to 1."""
+    warm = min(1.0, (step + 1) / max(args.warmup_steps, 1))
+    cosine = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+    return warm * (args.min_learning_rate + (args.learning_rate - args.min_learning_rate) * cosine)
+
+
+class GradientBuffer:
+    """All gradients as views of one flat tensor, with the step's sums at its end: one all-reduce carries everything.
+
+    A parameter that no token reached keeps a zero there, so nothing waits for its gradient.
+    """
+
+    SUMS = ("loss", "tokens", "real_tokens", "flops", "stop", "seconds", "step_seconds")  # then the stage's metrics
+
+    def __init__(self, parameters: list[Tensor], room_for_metrics: int = 16):
+        total = sum(parameter.numel() for parameter in parameters)
+        self.names = list(self.SUMS)
+        self.flat = torch.zeros(total + len(self.names) + room_for_metrics, device=parameters[0].device)
+        self.gradients, self.sums = self.flat[:total], self.flat[total:]
+        at = 0
+        for parameter in parameters:
+            parameter.grad = self.gradients[at : at + parameter.numel()].view_as(parameter)
+            at += parameter.numel()
+
+    def add(self, **sums: float | Tensor):
+        for name, value in sums.items():
+            if name not in self.names:
+                self.names.append(name)
+            self.sums[self.names.index(name)] += value
+
+    def all_reduce(self, machine: Machine) -> dict[str, float]:
+        """Adds the gradients and sums of all processes; returns the sums."""
+        machine.sum(self.flat)
+        return dict(zip(self.names, self.sums.tolist()))
+
+
+def optimizer_step(optimizer, buffer: GradientBuffer, scaler, scale: float, grad_clip: float) -> float:
+    """Multiplies the gradients by `scale`, clips their norm, updates the weights; returns the norm before clipping.
+
+    Where it is not finite, on any process and so after the all-reduce on all of them, the weights stay as they are.
+    """
+    buffer.gradients.mul_(scale)
+    scaler.unscale_(optimizer)  # does nothing but for float16
+    norm = buffer.gradients.norm().item()
+    if math.isfinite(norm) and bool(buffer.sums.isfinite().all()):
+        if norm > grad_clip:
+            buffer.gradients.mul_(grad_clip / norm)
+        scaler.step(optimizer)
+    else:
+        norm = math.nan
+    scaler.update()
+    buffer.flat.zero_()
+    return norm
