@@ -24,6 +24,7 @@ from model.LMConfig import TRAINING_FLAGS, LMConfig
 from model.log import plot
 from model.machine import start_machine
 from model.model import CausalLM
+from model.optimizer import orthogonalize
 
 SMALL = LMConfig(
     hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1
@@ -337,6 +338,51 @@ def test_only_matrices_decay(optimizer, monkeypatch):
     for name, parameter in model.named_parameters():
         factor = 1 if "norm" in name else 1 - 0.1 * 0.5
         torch.testing.assert_close(parameter.detach(), before[name] * factor, msg=name)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (160, 48), (48, 160)], ids=str)
+def test_orthogonalized_matrices_turn_and_do_not_stretch(shape):
+    matrices = (
+        torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-3, 1, 1e3])[:, None, None]
+    )
+    result = orthogonalize(matrices)
+    stretches = torch.linalg.svdvals(result)
+    assert result.shape == matrices.shape
+    assert (stretches > 0.3).float().mean() > 0.95, "directions are lost"  # a square one is nearly singular
+    assert (stretches < 1.3).all()
+    u, _, v = torch.linalg.svd(matrices, full_matrices=False)  # the nearest matrix that only turns is u v
+    assert (F.cosine_similarity(result.flatten(1), (u @ v).flatten(1)) > 0.97).all()
+
+
+def test_muon_keeps_momentum_for_matrices_and_is_adam_for_the_rest(monkeypatch):
+    flags = ["--optimizer", "muon", "--weight_decay", "0.1", "--learning_rate", "0.01"]
+    monkeypatch.setattr(sys, "argv", ["test", *flags])
+    torch.manual_seed(0)
+    model, twin = CausalLM(SMALL), CausalLM(SMALL)
+    twin.load_state_dict(model.state_dict())
+    muon = training.build_optimizer(model, parse_flags(""))
+    monkeypatch.setattr(sys, "argv", ["test", *flags, "--optimizer", "adamw"])
+    adam = training.build_optimizer(twin, parse_flags(""))
+    name = "model.layers.1.mlp.up_proj.weight"
+    matrix, gradients = model.get_parameter(name), []
+    for _ in range(4):
+        for one, other in zip(model.parameters(), twin.parameters()):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        gradients.append(matrix.grad.clone())
+        before = matrix.detach().clone()
+        muon.step()
+        adam.step()
+    momentum = torch.zeros_like(before)
+    for gradient in gradients:
+        momentum = 0.95 * momentum + 0.05 * gradient
+    u, _, v = torch.linalg.svd(0.95 * momentum + 0.05 * gradients[-1], full_matrices=False)  # Nesterov's step ahead
+    update = before * (1 - 0.01 * 0.1) - matrix.detach()
+    assert F.cosine_similarity(update.flatten(), (u @ v).flatten(), dim=0) > 0.97
+    assert update.square().mean().sqrt() == pytest.approx(0.01 * 0.2, rel=0.2), "of the size of an update of Adam"
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1 or "embed" in name:
+            torch.testing.assert_close(parameter, twin.get_parameter(name), atol=1e-6, rtol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
