@@ -419,7 +419,7 @@ class Encoder(NamedTuple):
 def load_encoder(directory):
     """The tokenizer in a folder; UserError where there is none.
 
-    SentencePiece gives the same ids as tokenizers in half the time, so it is used where the folder has its file.
+    SentencePiece gives the same ids as tokenizers in half the time or less, so it is used if the folder has its file.
     """
     try:
         tokenizer, model_file = chat.load_tokenizer(directory), Path(directory) / "tokenizer.model"
@@ -551,7 +551,7 @@ class HashSet:
     """64-bit hashes in an open-addressing table: 11 to 16 bytes each, where Python's set takes about 75."""
 
     def __init__(self):
-        self.table, self.count = array("Q", bytes(8 * 1024)), 0
+        self.table, self.count = array("Q", [0]) * 1024, 0
 
     def slot(self, key):
         """Where `key` is, or the empty slot where it belongs."""
@@ -569,7 +569,7 @@ class HashSet:
         self.count += not self.table[slot]
         self.table[slot] = key
         if self.count > 0.75 * len(self.table):
-            old, self.table = self.table, array("Q", bytes(8 * (len(self.table) * 3 // 2)))
+            old, self.table = self.table, array("Q", [0]) * (len(self.table) * 3 // 2)
             for key in filter(None, old):
                 self.table[self.slot(key)] = key
 
@@ -980,6 +980,8 @@ def main(arguments=None):
     except BrokenProcessPool:
         print("data_process.py: a worker process died, maybe for want of memory: try --workers 1", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # what reads our words, such as `head`, has enough; we print only when all is written
+        return 0
     except OSError as error:
         where = error.filename or args.output
         print(f"data_process.py: {where}: {error.strerror or error}; the output is as it was", file=sys.stderr)
