@@ -44,7 +44,7 @@ def main():
         return
     machine = start_machine(args)
     model = load_model(args.init_from)
-    apply_lora(model, args.lora_rank, args.lora_alpha or 2 * args.lora_rank, args.lora_dropout, args.lora_targets)
+    apply_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
     train(args, machine, model, next_token_loss)
 
 

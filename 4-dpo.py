@@ -102,7 +102,7 @@ def main():
     splits = [PackedDataset(args.data, split, args.max_seq_len) for split in ("train", "val")]
     references = {data.split: reference_log_probs(model, data, machine, args) for data in splits}
     if args.lora_rank:
-        apply_lora(model, args.lora_rank, args.lora_alpha or 2 * args.lora_rank, args.lora_dropout, args.lora_targets)
+        apply_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
 
     def dpo_loss(model: CausalLM, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]:
         log_probs, lengths = answer_log_probs(model, batch)  # (C,)

@@ -33,6 +33,7 @@ from model.machine import Machine, choose_device
 from model.training import evaluate, next_token_loss, run
 
 STAGES = ("pretrain", "sft", "dpo")
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # flags that go to generation.sample
 HELP = """/clear           forget the conversation
 /system TEXT     begin anew under this system prompt (nothing: none)
 /temperature X   0 takes always the most probable token
@@ -84,9 +85,6 @@ class Writer:
         print(rest, flush=True)
         print(f"[{count} tokens, {count / (time.perf_counter() - start):.0f} tokens/s]", file=sys.stderr, flush=True)
         return text
-
-
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 def converse(writer: Writer, messages: list[dict]):
@@ -183,7 +181,8 @@ def validation(model, tokenizer, folder: Path, max_seq_len: int) -> dict:
     if data.group == 2:
         raise ValueError(f"{folder} holds preference pairs; 4-dpo.py reports their loss")
     machine = Machine(0, 1, model.lm_head.weight.device, torch.float32)
-    return evaluate(model, next_token_loss, data, torch.from_numpy(token_bytes(tokenizer)), machine, batch_size=8)
+    bytes_of_token = torch.from_numpy(token_bytes(tokenizer)).to(machine.device)
+    return evaluate(model, next_token_loss, data, bytes_of_token, machine, batch_size=8)
 
 
 @torch.inference_mode()

@@ -176,10 +176,16 @@ def save_state(directory: Path, tensors: dict[str, Tensor], info: dict):
     write_file(directory / STATE_FILE, lambda path: save_file(tensors, path, metadata=metadata))
 
 
-def load_state(directory: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict]:
+def state_file(directory: Path) -> Path:
+    """FileNotFoundError when there is nothing to resume."""
     path = directory / STATE_FILE
     if not path.exists():
         raise FileNotFoundError(f"nothing to resume in {directory}: {STATE_FILE} is missing; start without --resume")
+    return path
+
+
+def load_state(directory: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict]:
+    path = state_file(directory)
     tensors = _load_tensors(path, device)
     with safe_open(path, framework="pt") as file:
         return tensors, json.loads(file.metadata()["info"])

@@ -27,12 +27,11 @@ SHOWN = {  # how a value of a record is printed, where its name alone does not s
 class Log:
     """Records for metrics.jsonl, loss.png and wandb; on a terminal they move a bar, elsewhere each is a line."""
 
-    def __init__(self, args: argparse.Namespace, machine: Machine, until_step: int):
+    def __init__(self, args: argparse.Namespace, machine: Machine):
         self.args, self.quiet, self.records, self.bar, self.wandb = args, machine.rank != 0, [], None, None
         path = args.out_dir / "metrics.jsonl"
         if args.resume and path.exists():
-            records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-            self.records = [record for record in records if record["step"] <= until_step]
+            self.records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
         if self.quiet:
             return
         if sys.stderr.isatty():

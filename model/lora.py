@@ -55,8 +55,10 @@ def has_lora(model: CausalLM) -> bool:
     return bool(lora_layers(model))
 
 
-def apply_lora(model: CausalLM, r: int, alpha: float, dropout: float = 0.0, targets: tuple[str, ...] = TARGETS):
-    """Freezes the model and puts an adapter on every layer whose name ends in one of `targets`.
+def apply_lora(
+    model: CausalLM, r: int, alpha: float | None = None, dropout: float = 0.0, targets: tuple[str, ...] = TARGETS
+):
+    """Freezes the model and puts an adapter on every layer whose name ends in one of `targets`; without alpha, 2 r.
 
     ValueError for a target that no layer has, since it would adapt nothing without a word.
     """
@@ -70,7 +72,7 @@ def apply_lora(model: CausalLM, r: int, alpha: float, dropout: float = 0.0, targ
         raise ValueError(f"no layer is called {', '.join(sorted(missing))}; there are {', '.join(known)}")
     model.requires_grad_(False)
     for name, linear in found.items():
-        model.set_submodule(name, LoRALinear(linear, r, alpha, dropout))
+        model.set_submodule(name, LoRALinear(linear, r, alpha or 2 * r, dropout))
 
 
 def merge_lora(model: CausalLM):

@@ -98,7 +98,7 @@ def build_optimizer(model: CausalLM, args: argparse.Namespace) -> torch.optim.Op
 
 
 def learning_rate(args: argparse.Namespace, step: int, done: float) -> float:
-    """Linear warm-up, then half a cosine from learning_rate to min_learning_rate while `done` goes from 0 to 1."""
+    """Half a cosine from learning_rate to min_learning_rate while `done` goes from 0 to 1, times a linear warm-up."""
     warm = min(1.0, (step + 1) / max(args.warmup_steps, 1))
     cosine = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
     return warm * (args.min_learning_rate + (args.learning_rate - args.min_learning_rate) * cosine)

@@ -1,4 +1,4 @@
-"""What all stages share: flags, costs, the loss, saving and resuming, and one training loop."""
+"""What all stages share: what a step costs, the loss, saving and resuming, and one training loop."""
 
 import argparse
 import hashlib
@@ -22,13 +22,13 @@ from torch import Tensor
 
 from model.chat import load_tokenizer, token_bytes, tokenizer_fingerprint
 from model.checkpoint import (
-    STATE_FILE,
     check_same_config,
     load_config,
     load_state,
     replace_directory,
     save_model,
     save_state,
+    state_file,
     weights_fingerprint,
     write_json,
 )
@@ -204,7 +204,7 @@ class Checkpointer:
             "base": weights_fingerprint(args.init_from) if has_lora(model) else None,  # which an adapter belongs to
         }
 
-    def save(self, progress: Progress, log: "Log"):
+    def save(self, progress: Progress, log: Log):
         random_states = self.machine.gather(torch.get_rng_state())
         if self.machine.rank == 0:
             directory = self.out_dir if self.in_place else self.out_dir.with_name(self.out_dir.name + ".new")
@@ -294,7 +294,7 @@ def train(args: argparse.Namespace, machine: Machine, model: CausalLM, loss_fn: 
     progress = checkpointer.resume() if args.resume else Progress()
     buffer = GradientBuffer([parameter for parameter in model.parameters() if parameter.requires_grad])
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
-    log = Log(args, machine, progress.step)
+    log = Log(args, machine)
     peak = matmul_rate(machine)  # measured by all processes at once
     meter = Meter(peak * machine.world_size, progress.done(args, len(train_set)))
     log.say(describe(args, machine, model, train_set, peak))
@@ -313,7 +313,7 @@ def train(args: argparse.Namespace, machine: Machine, model: CausalLM, loss_fn: 
     order = train_set.order(args.seed, progress.epoch)
     stopped = False
     with StopRequest() as stop:
-        while not stopped and (done := progress.done(args, len(train_set))) < 1:
+        while (done := progress.done(args, len(train_set))) < 1:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(args, progress.step, done)
 
@@ -394,8 +394,8 @@ def check_data(args: argparse.Namespace, config: LMConfig, data: PackedDataset) 
             f"--max_seq_len {args.max_seq_len} is above the model's max_position_embeddings "
             f"({config.max_position_embeddings})"
         )
-    if args.resume and not (args.out_dir / STATE_FILE).exists():
-        raise FileNotFoundError(f"nothing to resume in {args.out_dir}: start without --resume")
+    if args.resume:
+        state_file(args.out_dir)
     if args.preset and args.init_from:
         raise ValueError(f"--preset is the size of a new model; this one has that of {args.init_from}")
     directory = args.init_from or (args.out_dir if args.resume else Path(data.meta["tokenizer"]))

@@ -20,6 +20,9 @@ import torch
 
 from model import log, training
 from model.chat import BOS, EOS, encode, encode_chat, load_tokenizer, tokenizer_fingerprint
+from model.checkpoint import save_model
+from model.LMConfig import PRESETS, LMConfig
+from model.model import CausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER = ROOT / "model" / "tokenizer"
@@ -96,6 +99,15 @@ def chat_data(tmp_path_factory) -> Path:
     """Chats with loss masks: 60 to train on, 8 to validate."""
     chats = make_documents("sft", 68, seed=2)
     return write_data(tmp_path_factory.mktemp("data") / "sft", chats[8:], chats[:8], kind="sft")
+
+
+@pytest.fixture(scope="session")
+def base_dir(tmp_path_factory) -> Path:
+    """A chat model of random weights, to adapt."""
+    torch.manual_seed(0)
+    directory = tmp_path_factory.mktemp("base")
+    save_model(directory, CausalLM(LMConfig(**PRESETS["tiny"])), TOKENIZER, is_chat=True)
+    return directory
 
 
 def hurry(setattr=setattr):

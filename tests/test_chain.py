@@ -1,12 +1,16 @@
 """The stages one after the other, at a size of seconds, and a conversation with what comes out."""
 
 import csv
+import functools
 import json
+import runpy
+import sys
 
 import pytest
-from conftest import TOKENIZER, write_data
+from conftest import ROOT, TOKENIZER, write_data
 from test_dpo import make_pairs
 
+from model import training
 from model.chat import IM_END, load_tokenizer
 from model.checkpoint import load_model
 from model.dataset import IGNORE, PackedDataset
@@ -17,14 +21,6 @@ SHORT = ["--max_steps", 3, "--max_seq_len", 256, "--batch_size", 2, "--eval_rows
 @pytest.fixture(scope="module")
 def chain(data, chat_data, tmp_path_factory):
     """The folder out/ after pretraining, SFT, LoRA and DPO."""
-    import functools
-    import runpy
-    import sys
-
-    from conftest import ROOT
-
-    from model import training
-
     folder = tmp_path_factory.mktemp("chain")
     chats = make_pairs(24)
     pairs = write_data(

@@ -1,5 +1,6 @@
 """DPO: the loss of the paper, ln 2 at step 0, pairs that stay together, and a reference that is computed once."""
 
+import json
 import math
 import runpy
 
@@ -9,10 +10,8 @@ import torch
 from conftest import ROOT, TOKENIZER, write_data
 
 from model.chat import IM_END, encode_chat, load_tokenizer
-from model.checkpoint import save_model
+from model.checkpoint import load_model
 from model.dataset import IGNORE, PackedDataset
-from model.LMConfig import PRESETS, LMConfig
-from model.model import CausalLM
 
 DPO = runpy.run_path(str(ROOT / "4-dpo.py"))
 
@@ -32,14 +31,6 @@ def pairs(tmp_path_factory):
     chats = make_pairs(48)
     splits = {"train": {"documents": 80}, "val": {"documents": 16}}
     return write_data(tmp_path_factory.mktemp("data") / "dpo", chats[16:], chats[:16], kind="dpo", splits=splits)
-
-
-@pytest.fixture(scope="module")
-def base_dir(tmp_path_factory):
-    torch.manual_seed(0)
-    directory = tmp_path_factory.mktemp("base")
-    save_model(directory, CausalLM(LMConfig(**PRESETS["tiny"])), TOKENIZER, is_chat=True)
-    return directory
 
 
 def test_loss_and_gradient_are_the_published_formulas():
@@ -68,8 +59,6 @@ def test_loss_and_gradient_are_the_published_formulas():
 
 
 def test_log_probabilities_are_those_of_each_answer_alone(pairs, base_dir):
-    from model.checkpoint import load_model
-
     model, data = load_model(base_dir).eval(), PackedDataset(pairs, "train", 256)
     batch = data.batch(np.arange(min(2, len(data))))
     with torch.no_grad():
@@ -110,8 +99,6 @@ def test_both_halves_see_the_same_prompt_and_are_trained_to_stop(pairs):
 def test_the_stage_starts_at_ln_2_learns_the_preference_and_reads_the_reference_again(
     pairs, base_dir, run_here, tmp_path
 ):
-    import json
-
     flags = ["--data", pairs, "--init_from", base_dir, "--max_seq_len", 256, "--eval_interval", 8, "--max_steps", 16]
     flags += ["--batch_size", 2, "--learning_rate", 3e-3, "--warmup_steps", 2]
     assert run_here("4-dpo.py", *flags, "--out_dir", tmp_path / "dpo").status == 0

@@ -15,14 +15,6 @@ from model.model import CausalLM
 IDS = torch.randint(0, 6400, (2, 30), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(scope="module")
-def base_dir(tmp_path_factory):
-    torch.manual_seed(0)
-    directory = tmp_path_factory.mktemp("base")
-    save_model(directory, CausalLM(LMConfig(**PRESETS["tiny"])), TOKENIZER, is_chat=True)
-    return directory
-
-
 @pytest.fixture
 def adapted(base_dir):
     model = load_model(base_dir).eval()
