@@ -20,7 +20,7 @@ import torch
 from model.dataset import IGNORE, Batch, PackedDataset, pack
 from model.flags import HelpFormatter, positive
 from model.LMConfig import PRESETS, LMConfig
-from model.machine import Machine, matmul_rate
+from model.machine import Machine, keep_freed_memory, matmul_rate
 from model.model import CausalLM
 from model.training import next_token_loss, run, step_flops
 
@@ -99,6 +99,7 @@ def main():
     parser.add_argument("--max_seq_len", type=positive, default=512, help="tokens in a row")
     parser.add_argument("--steps", type=positive, default=7, help="measured steps of each")
     args = parser.parse_args()
+    keep_freed_memory()  # as in training; the peer gains as much from it
     machine = Machine(0, 1, torch.device("cpu"), torch.float32)
     shape = f"{args.batch_size} x {args.max_seq_len} tokens"
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {shape}")

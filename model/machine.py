@@ -2,8 +2,10 @@
 
 import argparse
 import contextlib
+import ctypes
 import math
 import os
+import sys
 import time
 from dataclasses import dataclass
 
@@ -52,6 +54,14 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
+def keep_freed_memory():
+    """Has glibc keep freed memory for the next step, which wants the same sizes: to give it back to the system and get
+    it anew, page by page, takes a tenth of a CPU's training step."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation has a mapping of its own
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap shrinks when this many bytes are free at its end
+
+
 def start_machine(args: argparse.Namespace) -> Machine:
     """Joins the other processes when torchrun started this one, and chooses device and number format."""
     world_size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
@@ -59,6 +69,7 @@ def start_machine(args: argparse.Namespace) -> Machine:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif device.type == "cpu":
+        keep_freed_memory()
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if world_size > 1:

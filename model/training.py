@@ -40,6 +40,7 @@ from model.machine import Machine, matmul_rate
 from model.model import CausalLM
 from model.optimizer import GradientBuffer, build_optimizer, learning_rate, optimizer_step
 
+LOSS_CHUNK = 512  # tokens whose logits exist at a time
 MAX_SKIPPED_STEPS = 10  # in a row: then a run with non-finite numbers is stopped
 LossFunction = Callable[[CausalLM, Batch], tuple[Tensor, int, dict[str, float]]]
 
@@ -112,7 +113,7 @@ def next_token_loss(model: CausalLM, batch: Batch) -> tuple[Tensor, int, dict[st
         batch.labels.flatten(),
         reduction="sum",
         ignore_index=IGNORE,
-        options=torch.nn.LinearCrossEntropyOptions(),
+        options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=LOSS_CHUNK),
     )
     return loss_sum, int((batch.labels != IGNORE).sum()), {}
 
