@@ -22,16 +22,16 @@ from torch import Tensor
 
 from model.checkpoint import load_model, weights_fingerprint, write_file
 from model.dataset import IGNORE, Batch, PackedDataset
-from model.flags import parse_flags
+from model.flags import above_zero, fraction, not_negative, parse_flags
 from model.lora import LORA_FLAGS, apply_lora
 from model.machine import Machine, start_machine
 from model.model import CausalLM
-from model.training import fingerprint, run, train
+from model.training import expert_balance, fingerprint, run, train
 
 
-def answer_log_probs(model: CausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
+def answer_log_probs(model: CausalLM, batch: Batch, routing: list | None = None) -> tuple[Tensor, Tensor]:
     """ln p(answer | prompt) of every chat and the answer's number of tokens, (C,) each; chosen and rejected in turn."""
-    hidden = model.model(batch.input_ids, batch.position_ids)  # (B, T, H)
+    hidden = model.model(batch.input_ids, batch.position_ids, routing=routing)  # (B, T, H)
     scored = batch.labels != IGNORE  # (B, T): the tokens of the answers
     logits = model.lm_head(hidden[scored]).float()  # (M, V)
     log_probs = -F.cross_entropy(logits, batch.labels[scored], reduction="none")  # (M,)
@@ -79,11 +79,13 @@ def main():
         __doc__,
         LORA_FLAGS
         | {
-            "--beta": dict(type=float, default=0.1, help="how much a step away from the reference counts"),
+            "--beta": dict(type=above_zero, default=0.1, help="how much a step away from the reference counts"),
             "--loss": dict(choices=["sigmoid", "ipo"], default="sigmoid", help="see preference_loss"),
-            "--label_smoothing": dict(type=float, default=0.0, help="share of pairs that are the wrong way round"),
+            "--label_smoothing": dict(type=fraction, default=0.0, help="share of pairs that are the wrong way round"),
             "--length_normalized": dict(action="store_true", help="divide log-ratios by the answer's length"),
-            "--sft_weight": dict(type=float, default=0.0, help="of the chosen answer's own loss a token (2404.19733)"),
+            "--sft_weight": dict(
+                type=not_negative, default=0.0, help="of the chosen answer's own loss a token (2404.19733)"
+            ),
         },
         data=Path("dataset/dpo"),
         init_from=Path("out/sft"),
@@ -105,22 +107,24 @@ def main():
         apply_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
 
     def dpo_loss(model: CausalLM, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]:
-        log_probs, lengths = answer_log_probs(model, batch)  # (C,)
+        routing = []
+        log_probs, lengths = answer_log_probs(model, batch, routing)  # (C,)
         ratios = log_probs - references[batch.split][batch.documents]
         if args.length_normalized or args.loss == "ipo":
             ratios = ratios / lengths
         chosen, rejected = ratios[0::2], ratios[1::2]  # (P,)
         losses = preference_loss(chosen, rejected, args.beta, args.loss, args.label_smoothing)
         losses = losses - args.sft_weight * log_probs[0::2] / lengths[0::2]
-        metrics = {  # sums over the pairs; the log divides by their number
-            "accuracy": (chosen > rejected).sum(),
+        balance, metrics = expert_balance(model, batch, routing, torch.full_like(lengths, 0.5))  # two chats a pair
+        metrics |= {  # sums over the pairs; the log divides by their number
+            "accuracy": ((chosen > rejected) + 0.5 * (chosen == rejected)).sum(),  # at step 0 all are ties: 50 %
             "reward_margin": args.beta * (chosen - rejected).sum(),
             "reward_chosen": args.beta * chosen.sum(),
             "reward_rejected": args.beta * rejected.sum(),
             "logp_chosen": log_probs[0::2].sum(),
             "logp_rejected": log_probs[1::2].sum(),
         }
-        return losses.sum(), len(losses), {name: value.detach() for name, value in metrics.items()}
+        return losses.sum() + balance, len(losses), {name: value.detach() for name, value in metrics.items()}
 
     train(args, machine, model, dpo_loss)
 

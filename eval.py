@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from data_process import find_files, parse, read_batches, text_of
 from model.chat import BOS, EOS, IM_END, encode, encode_chat, load_tokenizer, token_bytes
-from model.checkpoint import is_chat_model, load_adapter, load_model
+from model.checkpoint import finish_replacing, is_chat_model, load_adapter, load_model
 from model.dataset import PackedDataset
 from model.flags import HelpFormatter, above_zero, fraction, natural, not_negative, positive
 from model.generation import TextStream, generate
@@ -231,6 +231,8 @@ def as_utf8(text: str) -> str:
 
 
 def newest_model(out: Path) -> Path:
+    for stage in STAGES:
+        finish_replacing(out / stage)
     models = [out / stage for stage in STAGES if (out / stage / "model.safetensors").exists()]
     if not models:
         raise FileNotFoundError(f"no model under {out}/; train one with: python 1-pretrain.py, or give --model DIR")

@@ -20,7 +20,8 @@ class LMConfig:
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
     tie_word_embeddings: bool = True  # one matrix for input and output; untied, `small` would grow by an eighth
-    qk_norm: bool = True  # normalise each head's query and key: stable at higher learning rates (arXiv 2302.05442)
+    qk_norm: bool | None = None  # normalise each head's query and key: stable at higher learning rates (2302.05442)
+    #                              None: yes, except with softmax experts, whose file format has no place for it
     bos_token_id: int = 1  # <|begin_of_text|>
     eos_token_id: int = 2  # <|end_of_text|>
 
@@ -31,12 +32,18 @@ class LMConfig:
     num_experts_per_tok: int = 3
     moe_intermediate_size: int = 352  # a quarter of intermediate_size: 3 routed + 1 shared = the dense layer's work
     first_k_dense_replace: int = 1  # this many leading layers stay dense
-    norm_topk_prob: bool = True
-    routed_scaling_factor: float = 1.0
-    scoring_func: str = "softmax"  # or "sigmoid"
+    norm_topk_prob: bool = True  # a token's weights add up to 1
+    routed_scaling_factor: float = 1.0  # then multiplied by this
+    scoring_func: str = "sigmoid"  # balanced by a bias (DeepSeek-V3); or "softmax", balanced by a loss (DeepSeek-V2)
+    router_aux_loss_coef: float | None = None  # weight of the balance loss; None: 1e-4 for sigmoid, 0.01 for softmax
+    seq_aux: bool = True  # balance within each document; False: over all tokens of a batch
+    router_bias_update_speed: float = 1e-3  # how far a step moves the bias of an expert (sigmoid)
 
     def __post_init__(self):
-        may_be_zero = {"n_shared_experts", "first_k_dense_replace", "bos_token_id", "eos_token_id"}
+        may_be_zero = set(
+            "n_shared_experts first_k_dense_replace bos_token_id eos_token_id router_aux_loss_coef "
+            "router_bias_update_speed".split()
+        )
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -60,6 +67,8 @@ class LMConfig:
             )
         if self.use_moe:
             self._check_moe()
+        elif self.qk_norm is None:
+            self.qk_norm = True
 
     def _check_moe(self):
         if self.num_experts_per_tok > self.n_routed_experts:
@@ -67,43 +76,89 @@ class LMConfig:
                 f"num_experts_per_tok ({self.num_experts_per_tok}) must be at most n_routed_experts "
                 f"({self.n_routed_experts}): a token cannot visit more experts than there are"
             )
-        if self.first_k_dense_replace > self.num_hidden_layers:
+        if self.n_routed_experts < 2:
+            raise ValueError("n_routed_experts must be at least 2: with one there is nothing to route")
+        if self.first_k_dense_replace >= self.num_hidden_layers:
             raise ValueError(
-                f"first_k_dense_replace ({self.first_k_dense_replace}) must be at most num_hidden_layers "
-                f"({self.num_hidden_layers})"
+                f"first_k_dense_replace ({self.first_k_dense_replace}) must be below num_hidden_layers "
+                f"({self.num_hidden_layers}): no layer would have experts"
             )
         if self.scoring_func not in ("softmax", "sigmoid"):
             raise ValueError(f'scoring_func must be "softmax" or "sigmoid", not "{self.scoring_func}"')
-        raise ValueError("use_moe: model.py has no mixture of experts yet; leave it False")
+        if self.scoring_func == "softmax" and self.qk_norm:
+            raise ValueError(
+                'scoring_func "softmax" needs qk_norm False: the model is saved as a Qwen2-MoE, which has no QK-norm; '
+                'use "sigmoid" to have both'
+            )
+        if self.qk_norm is None:
+            self.qk_norm = self.scoring_func == "sigmoid"
+        if self.router_aux_loss_coef is None:
+            self.router_aux_loss_coef = 1e-4 if self.scoring_func == "sigmoid" else 0.01
+        if self.num_experts_per_tok == 1:
+            self.norm_topk_prob = False  # one weight, divided by itself, is 1 whatever the router says: no gradient
 
     def to_hf(self) -> dict:
-        """The content of config.json: a Llama, or a Qwen3 with qk_norm (the same decoder with that one addition)."""
-        hf = {name: getattr(self, name) for name in _SHARED_FIELDS}
-        return hf | {
-            "architectures": ["Qwen3ForCausalLM" if self.qk_norm else "LlamaForCausalLM"],
-            "model_type": "qwen3" if self.qk_norm else "llama",
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+        """The content of config.json: a Llama, or a Qwen3 with qk_norm (the same decoder with that one addition); with
+        sigmoid experts a Glm4Moe, with softmax experts a Qwen2Moe (checkpoint.to_disk says what that one needs)."""
+        if not self.use_moe:
+            architecture, model_type = ("Qwen3ForCausalLM", "qwen3") if self.qk_norm else ("LlamaForCausalLM", "llama")
+        elif self.scoring_func == "sigmoid":
+            architecture, model_type = "Glm4MoeForCausalLM", "glm4_moe"
+        else:
+            architecture, model_type = "Qwen2MoeForCausalLM", "qwen2_moe"
+        rope = {"rope_type": "default", "rope_theta": self.rope_theta}
+        hf = {name: getattr(self, name) for name in _SHARED_FIELDS} | {
+            "architectures": [architecture],
+            "model_type": model_type,
+            "rope_parameters": rope,
             "hidden_act": "silu",
             "attention_bias": False,
             "mlp_bias": False,
             "use_cache": True,
             "dtype": "float32",
         }
+        if not self.use_moe:
+            return hf
+        hf |= {name: getattr(self, name) for name in _MOE_FIELDS}
+        if self.scoring_func == "sigmoid":
+            return hf | {
+                "use_qk_norm": self.qk_norm,
+                "rope_parameters": rope | {"partial_rotary_factor": 1.0},  # its default turns half of each head
+                "n_group": 1,
+                "topk_group": 1,
+                "num_nextn_predict_layers": 0,
+            }
+        return hf | {
+            "num_experts": self.n_routed_experts,
+            "shared_expert_intermediate_size": max(self.n_shared_experts, 1) * self.moe_intermediate_size,
+            "mlp_only_layers": list(range(self.first_k_dense_replace)),
+            "decoder_sparse_step": 1,
+            "qkv_bias": False,
+        }
 
     @classmethod
     def from_hf(cls, hf: dict) -> "LMConfig":
         """The inverse of to_hf. ValueError for an architecture or a RoPE variant that model.py does not compute."""
-        if hf.get("model_type") not in ("llama", "qwen3"):
-            raise ValueError(f'model_type "{hf.get("model_type")}" is not supported; "llama" and "qwen3" are')
+        model_type = hf.get("model_type")
+        if model_type not in _MODEL_TYPES:
+            known = ", ".join(f'"{name}"' for name in _MODEL_TYPES)
+            raise ValueError(f'model_type "{model_type}" is not supported; {known} are')
         rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             raise ValueError(f'rope_type "{kind}" is not supported; only "default" is')
         if hf.get("hidden_act", "silu") != "silu":
             raise ValueError(f'hidden_act "{hf["hidden_act"]}" is not supported; only "silu" is')
-        known = {name: hf[name] for name in _SHARED_FIELDS if hf.get(name) is not None}
-        theta = rope.get("rope_theta", hf.get("rope_theta", cls.rope_theta))
-        return cls(**known, rope_theta=theta, qk_norm=hf["model_type"] == "qwen3")
+        use_moe = model_type in ("glm4_moe", "qwen2_moe")
+        if use_moe and not set(_MOE_FIELDS) <= hf.keys():
+            raise ValueError(f'of "{model_type}" only models that Jiezi saved are supported')
+        names = _SHARED_FIELDS + (_MOE_FIELDS if use_moe else [])
+        return cls(
+            **{name: hf[name] for name in names if hf.get(name) is not None},
+            rope_theta=rope.get("rope_theta", hf.get("rope_theta", cls.rope_theta)),
+            qk_norm=model_type == "qwen3" or (model_type == "glm4_moe" and hf["use_qk_norm"]),
+            use_moe=use_moe,
+        )
 
 
 # Fields that have the same name and meaning in config.json.
@@ -111,6 +166,11 @@ _SHARED_FIELDS = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
     "max_position_embeddings rms_norm_eps tie_word_embeddings bos_token_id eos_token_id"
 ).split()
+_MOE_FIELDS = (
+    "n_routed_experts n_shared_experts num_experts_per_tok moe_intermediate_size first_k_dense_replace norm_topk_prob "
+    "routed_scaling_factor scoring_func router_aux_loss_coef seq_aux router_bias_update_speed"
+).split()
+_MODEL_TYPES = ("llama", "qwen3", "glm4_moe", "qwen2_moe")
 
 # Sizes that differ from the defaults above.
 PRESETS = {
@@ -125,8 +185,16 @@ PRESETS = {
         hidden_size=768, intermediate_size=2048, num_hidden_layers=15, num_attention_heads=12, num_key_value_heads=4
     ),
 }
+# The same with experts: as many weights at work on a token, three to four times as many in all.
+PRESETS |= {
+    "tiny-moe": PRESETS["tiny"] | dict(use_moe=True, moe_intermediate_size=64),
+    "mini-moe": PRESETS["mini"] | dict(use_moe=True, moe_intermediate_size=176),
+    "small-moe": PRESETS["small"] | dict(use_moe=True, moe_intermediate_size=352),
+    "base-moe": PRESETS["base"] | dict(use_moe=True, moe_intermediate_size=512),
+}
 
 # Flags that were measured to pretrain a size better than the defaults of 1-pretrain.py.
 TRAINING_FLAGS = {
     "mini": dict(optimizer="muon", learning_rate=6e-3, min_learning_rate=6e-5, warmup_steps=20),
 }
+TRAINING_FLAGS["mini-moe"] = TRAINING_FLAGS["mini"]

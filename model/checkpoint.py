@@ -64,6 +64,13 @@ def replace_directory(directory: Path, new: Path):
     new.rename(directory)
 
 
+def finish_replacing(directory: Path):
+    """A kill between the two renames of replace_directory leaves `.old` and a whole `.new`: does the second one."""
+    old, new = (directory.with_name(directory.name + suffix) for suffix in (".old", ".new"))
+    if not directory.exists() and old.exists() and new.exists():
+        new.rename(directory)
+
+
 def save_model(directory: Path, model: CausalLM, tokenizer_dir: Path, is_chat: bool, base_dir: Path | None = None):
     """Writes the model, in float32, and its tokenizer as a Hugging Face model.
 
@@ -86,7 +93,56 @@ def save_model(directory: Path, model: CausalLM, tokenizer_dir: Path, is_chat: b
     tensors = {name: tensor.float().contiguous() for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         del tensors["lm_head.weight"]
+    tensors = to_disk(config, tensors)
     write_file(directory / MODEL_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+
+
+def to_disk(config: LMConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as transformers' mixtures of experts expect them; a dense model's are the same.
+
+    Qwen2-MoE (softmax) multiplies its shared expert by sigmoid(gate x): the gate is written as zeros, which gives 1/2,
+    and the expert's output matrix doubled. It knows no routed_scaling_factor: the experts' output matrices take it in.
+    Both architectures always have a shared expert; where ours has none, it is zero or empty.
+    """
+    if not config.use_moe:
+        return tensors
+    softmax = config.scoring_func == "softmax"
+    disk = {}
+    for name, tensor in tensors.items():
+        if softmax and ".mlp.experts." in name and name.endswith("down_proj.weight"):
+            tensor = tensor * config.routed_scaling_factor
+        elif softmax and ".mlp.shared_experts.down_proj" in name:
+            tensor = tensor * 2
+        disk[name.replace(".shared_experts.", ".shared_expert.") if softmax else name] = tensor
+    for layer in range(config.first_k_dense_replace, config.num_hidden_layers):
+        shared = f"model.layers.{layer}.mlp.shared_expert" + ("" if softmax else "s")
+        if softmax:
+            disk[f"{shared}_gate.weight"] = torch.zeros(1, config.hidden_size)
+        if not config.n_shared_experts:
+            size = config.moe_intermediate_size if softmax else 0
+            for name in ("gate_proj", "up_proj"):
+                disk[f"{shared}.{name}.weight"] = torch.zeros(size, config.hidden_size)
+            disk[f"{shared}.down_proj.weight"] = torch.zeros(config.hidden_size, size)
+    return disk
+
+
+def from_disk(config: LMConfig, disk: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of to_disk. ValueError for a shared expert whose gate is not zero: model.py has none."""
+    if not config.use_moe:
+        return disk
+    softmax = config.scoring_func == "softmax"
+    tensors = {}
+    for name, tensor in disk.items():
+        if name.endswith(".shared_expert_gate.weight"):
+            if tensor.any():
+                raise ValueError(f"{name} is not zero: gated shared experts are not supported")
+        elif config.n_shared_experts or ".shared_expert" not in name:
+            if softmax and ".mlp.experts." in name and name.endswith("down_proj.weight"):
+                tensor = tensor / config.routed_scaling_factor
+            elif softmax and ".mlp.shared_expert.down_proj" in name:
+                tensor = tensor / 2
+            tensors[name.replace(".shared_expert.", ".shared_experts.")] = tensor
+    return tensors
 
 
 def weights_fingerprint(directory: Path) -> str:
@@ -116,6 +172,7 @@ def load_adapter(model: CausalLM, directory: Path, base_dir: Path):
 
 def load_config(directory: Path) -> LMConfig:
     """FileNotFoundError or ValueError, with what to do, when `directory` does not hold a model of ours."""
+    finish_replacing(Path(directory))
     path = Path(directory) / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"no model in {directory}; train one with: python 1-pretrain.py")
@@ -130,7 +187,7 @@ def load_model(directory: Path, device: torch.device | str = "cpu") -> CausalLM:
     with torch.device("meta"):  # no memory and no random numbers for weights that are read from the file
         model = CausalLM(config)
     path = Path(directory) / MODEL_FILE
-    load_weights(model, _load_tensors(path, device), path)
+    load_weights(model, from_disk(config, _load_tensors(path, device)), path)
     return model.to(device)
 
 
@@ -178,6 +235,7 @@ def save_state(directory: Path, tensors: dict[str, Tensor], info: dict):
 
 def state_file(directory: Path) -> Path:
     """FileNotFoundError when there is nothing to resume."""
+    finish_replacing(directory)
     path = directory / STATE_FILE
     if not path.exists():
         raise FileNotFoundError(f"nothing to resume in {directory}: {STATE_FILE} is missing; start without --resume")

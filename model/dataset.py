@@ -22,7 +22,7 @@ class Batch:
     input_ids: Tensor  # (B, T) int64
     labels: Tensor  # (B, T) int64
     position_ids: Tensor  # (B, T) int64, from 0 in each document; the padding at a row's end counts as a document
-    document_index: Tensor  # (B, T) int64, the place in `documents` of the one that a token belongs to; 0 for padding
+    document_index: Tensor  # (B, T) int64, the place in `documents` of the one that a token belongs to; -1: padding
     documents: list[int]  # numbers of the documents in it; a pair's are neighbours
     split: str  # "train" or "val"
     real_tokens: int  # tokens that are not padding
@@ -118,7 +118,7 @@ class PackedDataset:
     def batch(self, rows: np.ndarray) -> Batch:
         B, T = len(rows), self.max_seq_len
         input_ids, labels = np.zeros((B, T), np.int64), np.full((B, T), IGNORE, np.int64)
-        position_ids, document_index = np.zeros((B, T), np.int64), np.zeros((B, T), np.int64)
+        position_ids, document_index = np.zeros((B, T), np.int64), np.full((B, T), -1, np.int64)
         documents, real_tokens, attention_pairs = [], 0, 0
         for b, row in enumerate(rows):
             at = 0

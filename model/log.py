@@ -7,6 +7,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
+
 from model.checkpoint import write_file
 from model.machine import Machine
 
@@ -21,6 +23,10 @@ SHOWN = {  # how a value of a record is printed, where its name alone does not s
     "real_share": "{:.0%} real",
     "minutes": "{:.1f} min",
     "minutes_left": "{:.1f} left",
+    "load_max": "busiest expert {:.2f} x",
+    "load_entropy": "entropy {:.3f}",
+    "idle_experts": "{} idle",
+    "expert_load": None,  # too long
 }
 
 
@@ -51,7 +57,8 @@ class Log:
         self.records.append(record)
         if self.quiet:
             return
-        shown = "  ".join(SHOWN.get(name, name + " {:.3f}").format(value) for name, value in record.items())
+        forms = {name: SHOWN.get(name, name + " {:.3f}") for name in record}
+        shown = "  ".join(form.format(record[name]) for name, form in forms.items() if form)
         if self.bar:
             self.bar.n = 100 * min(done, 1)
             self.bar.set_postfix_str(shown)
@@ -64,6 +71,8 @@ class Log:
         lines = "".join(json.dumps(record) + "\n" for record in self.records)
         write_file(directory / "metrics.jsonl", lambda temporary: temporary.write_text(lines, "utf-8"))
         write_file(directory / "loss.png", lambda temporary: plot(self.records, temporary))
+        if any("expert_load" in record for record in self.records):
+            write_file(directory / "experts.png", lambda temporary: plot_experts(self.records, temporary))
 
     def close(self):
         if self.bar:
@@ -90,6 +99,41 @@ def plot(records: list[dict], path: Path):
         axes.set(xlabel="million tokens", ylabel=title)
         axes.grid(alpha=0.3)
         axes.legend()
+    figure.savefig(path, format="png", dpi=120)
+
+
+def describe_load(load: np.ndarray) -> dict:
+    """How a mixture of experts is used: load (layers, E), tokens by expert.
+
+    The busiest expert's load over the mean, the lowest entropy of a layer (1: all alike), and how many are idle.
+    """
+    share = load / load.sum(1, keepdims=True)
+    entropy = -(share * np.log(np.maximum(share, 1e-9))).sum(1) / np.log(load.shape[1])
+    return {
+        "load_max": float(share.max() * load.shape[1]),
+        "load_entropy": float(entropy.min()),
+        "idle_experts": int((load == 0).sum()),
+        "expert_load": share.round(5).tolist(),
+    }
+
+
+def plot_experts(records: list[dict], path: Path):
+    """Each layer's share of tokens by expert over the tokens seen; white is an even share, blue less, red more."""
+    from matplotlib.figure import Figure
+
+    records = [record for record in records if "expert_load" in record]
+    loads = np.array([record["expert_load"] for record in records])  # (records, layers, E)
+    n_layers, n_experts = loads.shape[1:]
+    figure = Figure(figsize=(8, 0.6 + 1.4 * n_layers), layout="constrained")
+    panels = figure.subplots(n_layers, sharex=True, squeeze=False).flat
+    extent = (0, records[-1]["tokens"] / 1e6, n_experts - 0.5, -0.5)
+    for i, axes in enumerate(panels):
+        style = dict(aspect="auto", interpolation="nearest", cmap="RdBu_r", vmin=0, vmax=2, extent=extent)
+        image = axes.imshow(loads[:, i].T * n_experts, **style)
+        axes.set(ylabel=f"layer {i + 1}" if n_layers > 1 else "expert")
+    axes.set(xlabel="million tokens")
+    figure.colorbar(image, ax=list(panels), label="load of an expert / mean load", extend="max")
+    figure.suptitle("share of tokens by expert, one panel for each layer with experts")
     figure.savefig(path, format="png", dpi=120)
 
 
@@ -122,7 +166,7 @@ class Meter:
             "step": progress.step,
             "tokens": progress.tokens,
             "loss": window["loss"] / window["tokens"],
-            **{name: window[name] / window["tokens"] for name in metrics},
+            **{name: window[name] / window["tokens"] for name in metrics if name != "expert_load"},
             "learning_rate": learning_rate,
             "grad_norm": grad_norm,
             "tokens_per_s": window["real_tokens"] / window["step_seconds"],
@@ -130,4 +174,5 @@ class Meter:
             "real_share": window["real_tokens"] / window["row_tokens"],
             "minutes": progress.seconds / 60,
             "minutes_left": seconds_left / 60,
+            **(describe_load(window["expert_load"]) if "expert_load" in metrics else {}),
         }

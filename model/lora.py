@@ -5,6 +5,7 @@ PEFT's format: a hundredth of the weights or so.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +13,15 @@ from torch import Tensor, nn
 
 from model.model import CausalLM
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+TARGETS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 LORA_FLAGS = {  # for the stages that can train an adapter: name -> options of argparse's add_argument
     "--lora_rank": dict(type=int, help="rank r of the adapters"),
     "--lora_alpha": dict(type=float, help="weight of the adapters, divided by the rank; without it, 2 r"),
     "--lora_dropout": dict(type=float, default=0.0, help="share of an adapter's inputs set to 0 in training"),
-    "--lora_targets": dict(nargs="+", default=TARGETS, metavar="NAME", help="layers that get an adapter"),
+    "--lora_targets": dict(
+        nargs="+", metavar="NAME", help="layers that get an adapter; without it, all (with experts, those of attention)"
+    ),
 }
 
 
@@ -56,14 +60,24 @@ def has_lora(model: CausalLM) -> bool:
 
 
 def apply_lora(
-    model: CausalLM, r: int, alpha: float | None = None, dropout: float = 0.0, targets: tuple[str, ...] = TARGETS
+    model: CausalLM, r: int, alpha: float | None = None, dropout: float = 0.0, targets: Sequence[str] | None = None
 ):
     """Freezes the model and puts an adapter on every layer whose name ends in one of `targets`; without alpha, 2 r.
 
-    ValueError for a target that no layer has, since it would adapt nothing without a word.
+    Without targets, on all projections; in a model with experts on those of attention alone, since transformers and
+    PEFT hold the experts in one tensor and would drop their adapters without a word. ValueError for a target that no
+    layer has, or that such a model cannot export.
     """
+    if r < 1:
+        raise ValueError(f"--lora_rank must be at least 1, not {r}")
     if has_lora(model):
         raise ValueError("the model has adapters already; merge them first")
+    targets = targets or (ATTENTION if model.config.use_moe else TARGETS)
+    if model.config.use_moe and (beyond := sorted(set(targets) - set(ATTENTION))):
+        raise ValueError(
+            f"no adapter for {', '.join(beyond)} in a model with experts: PEFT would not find it in transformers' "
+            f"fused experts; adapt {', '.join(ATTENTION)}"
+        )
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     found = {name: module for name, module in linears.items() if name.rpartition(".")[2] in targets}
     missing = set(targets) - {name.rpartition(".")[2] for name in found}

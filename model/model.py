@@ -1,7 +1,9 @@
-"""The decoder: RMSNorm, RoPE, grouped-query attention and SwiGLU, as in Llama 3.1 (arXiv 2407.21783), with QK-norm.
+"""The decoder: RMSNorm, RoPE, grouped-query attention and SwiGLU, as in Llama 3.1 (arXiv 2407.21783), with QK-norm; and
+a mixture of experts in the place of SwiGLU, as in DeepSeekMoE (arXiv 2401.06066).
 
 Shapes in the comments:  B rows, T tokens in a row, S tokens that can be seen (cached ones included), H hidden_size,
-I intermediate_size, N query heads, K key-value heads, D head_dim, V vocab_size.
+I intermediate_size, N query heads, K key-value heads, D head_dim, V vocab_size, E routed experts, of which a
+token visits k.
 Module and parameter names are Hugging Face's: a state dict is a checkpoint.
 """
 
@@ -109,6 +111,72 @@ class FeedForward(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (B, T, H) -> (B, T, I) -> (B, T, H)
 
 
+class Router(nn.Module):
+    """Scores every expert for every token and chooses k. In float32, since near ties would fall differently in less.
+
+    softmax  scores are a distribution over the experts; a loss keeps them balanced (arXiv 2405.04434, 2.2.3)
+    sigmoid  each expert is scored for itself, and a bias that training moves against the load is added for the choice
+             alone, not for the weight (arXiv 2412.19437, eq. 13 to 16; 2408.15664)
+    """
+
+    def __init__(self, config: LMConfig):
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        if config.scoring_func == "sigmoid":
+            self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B * T, H) -> weights (B * T, k) and numbers (B * T, k) of the chosen experts, scores of all (B * T, E)."""
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.float(), self.weight.float())  # (B * T, E)
+        if self.config.scoring_func == "softmax":
+            scores = ranking = logits.softmax(-1)
+        else:
+            scores = logits.sigmoid()
+            ranking = scores + self.e_score_correction_bias
+        chosen = ranking.topk(self.config.num_experts_per_tok, sorted=False).indices
+        weights = scores.gather(1, chosen)
+        if self.config.norm_topk_prob:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return weights * self.config.routed_scaling_factor, chosen, scores
+
+
+class MoEFeedForward(nn.Module):
+    """Many small experts of which each token visits k, beside shared ones for all (arXiv 2401.06066, eq. 3 to 5)."""
+
+    def __init__(self, config: LMConfig):
+        super().__init__()
+        size, n_shared = config.moe_intermediate_size, config.n_shared_experts
+        self.gate = Router(config)
+        self.experts = nn.ModuleList(FeedForward(config.hidden_size, size) for _ in range(config.n_routed_experts))
+        self.shared_experts = FeedForward(config.hidden_size, n_shared * size) if n_shared else None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """x (B, T, H) -> the same shape, and the router's scores (B * T, E) and choices (B * T, k)."""
+        tokens = x.flatten(0, 1)
+        weights, chosen, scores = self.gate(tokens)
+        y = self.visit_experts(tokens, weights, chosen).view_as(x)
+        if self.shared_experts is not None:
+            y = y + self.shared_experts(x)
+        return y, (scores, chosen)
+
+    @torch.compiler.disable  # the sizes of the slabs are data: each would be compiled anew
+    def visit_experts(self, tokens: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """sum_i weights[:, i] * expert[chosen[:, i]](tokens), (B * T, H).
+
+        The visits are sorted by expert once, so that each expert multiplies one contiguous slab, however long.
+        """
+        visits = chosen.flatten().argsort(stable=True)  # (B * T * k,): those to expert 0 first
+        sizes = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
+        visitors = visits // chosen.shape[1]  # tokens
+        slabs = tokens.index_select(0, visitors).split(sizes)
+        # In training an expert without visitors takes part too, and gets a gradient of zero.
+        outputs = [expert(slab) for expert, slab in zip(self.experts, slabs) if len(slab) or self.training]
+        outputs = torch.cat(outputs) * weights.flatten().index_select(0, visits)[:, None]
+        return torch.zeros_like(tokens).index_add(0, visitors, outputs.to(tokens.dtype))
+
+
 class DecoderLayer(nn.Module):
     """Pre-norm: each half reads a normalised copy of x and adds what it found."""
 
@@ -117,11 +185,20 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer_idx)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = FeedForward(config.hidden_size, config.intermediate_size)
+        self.has_experts = config.use_moe and layer_idx >= config.first_k_dense_replace
+        if self.has_experts:
+            self.mlp = MoEFeedForward(config)
+        else:
+            self.mlp = FeedForward(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask, cache=None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask, cache=None):
+        """x (B, T, H) -> the same shape, and what the router did (MoEFeedForward.forward) or None."""
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        normed = self.post_attention_layernorm(x)
+        if not self.has_experts:
+            return x + self.mlp(normed), None
+        y, routed = self.mlp(normed)
+        return x + y, routed
 
 
 class Decoder(nn.Module):
@@ -135,12 +212,20 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None, mask: Tensor | None = None, cache=None):
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache=None,
+        routing: list | None = None,
+    ) -> Tensor:
         """input_ids (B, T) to hidden states (B, T, H).
 
         position_ids (B, T) count from 0 in each document: attention does not cross from one document of a packed row
         to the next. Without them a row is one document, continued from the cache (generation.KVCache) if there is one.
         mask: (B, 1, T, S) boolean, True where a query may look; replaces the causal or document mask.
+        routing: a list that gets each router's scores (B * T, E) and choices (B * T, k), for the balance of experts.
         """
         T, past = input_ids.shape[1], 0 if cache is None else cache.length
         if position_ids is None:
@@ -153,9 +238,11 @@ class Decoder(nn.Module):
         x = self.embed_tokens(input_ids)  # (B, T, H)
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(layer, x, rope, mask, use_reentrant=False)
+                x, routed = checkpoint(layer, x, rope, mask, use_reentrant=False)
             else:
-                x = layer(x, rope, mask, cache)
+                x, routed = layer(x, rope, mask, cache)
+            if routed is not None and routing is not None:
+                routing.append(routed)
         return self.norm(x)
 
 
@@ -185,3 +272,10 @@ class CausalLM(nn.Module):
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def num_idle_parameters(self) -> int:
+        """Those of the routed experts that a token does not visit."""
+        config = self.config
+        idle_experts = config.n_routed_experts - config.num_experts_per_tok
+        expert = 3 * config.hidden_size * config.moe_intermediate_size
+        return sum(idle_experts * expert for layer in self.model.layers if layer.has_experts)

@@ -3,6 +3,7 @@
 import argparse
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -80,11 +81,16 @@ class Muon(torch.optim.Optimizer):
             parameter.addcdiv_(state["mean"], scale, value=-group["lr"] / (1 - beta1**n))
 
 
+def _is_matrix(name: str) -> bool:
+    """Not embedding, head and routers: their rows belong to a token or an expert each, and have a size of their own."""
+    return ".layers." in name and not name.endswith(".mlp.gate.weight")
+
+
 def build_optimizer(model: CausalLM, args: argparse.Namespace) -> torch.optim.Optimizer:
     """AdamW (arXiv 1711.05101) or Muon. Only matrices decay: shrinking a norm's weight would regularise nothing."""
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    matrices = [p for name, p in trainable.items() if p.dim() > 1 and ".layers." in name]
-    tables = [p for name, p in trainable.items() if p.dim() > 1 and ".layers." not in name]  # embedding and head
+    matrices = [p for name, p in trainable.items() if p.dim() > 1 and _is_matrix(name)]
+    tables = [p for name, p in trainable.items() if p.dim() > 1 and not _is_matrix(name)]
     vectors = [p for p in trainable.values() if p.dim() <= 1]
     groups = [
         {"params": matrices, "weight_decay": args.weight_decay, "matrices": True},
@@ -114,24 +120,35 @@ class GradientBuffer:
 
     def __init__(self, parameters: list[Tensor], room_for_metrics: int = 16):
         total = sum(parameter.numel() for parameter in parameters)
-        self.names = list(self.SUMS)
-        self.flat = torch.zeros(total + len(self.names) + room_for_metrics, device=parameters[0].device)
+        self.flat = torch.zeros(total + len(self.SUMS) + room_for_metrics, device=parameters[0].device)
         self.gradients, self.sums = self.flat[:total], self.flat[total:]
+        self.places = {name: slice(i, i + 1) for i, name in enumerate(self.SUMS)}
+        self.shapes = dict.fromkeys(self.SUMS, ())
         at = 0
         for parameter in parameters:
             parameter.grad = self.gradients[at : at + parameter.numel()].view_as(parameter)
             at += parameter.numel()
 
     def add(self, **sums: float | Tensor):
+        """Adds to the sums of these names; a new name gets a place, as large as its tensor."""
         for name, value in sums.items():
-            if name not in self.names:
-                self.names.append(name)
-            self.sums[self.names.index(name)] += value
+            value = torch.as_tensor(value, device=self.flat.device)
+            if name not in self.places:
+                start = max(place.stop for place in self.places.values())
+                self.places[name], self.shapes[name] = slice(start, start + value.numel()), value.shape
+            self.sums[self.places[name]] += value.flatten()
 
-    def all_reduce(self, machine: Machine) -> dict[str, float]:
+    @property
+    def metrics(self) -> list[str]:
+        """The names that the stage added."""
+        return list(self.places)[len(self.SUMS) :]
+
+    def all_reduce(self, machine: Machine) -> dict[str, float | np.ndarray]:
         """Adds the gradients and sums of all processes; returns the sums."""
         machine.sum(self.flat)
-        return dict(zip(self.names, self.sums.tolist()))
+        sums = self.sums.cpu().numpy().copy()
+        shaped = {name: sums[place].reshape(self.shapes[name]) for name, place in self.places.items()}
+        return {name: value if value.shape else value.item() for name, value in shaped.items()}
 
 
 def optimizer_step(optimizer, buffer: GradientBuffer, scaler, scale: float, grad_clip: float) -> float:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -53,6 +54,8 @@ def run(main: Callable[[], None]):
         _exit(error, 2)
     except (OSError, FloatingPointError) as error:
         _exit(error, 1)
+    except KeyboardInterrupt:  # before the first step or after the last; between them StopRequest takes it
+        _exit("interrupted", 130)
     except RuntimeError as error:
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
@@ -75,12 +78,16 @@ def _exit(error: Exception | str, status: int):
 
 
 def step_flops(model: CausalLM, tokens: int, attention_pairs: int) -> float:
-    """Floating-point operations of forward and backward: 6 a weight and token (arXiv 2001.08361, 2.1), and for each
-    layer and query-key pair 12 a number of the query, for q k^T and its product with v. Padding is not counted."""
+    """Floating-point operations of forward and backward: 6 a weight and token (arXiv 2001.08361, 2.1), 4 where it is
+    frozen, and for each layer and query-key pair 12 a number of the query, for q k^T and its product with v. Padding
+    is not counted, nor are experts that a token does not visit."""
     config = model.config
-    weights = model.num_parameters() - (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size)
+    weights = model.num_parameters() - model.num_idle_parameters()
+    weights -= 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+    frozen -= model.num_idle_parameters() if frozen else 0
     pair = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
-    return 6 * weights * tokens + pair * attention_pairs
+    return (6 * weights - 2 * frozen) * tokens + pair * attention_pairs
 
 
 def memory_estimate(model: CausalLM, args: argparse.Namespace, bytes_per_number: int = 4) -> int:
@@ -106,7 +113,8 @@ def next_token_loss(model: CausalLM, batch: Batch) -> tuple[Tensor, int, dict[st
     The logits (B * T, V) are the largest tensor of a small model. They are made, reduced and turned into gradients a
     chunk of tokens at a time, which also keeps them in the processor's cache.
     """
-    hidden = model.model(batch.input_ids, batch.position_ids)  # (B, T, H)
+    routing, scored = [], batch.labels != IGNORE
+    hidden = model.model(batch.input_ids, batch.position_ids, routing=routing)  # (B, T, H)
     loss_sum = F.linear_cross_entropy(
         hidden.flatten(0, 1),
         model.lm_head.weight.to(hidden.dtype),
@@ -115,7 +123,59 @@ def next_token_loss(model: CausalLM, batch: Batch) -> tuple[Tensor, int, dict[st
         ignore_index=IGNORE,
         options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=LOSS_CHUNK),
     )
-    return loss_sum, int((batch.labels != IGNORE).sum()), {}
+    weights = batch.document_index[scored].bincount(minlength=len(batch.documents))  # a document's scored tokens
+    balance, metrics = expert_balance(model, batch, routing, weights)
+    return loss_sum + balance, int(scored.sum()), metrics
+
+
+def balance_loss(scores: Tensor, chosen: Tensor, sequences: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """How unevenly one router loads its experts, and the load: tokens by expert, (E,).
+
+    E/k sum_e f_e p_e for each sequence, with f_e the share of its tokens that chose e and p_e its mean normalised score
+    (arXiv 2412.19437, eq. 17 to 20), weighted by `weights` (S,) and added up. Even loads give 1 for every k.
+    scores (M, E), chosen (M, k); sequences (M,): the number of each token's sequence, or -1 for padding, which is left
+    out.
+    """
+    n_experts, k, S = scores.shape[1], chosen.shape[1], len(weights)
+    sequences = torch.where(sequences < 0, S, sequences)  # padding is summed up in a row of its own, S
+    visits = torch.zeros_like(scores).scatter_(1, chosen, 1)  # (M, E)
+    shares = scores / scores.sum(-1, keepdim=True)
+    visits, shares = (scores.new_zeros(S + 1, n_experts).index_add(0, sequences, x)[:S] for x in (visits, shares))
+    lengths = sequences.bincount(minlength=S + 1)[:S, None].clamp(min=1)
+    uneven = n_experts / k * (visits / lengths * shares / lengths).sum(-1)  # (S,)
+    return (uneven * weights).sum(), visits.sum(0)
+
+
+def expert_balance(
+    model: CausalLM, batch: Batch, routing: list[tuple[Tensor, Tensor]], weights: Tensor
+) -> tuple[Tensor | float, dict[str, Tensor]]:
+    """What a mixture of experts adds to the loss in training, and its metrics: 0 and none for a dense model.
+
+    `weights` says how much each document counts. The value of the first is 0 and only its gradient counts, so that the
+    loss compares with that of a dense model. "expert_load" is (layers with experts, E).
+    """
+    if not routing or not model.training:
+        return 0.0, {}
+    config, sequences = model.config, batch.document_index.flatten()
+    if not config.seq_aux:  # all documents are one
+        sequences, weights = sequences.clamp(max=0), weights.sum()[None]
+    losses, loads = zip(*(balance_loss(scores, chosen, sequences, weights) for scores, chosen in routing))
+    total = sum(losses)
+    metrics = {"balance_loss": total.detach() / len(losses), "expert_load": torch.stack(loads)}
+    return config.router_aux_loss_coef * (total - total.detach()), metrics
+
+
+@torch.no_grad()
+def move_router_bias(model: CausalLM, load: np.ndarray | None):
+    """Makes overloaded experts of sigmoid routers a little less likely to be chosen and the others more, by the loads
+    (layers, E) of the whole step (arXiv 2408.15664, algorithm 1). Frozen routers keep theirs."""
+    if load is None or model.config.scoring_func != "sigmoid":
+        return
+    routers = [layer.mlp.gate for layer in model.model.layers if layer.has_experts]
+    for router, load_of_layer in zip(routers, torch.from_numpy(load).to(model.lm_head.weight.device)):
+        if router.weight.requires_grad:
+            wanted = (load_of_layer.mean() - load_of_layer).sign()
+            router.e_score_correction_bias += model.config.router_bias_update_speed * wanted
 
 
 @torch.no_grad()
@@ -211,6 +271,7 @@ class Checkpointer:
             directory = self.out_dir if self.in_place else self.out_dir.with_name(self.out_dir.name + ".new")
             trained = {name: parameter for parameter, name in self.names.items() if parameter.requires_grad}
             tensors = {f"weight.{name}": parameter.data for name, parameter in trained.items()}
+            tensors |= {f"buffer.{name}": buffer for name, buffer in self.model.named_buffers()}
             for parameter, state in self.optimizer.state.items():
                 tensors |= {f"optimizer.{self.names[parameter]}/{key}": value for key, value in state.items()}
             tensors |= {f"random.{rank}": state for rank, state in enumerate(random_states)}
@@ -236,6 +297,8 @@ class Checkpointer:
             kind, _, name = key.partition(".")
             if kind == "weight":
                 parameters[name].data.copy_(tensor)
+            elif kind == "buffer":
+                self.model.get_buffer(name).copy_(tensor)
             elif kind == "optimizer":
                 name, _, entry = name.rpartition("/")
                 self.optimizer.state[parameters[name]][entry] = tensor
@@ -293,7 +356,9 @@ def train(args: argparse.Namespace, machine: Machine, model: CausalLM, loss_fn: 
     optimizer = build_optimizer(model, args)
     checkpointer = Checkpointer(args, machine, model, optimizer, train_set, tokenizer_dir)
     progress = checkpointer.resume() if args.resume else Progress()
-    buffer = GradientBuffer([parameter for parameter in model.parameters() if parameter.requires_grad])
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    n_loads = model.config.n_routed_experts * model.config.num_hidden_layers if model.config.use_moe else 0
+    buffer = GradientBuffer(trained, room_for_metrics=16 + n_loads)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     log = Log(args, machine)
     peak = matmul_rate(machine)  # measured by all processes at once
@@ -351,6 +416,7 @@ def train(args: argparse.Namespace, machine: Machine, model: CausalLM, loss_fn: 
                 skip_step(progress, losses, machine, log)
                 continue
             progress.skipped = 0
+            move_router_bias(model, sums.get("expert_load"))
 
             # Log, validate, save.
             meter.add(sums, len(rows) * args.max_seq_len)
@@ -358,7 +424,7 @@ def train(args: argparse.Namespace, machine: Machine, model: CausalLM, loss_fn: 
             evaluates = done >= 1 or progress.step % args.eval_interval == 0
             if evaluates or progress.step % args.log_interval == 0:
                 lr = optimizer.param_groups[0]["lr"]
-                record = meter.record(progress, done, lr, grad_norm, buffer.names[len(buffer.SUMS) :])
+                record = meter.record(progress, done, lr, grad_norm, buffer.metrics)
                 log.add(done, record | (validate(args.eval_rows if done < 1 else None) if evaluates else {}))
             if progress.step % args.save_interval == 0:
                 checkpointer.save(progress, log)
@@ -424,8 +490,10 @@ def describe(args: argparse.Namespace, machine: Machine, model: CausalLM, data: 
         tokens = min(tokens, args.max_steps * rows * args.max_seq_len * data.real_share)
     minutes = step_flops(model, tokens, 0) / (0.6 * peak * machine.world_size) / 60
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    total = model.num_parameters()
+    at_work = f", {total - model.num_idle_parameters():,} at work on a token" if model.config.use_moe else ""
     lines = [
-        f"model    {model.num_parameters():,} parameters, {trained / model.num_parameters():.1%} of them trained",
+        f"model    {total:,} parameters{at_work}, {trained / total:.1%} of them trained",
         f"data     {args.data}: {data.n_tokens:,} tokens in {len(data):,} rows of {args.max_seq_len}, "
         f"{data.real_share:.1%} of them real",
         f"machine  {machine.world_size} x {machine.device.type}, {str(machine.dtype).removeprefix('torch.')}, "
