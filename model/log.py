@@ -125,14 +125,14 @@ def plot_experts(records: list[dict], path: Path):
     loads = np.array([record["expert_load"] for record in records])  # (records, layers, E)
     n_layers, n_experts = loads.shape[1:]
     figure = Figure(figsize=(8, 0.6 + 1.4 * n_layers), layout="constrained")
-    panels = figure.subplots(n_layers, sharex=True, squeeze=False).flat
+    panels = figure.subplots(n_layers, sharex=True, squeeze=False)[:, 0]
     extent = (0, records[-1]["tokens"] / 1e6, n_experts - 0.5, -0.5)
     for i, axes in enumerate(panels):
         style = dict(aspect="auto", interpolation="nearest", cmap="RdBu_r", vmin=0, vmax=2, extent=extent)
         image = axes.imshow(loads[:, i].T * n_experts, **style)
         axes.set(ylabel=f"layer {i + 1}" if n_layers > 1 else "expert")
     axes.set(xlabel="million tokens")
-    figure.colorbar(image, ax=list(panels), label="load of an expert / mean load", extend="max")
+    figure.colorbar(image, ax=panels, label="load of an expert / mean load", extend="max")
     figure.suptitle("share of tokens by expert, one panel for each layer with experts")
     figure.savefig(path, format="png", dpi=120)
 

@@ -105,6 +105,7 @@ def test_the_stage_starts_at_ln_2_learns_the_preference_and_reads_the_reference_
     records = [json.loads(line) for line in (tmp_path / "dpo" / "metrics.jsonl").read_text().splitlines()]
     assert records[0]["val_loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert records[0]["val_reward_margin"] == pytest.approx(0, abs=1e-3)
+    assert records[0]["val_accuracy"] == 0.5, "all are ties"
     assert "val_bits_per_byte" not in records[0]
     assert records[-1]["val_accuracy"] == 1
     assert records[-1]["val_reward_margin"] > 0.1
