@@ -12,6 +12,7 @@ for both alike, are those that Jiezi needs: 6 a weight and token, and attention 
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -59,18 +60,36 @@ def measure(preset: str, args: argparse.Namespace, machine: Machine):
     labels[:, 1:] = batch.labels[:, :-1]  # transformers shifts them itself
     labels[:, 0] = IGNORE
 
-    def our_step():
-        loss_sum, tokens, _ = next_token_loss(ours, batch)
-        (loss_sum / tokens).backward()
-
     def their_step():
         theirs(input_ids=batch.input_ids, labels=labels, use_cache=False).loss.backward()
 
-    contestants = {"jiezi": (ours, our_step), "transformers": (theirs, their_step)}
+    contestants = {"jiezi": (ours, step_of(ours, batch)), "transformers": (theirs, their_step)}
+    seconds, peak = take_turns(contestants, args.steps, machine)
+    flops, tokens = step_flops(ours, batch.real_tokens, batch.attention_pairs), batch.real_tokens
+    for name, times in seconds.items():
+        median = statistics.median(times)
+        share = flops / median / peak
+        size = f"{preset:8}{ours.num_parameters() / 1e6:8.1f}M  {name:14}"
+        print(f"{size}{median:8.3f} s/step {tokens / median:8,.0f} tok/s {share:6.1%} of {peak / 1e9:.0f} GFLOP/s")
+    print(f"{preset:8}{'':11}jiezi is {ratio(seconds, 'transformers', 'jiezi'):.2f} x transformers, step by step")
+
+
+def step_of(model: CausalLM, batch: Batch) -> Callable[[], None]:
+    """A function that computes the gradients of a training step."""
+
+    def step():
+        loss_sum, tokens, _ = next_token_loss(model, batch)
+        (loss_sum / tokens).backward()
+
+    return step
+
+
+def take_turns(contestants: dict, steps: int, machine: Machine) -> tuple[dict[str, list[float]], float]:
+    """Seconds of each step of each (model, step), which take turns, and the best matrix-multiply rate on the way."""
     seconds = {name: [] for name in contestants}
     optimizers = {n: torch.optim.AdamW(model.parameters(), fused=True) for n, (model, _) in contestants.items()}
     peaks = [matmul_rate(machine)]
-    for turn in range(args.steps + 1):
+    for turn in range(steps + 1):
         for name, (_, step) in contestants.items():
             start = time.perf_counter()
             step()
@@ -79,16 +98,12 @@ def measure(preset: str, args: argparse.Namespace, machine: Machine):
             if turn:  # the first is a warm-up
                 seconds[name].append(time.perf_counter() - start)
         peaks.append(matmul_rate(machine))
-    flops, tokens = step_flops(ours, batch.real_tokens, batch.attention_pairs), batch.real_tokens
-    for name, times in seconds.items():
-        median = statistics.median(times)
-        share = flops / median / max(peaks)
-        size = f"{preset:8}{ours.num_parameters() / 1e6:8.1f}M  {name:14}"
-        print(
-            f"{size}{median:8.3f} s/step {tokens / median:8,.0f} tok/s {share:6.1%} of {max(peaks) / 1e9:.0f} GFLOP/s"
-        )
-    ratio = statistics.median(b / a for a, b in zip(seconds["jiezi"], seconds["transformers"]))
-    print(f"{preset:8}{'':11}jiezi is {ratio:.2f} x transformers, step by step")
+    return seconds, max(peaks)
+
+
+def ratio(seconds: dict[str, list[float]], slower: str, faster: str) -> float:
+    """How many times as fast `faster` was: the median over the turns."""
+    return statistics.median(a / b for a, b in zip(seconds[slower], seconds[faster]))
 
 
 def main():
