@@ -9,7 +9,7 @@
 
 This process reads the files as a stream of batches; worker processes parse, clean and tokenize them; this process takes
 the results in the order of the input, drops duplicates and writes. So the output does not depend on the number of
-workers, and memory does not grow with the corpus, but for the index of duplicates. docs/data.md describes the files.
+workers, and memory does not grow with the corpus, but for the index of duplicates. docs/data_en.md describes the files.
 """
 
 import argparse

@@ -242,6 +242,24 @@ def test_a_disk_that_fills_up_leaves_the_earlier_checkpoint(fails, trained, run_
     assert run_here("1-pretrain.py", *trained, "--max_steps", "2", "--resume").status == 0, "it cannot go on"
 
 
+def test_a_kill_between_the_two_renames_is_mended_by_whoever_comes_next(trained, run_here, tmp_path, monkeypatch):
+    rename = Path.rename
+
+    def killed_at_the_second(path, target):
+        if path.name == "out.new":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", killed_at_the_second)
+    assert run_here("1-pretrain.py", *trained, "--max_steps", "2").status == 130
+    monkeypatch.undo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.new", "out.old"]
+    assert run_here("1-pretrain.py", *trained, "--max_steps", "3", "--resume").status == 0
+    assert checkpoint.load_state(tmp_path / "out")[1]["progress"]["step"] == 3
+    (tmp_path / "out").rename(tmp_path / "out.new")
+    checkpoint.load_model(tmp_path / "out")
+
+
 def limit_file_size():
     import resource  # not on Windows
 

@@ -119,3 +119,12 @@ def test_the_stage_starts_at_ln_2_learns_the_preference_and_reads_the_reference_
     assert run_here("4-dpo.py", *flags, "--out_dir", tmp_path / "again").status == 0
     again = json.loads((tmp_path / "again" / "metrics.jsonl").read_text().splitlines()[0])
     assert abs(again["val_reward_chosen"]) > 0.1
+
+
+@pytest.mark.parametrize("flags", ["--beta 0", "--label_smoothing 1.5", "--sft_weight -1", "--lora_rank -2"])
+def test_an_impossible_value_is_refused_with_the_flag_named(flags, pairs, base_dir, run_here, tmp_path):
+    result = run_here(
+        "4-dpo.py", "--data", pairs, "--init_from", base_dir, "--out_dir", tmp_path / "dpo", *flags.split()
+    )
+    assert result.status == 2, result.out + result.err
+    assert flags.split()[0] in result.err

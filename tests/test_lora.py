@@ -98,6 +98,12 @@ def test_a_target_that_no_layer_has_is_named(base_dir):
         apply_lora(load_model(base_dir), r=4, alpha=8.0, targets=("q_proj", "query"))
 
 
+@pytest.mark.parametrize("rank", [0, -1])
+def test_a_rank_below_one_is_refused(rank, base_dir, chat_data, run_here, tmp_path):
+    flags = ["--init_from", base_dir, "--data", chat_data, "--out_dir", tmp_path / "out", "--lora_rank", rank]
+    assert "--lora_rank must be at least 1" in run_here("3-lora.py", *flags).error_line(status=2)
+
+
 @pytest.mark.slow
 def test_the_stage_trains_resumes_and_merges(base_dir, chat_data, run_here, tmp_path):
     out, flags = tmp_path / "lora", ["--init_from", base_dir, "--data", chat_data, "--max_seq_len", 128]
