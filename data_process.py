@@ -283,6 +283,8 @@ def parse(record):
 def text_of(record, field):
     text = record.get(field)
     if not isinstance(text, str):
+        if field in record:
+            raise ValueError(f'the field "{field}" holds no text but {json.dumps(text, default=str)[:40]}')
         raise ValueError(f'no text in the field "{field}" (see --text_field); there is {", ".join(map(str, record))}')
     return text
 

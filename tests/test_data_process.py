@@ -586,7 +586,7 @@ def test_bad_lines_are_skipped_and_named():
     assert report("out")["bad_examples"] == [
         "a.jsonl:2: expected a JSON object, found: int",
         "a.jsonl:3: expected a JSON object, found: NoneType",
-        'a.jsonl:4: no text in the field "text" (see --text_field); there is text',
+        'a.jsonl:4: the field "text" holds no text but 1',
         'a.jsonl:5: no text in the field "text" (see --text_field); there is body',
         "a.jsonl:6: broken JSON: 'utf-8' codec can't decode byte 0xff in position 10: invalid start byte",
     ]
