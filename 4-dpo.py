@@ -117,7 +117,7 @@ def main():
         losses = losses - args.sft_weight * log_probs[0::2] / lengths[0::2]
         balance, metrics = expert_balance(model, batch, routing, torch.full_like(lengths, 0.5))  # two chats a pair
         metrics |= {  # sums over the pairs; the log divides by their number
-            "accuracy": (0.5 + 0.5 * (chosen - rejected).round(decimals=4).sign()).sum(),  # a tie is half right
+            "accuracy": ((chosen > rejected) + 0.5 * (chosen == rejected)).sum(),  # a tie is half right
             "reward_margin": args.beta * (chosen - rejected).sum(),
             "reward_chosen": args.beta * chosen.sum(),
             "reward_rejected": args.beta * rejected.sum(),

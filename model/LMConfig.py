@@ -36,7 +36,7 @@ class LMConfig:
     routed_scaling_factor: float = 1.0  # then multiplied by this
     scoring_func: str = "sigmoid"  # balanced by a bias (DeepSeek-V3); or "softmax", balanced by a loss (DeepSeek-V2)
     router_aux_loss_coef: float | None = None  # weight of the balance loss; None: 1e-4 for sigmoid, 0.01 for softmax
-    seq_aux: bool = True  # balance within each document; False: over all tokens of a batch
+    seq_aux: bool = True  # balance within each document; False: in each micro-batch, whose size then matters
     router_bias_update_speed: float = 1e-3  # how far a step moves the bias of an expert (sigmoid)
 
     def __post_init__(self):
@@ -185,7 +185,7 @@ PRESETS = {
         hidden_size=768, intermediate_size=2048, num_hidden_layers=15, num_attention_heads=12, num_key_value_heads=4
     ),
 }
-# The same with experts: as many weights at work on a token, three to four times as many in all.
+# The same with experts: as many weights at work on a token, two to three times as many in all.
 PRESETS |= {
     "tiny-moe": PRESETS["tiny"] | dict(use_moe=True, moe_intermediate_size=64),
     "mini-moe": PRESETS["mini"] | dict(use_moe=True, moe_intermediate_size=176),

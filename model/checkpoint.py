@@ -11,6 +11,7 @@ so a kill leaves the old or the new one, whole; the training state has its own c
 resumes from always belongs together.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -55,20 +56,22 @@ def write_json(path: Path, value):
     write_file(path, lambda temporary: temporary.write_text(text, "utf-8"))
 
 
-def replace_directory(directory: Path, new: Path):
-    """Puts `new` in the place of `directory`; what stood there is kept as `<directory>.old`, one generation long."""
+def replace_directory(directory: Path, written: Path):
+    """Puts `written` in the place of `directory`; what stood there is kept as `<directory>.old`, one generation."""
+    old, new = (directory.with_name(directory.name + suffix) for suffix in (".old", ".new"))
+    shutil.rmtree(new, ignore_errors=True)
+    written.rename(new)  # this name says that it is whole
     if directory.exists():
-        old = directory.with_name(directory.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
         directory.rename(old)
-    new.rename(directory)
+    finish_replacing(directory)
 
 
 def finish_replacing(directory: Path):
-    """A kill between the two renames of replace_directory leaves `.old` and a whole `.new`: does the second one."""
-    old, new = (directory.with_name(directory.name + suffix) for suffix in (".old", ".new"))
-    if not directory.exists() and old.exists() and new.exists():
-        new.rename(directory)
+    """The last step of replace_directory; whoever reads `directory` takes it too, in case of a kill before it."""
+    with contextlib.suppress(FileNotFoundError):  # another process may be as quick
+        if not directory.exists():
+            directory.with_name(directory.name + ".new").rename(directory)
 
 
 def save_model(directory: Path, model: CausalLM, tokenizer_dir: Path, is_chat: bool, base_dir: Path | None = None):
@@ -159,6 +162,7 @@ def is_chat_model(directory: Path) -> bool:
 
 def load_adapter(model: CausalLM, directory: Path, base_dir: Path):
     """Puts the adapters in `directory` on the model that was loaded from base_dir. ValueError if it is another one."""
+    finish_replacing(Path(directory))
     path = Path(directory) / "adapter_config.json"
     if not path.exists():
         raise FileNotFoundError(f"no adapter in {directory}; train one with: python 3-lora.py")

@@ -107,7 +107,7 @@ def describe_load(load: np.ndarray) -> dict:
 
     The busiest expert's load over the mean, the lowest entropy of a layer (1: all alike), and how many are idle.
     """
-    share = load / load.sum(1, keepdims=True)
+    share = load.astype(np.float64) / load.sum(1, keepdims=True)
     entropy = -(share * np.log(np.maximum(share, 1e-9))).sum(1) / np.log(load.shape[1])
     return {
         "load_max": float(share.max() * load.shape[1]),
@@ -126,11 +126,12 @@ def plot_experts(records: list[dict], path: Path):
     n_layers, n_experts = loads.shape[1:]
     figure = Figure(figsize=(8, 0.6 + 1.4 * n_layers), layout="constrained")
     panels = figure.subplots(n_layers, sharex=True, squeeze=False)[:, 0]
-    extent = (0, records[-1]["tokens"] / 1e6, n_experts - 0.5, -0.5)
+    tokens = [0, *(record["tokens"] / 1e6 for record in records)]
     for i, axes in enumerate(panels):
-        style = dict(aspect="auto", interpolation="nearest", cmap="RdBu_r", vmin=0, vmax=2, extent=extent)
-        image = axes.imshow(loads[:, i].T * n_experts, **style)
-        axes.set(ylabel=f"layer {i + 1}" if n_layers > 1 else "expert")
+        image = axes.pcolormesh(
+            tokens, np.arange(n_experts + 1), loads[:, i].T * n_experts, cmap="RdBu_r", vmin=0, vmax=2
+        )
+        axes.set(ylabel=f"expert layer {i + 1}")
     axes.set(xlabel="million tokens")
     figure.colorbar(image, ax=panels, label="load of an expert / mean load", extend="max")
     figure.suptitle("share of tokens by expert, one panel for each layer with experts")

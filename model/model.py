@@ -138,7 +138,7 @@ class Router(nn.Module):
         chosen = ranking.topk(self.config.num_experts_per_tok, sorted=False).indices
         weights = scores.gather(1, chosen)
         if self.config.norm_topk_prob:
-            weights = weights / weights.sum(-1, keepdim=True)
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return weights * self.config.routed_scaling_factor, chosen, scores
 
 
@@ -171,7 +171,7 @@ class MoEFeedForward(nn.Module):
         sizes = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
         visitors = visits // chosen.shape[1]  # tokens
         slabs = tokens.index_select(0, visitors).split(sizes)
-        # In training an expert without visitors takes part too, and gets a gradient of zero.
+        # In training an expert without visitors takes part too: its gradient is zero, and DDP need not wait for it.
         outputs = [expert(slab) for expert, slab in zip(self.experts, slabs) if len(slab) or self.training]
         outputs = torch.cat(outputs) * weights.flatten().index_select(0, visits)[:, None]
         return torch.zeros_like(tokens).index_add(0, visitors, outputs.to(tokens.dtype))

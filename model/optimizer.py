@@ -62,7 +62,8 @@ class Muon(torch.optim.Optimizer):
                 updates.append(gradient.lerp(momentum, group["momentum"]))  # Nesterov
             size = -group["lr"] * 0.2 * max(shape) ** 0.5
             for parameter, update in zip(parameters, orthogonalize(torch.stack(updates))):
-                parameter.add_(update, alpha=size)
+                # An expert that no token visited stays: whatever is left of its momentum would give a whole update.
+                parameter.addcmul_(update, parameter.grad.any().to(update.dtype), value=size)
 
     def _adam(self, group: dict):
         for parameter in group["params"]:

@@ -43,7 +43,8 @@ from model.optimizer import GradientBuffer, build_optimizer, learning_rate, opti
 
 LOSS_CHUNK = 512  # tokens whose logits exist at a time
 MAX_SKIPPED_STEPS = 10  # in a row: then a run with non-finite numbers is stopped
-LossFunction = Callable[[CausalLM, Batch], tuple[Tensor, int, dict[str, float]]]
+# (model, batch) -> sum of the loss, scored tokens, sums of metrics: numbers, but for "expert_load" in training.
+LossFunction = Callable[[CausalLM, Batch], tuple[Tensor, int, dict[str, float | Tensor]]]
 
 
 def run(main: Callable[[], None]):
@@ -80,7 +81,7 @@ def _exit(error: Exception | str, status: int):
 def step_flops(model: CausalLM, tokens: int, attention_pairs: int) -> float:
     """Floating-point operations of forward and backward: 6 a weight and token (arXiv 2001.08361, 2.1), 4 where it is
     frozen, and for each layer and query-key pair 12 a number of the query, for q k^T and its product with v. Padding
-    is not counted, nor are experts that a token does not visit."""
+    is not counted, nor are experts that a token does not visit; where anything is frozen (LoRA), all experts are."""
     config = model.config
     weights = model.num_parameters() - model.num_idle_parameters()
     weights -= 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
@@ -96,6 +97,10 @@ def memory_estimate(model: CausalLM, args: argparse.Namespace, bytes_per_number:
     config, tokens = model.config, args.batch_size * args.max_seq_len
     heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
     layer = 7 * config.hidden_size + 5 * heads + 4 * config.intermediate_size
+    if config.use_moe:  # the experts' insides, and the copies of what goes in and comes out
+        visits = config.num_experts_per_tok
+        experts = 4 * (visits + config.n_shared_experts) * config.moe_intermediate_size
+        layer += experts + 2 * visits * config.hidden_size - 4 * config.intermediate_size
     kept = (
         config.hidden_size * config.num_hidden_layers + layer
         if args.grad_checkpointing
@@ -107,13 +112,13 @@ def memory_estimate(model: CausalLM, args: argparse.Namespace, bytes_per_number:
 # ------------------------------------------------------------------------------------------------------------- the loss
 
 
-def next_token_loss(model: CausalLM, batch: Batch) -> tuple[Tensor, int, dict[str, float]]:
+def next_token_loss(model: CausalLM, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]:
     """The sum over all scored tokens of -ln p(token | the tokens before it in its document), and their number.
 
     The logits (B * T, V) are the largest tensor of a small model. They are made, reduced and turned into gradients a
     chunk of tokens at a time, which also keeps them in the processor's cache.
     """
-    routing, scored = [], batch.labels != IGNORE
+    routing = []
     hidden = model.model(batch.input_ids, batch.position_ids, routing=routing)  # (B, T, H)
     loss_sum = F.linear_cross_entropy(
         hidden.flatten(0, 1),
@@ -123,9 +128,8 @@ def next_token_loss(model: CausalLM, batch: Batch) -> tuple[Tensor, int, dict[st
         ignore_index=IGNORE,
         options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=LOSS_CHUNK),
     )
-    weights = batch.document_index[scored].bincount(minlength=len(batch.documents))  # a document's scored tokens
-    balance, metrics = expert_balance(model, batch, routing, weights)
-    return loss_sum + balance, int(scored.sum()), metrics
+    balance, metrics = expert_balance(model, batch, routing)
+    return loss_sum + balance, int((batch.labels != IGNORE).sum()), metrics
 
 
 def balance_loss(scores: Tensor, chosen: Tensor, sequences: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,7 +143,7 @@ def balance_loss(scores: Tensor, chosen: Tensor, sequences: Tensor, weights: Ten
     n_experts, k, S = scores.shape[1], chosen.shape[1], len(weights)
     sequences = torch.where(sequences < 0, S, sequences)  # padding is summed up in a row of its own, S
     visits = torch.zeros_like(scores).scatter_(1, chosen, 1)  # (M, E)
-    shares = scores / scores.sum(-1, keepdim=True)
+    shares = scores / scores.sum(-1, keepdim=True).clamp(min=1e-20)
     visits, shares = (scores.new_zeros(S + 1, n_experts).index_add(0, sequences, x)[:S] for x in (visits, shares))
     lengths = sequences.bincount(minlength=S + 1)[:S, None].clamp(min=1)
     uneven = n_experts / k * (visits / lengths * shares / lengths).sum(-1)  # (S,)
@@ -147,15 +151,17 @@ def balance_loss(scores: Tensor, chosen: Tensor, sequences: Tensor, weights: Ten
 
 
 def expert_balance(
-    model: CausalLM, batch: Batch, routing: list[tuple[Tensor, Tensor]], weights: Tensor
+    model: CausalLM, batch: Batch, routing: list[tuple[Tensor, Tensor]], weights: Tensor | None = None
 ) -> tuple[Tensor | float, dict[str, Tensor]]:
     """What a mixture of experts adds to the loss in training, and its metrics: 0 and none for a dense model.
 
-    `weights` says how much each document counts. The value of the first is 0 and only its gradient counts, so that the
-    loss compares with that of a dense model. "expert_load" is (layers with experts, E).
+    `weights` says how much each document counts; without it, by its scored tokens. The value of the first is 0 and only
+    its gradient counts, so that the loss compares with a dense model's. "expert_load" is (layers with experts, E).
     """
     if not routing or not model.training:
         return 0.0, {}
+    if weights is None:
+        weights = batch.document_index[batch.labels != IGNORE].bincount(minlength=len(batch.documents))
     config, sequences = model.config, batch.document_index.flatten()
     if not config.seq_aux:  # all documents are one
         sequences, weights = sequences.clamp(max=0), weights.sum()[None]
@@ -268,7 +274,7 @@ class Checkpointer:
     def save(self, progress: Progress, log: Log):
         random_states = self.machine.gather(torch.get_rng_state())
         if self.machine.rank == 0:
-            directory = self.out_dir if self.in_place else self.out_dir.with_name(self.out_dir.name + ".new")
+            directory = self.out_dir if self.in_place else self.out_dir.with_name(self.out_dir.name + ".writing")
             trained = {name: parameter for parameter, name in self.names.items() if parameter.requires_grad}
             tensors = {f"weight.{name}": parameter.data for name, parameter in trained.items()}
             tensors |= {f"buffer.{name}": buffer for name, buffer in self.model.named_buffers()}
@@ -356,9 +362,11 @@ def train(args: argparse.Namespace, machine: Machine, model: CausalLM, loss_fn: 
     optimizer = build_optimizer(model, args)
     checkpointer = Checkpointer(args, machine, model, optimizer, train_set, tokenizer_dir)
     progress = checkpointer.resume() if args.resume else Progress()
+    loads = torch.zeros(sum(layer.has_experts for layer in model.model.layers), model.config.n_routed_experts)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    n_loads = model.config.n_routed_experts * model.config.num_hidden_layers if model.config.use_moe else 0
-    buffer = GradientBuffer(trained, room_for_metrics=16 + n_loads)
+    buffer = GradientBuffer(trained, room_for_metrics=16 + loads.numel())
+    if loads.numel():
+        buffer.add(expert_load=loads)  # a place for it in every process, also where a step brings no row
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     log = Log(args, machine)
     peak = matmul_rate(machine)  # measured by all processes at once

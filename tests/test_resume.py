@@ -277,4 +277,4 @@ def test_a_fresh_run_keeps_the_old_one_until_it_has_saved_and_then_as_old(finish
     assert saved_progress(tmp_path / "out")["step"] == 1
     assert steps_of(tmp_path / "out") == [0, 1], "lines of the old run in the new one's metrics.jsonl"
     assert json.loads((tmp_path / "out/run.json").read_text("utf-8"))["arguments"]["seed"] == 7
-    assert not list(tmp_path.glob("*.new"))
+    assert not [*tmp_path.glob("*.new"), *tmp_path.glob("*.writing")]
