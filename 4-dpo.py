@@ -20,13 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.balance import expert_balance
 from model.checkpoint import load_model, weights_fingerprint, write_file
 from model.dataset import IGNORE, Batch, PackedDataset
 from model.flags import above_zero, fraction, not_negative, parse_flags
 from model.lora import LORA_FLAGS, apply_lora
 from model.machine import Machine, start_machine
 from model.model import CausalLM
-from model.training import expert_balance, fingerprint, run, train
+from model.training import fingerprint, run, train
 
 
 def answer_log_probs(model: CausalLM, batch: Batch, routing: list | None = None) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from test_training import FIXED_WEIGHTS, ONCE, observe, relative_difference
 from transformers import AutoModelForCausalLM
 
 from bench.train_speed import made_up_batch  # noqa: F401  for the compiled one
+from model.balance import balance_loss, expert_balance, move_router_bias
 from model.checkpoint import load_model, save_model
 from model.dataset import PackedDataset
 from model.flags import parse_flags
@@ -29,7 +30,7 @@ from model.lora import apply_lora, lora_layers
 from model.machine import start_machine
 from model.model import CausalLM, MoEFeedForward
 from model.optimizer import build_optimizer
-from model.training import balance_loss, expert_balance, move_router_bias, next_token_loss, step_flops
+from model.training import next_token_loss, step_flops
 
 SMALL = dict(
     hidden_size=32,
