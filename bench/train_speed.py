@@ -3,8 +3,9 @@
     python -m bench.train_speed --preset mini small
     python -m bench.train_speed --preset small --data dataset/pretrain
 
-Both models have the same size, optimizer (fused AdamW, float32 weights) and input: rows packed with texts. Jiezi keeps
-the texts of a row apart; transformers' LlamaForCausalLM reads a row as one text, as its users' scripts do. The two take
+Both models are the same function, of the same size, with the same optimizer (fused AdamW, float32 weights) and input:
+rows packed with texts. Without --qk_norm it is a Llama, with it a Qwen3, which is what the presets train. Jiezi keeps the
+texts of a row apart; transformers' model reads a row as one text, as its users' scripts do. The two take
 turns, step by step, so that a change in the machine's speed meets both; medians are printed. The operations counted,
 for both alike, are those that Jiezi needs: 6 a weight and token, and attention inside documents only.
 """
@@ -44,9 +45,9 @@ def made_up_batch(rows: int, max_seq_len: int, vocab_size: int) -> Batch:
 
 
 def measure(preset: str, args: argparse.Namespace, machine: Machine):
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-    config = LMConfig(**PRESETS[preset])
+    config = LMConfig(**PRESETS[preset], qk_norm=args.qk_norm)
     if args.data:
         data = PackedDataset(args.data, "train", args.max_seq_len)
         batch = data.batch(data.order(0, 0)[: args.batch_size])
@@ -55,7 +56,7 @@ def measure(preset: str, args: argparse.Namespace, machine: Machine):
     torch.manual_seed(0)
     ours = CausalLM(config)
     hf = {name: value for name, value in config.to_hf().items() if name not in ("architectures", "model_type", "dtype")}
-    theirs = LlamaForCausalLM(LlamaConfig(**hf))
+    theirs = Qwen3ForCausalLM(Qwen3Config(**hf)) if args.qk_norm else LlamaForCausalLM(LlamaConfig(**hf))
     labels = batch.labels.clone()
     labels[:, 1:] = batch.labels[:, :-1]  # transformers shifts them itself
     labels[:, 0] = IGNORE
@@ -110,6 +111,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--preset", nargs="+", choices=PRESETS, default=["mini", "small"], help="sizes")
     parser.add_argument("--data", type=Path, help="prepared data; without it, random tokens in texts of natural length")
+    parser.add_argument("--qk_norm", action="store_true", help="compare with transformers' Qwen3 in place of its Llama")
     parser.add_argument("--batch_size", type=positive, default=8, help="rows")
     parser.add_argument("--max_seq_len", type=positive, default=512, help="tokens in a row")
     parser.add_argument("--steps", type=positive, default=7, help="measured steps of each")

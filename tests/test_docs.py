@@ -1,0 +1,39 @@
+"""What README and docs name exists: functions, classes, files, flags, links; and both languages have the same pages."""
+
+import re
+
+import pytest
+from conftest import ROOT
+
+PAGES = sorted([*ROOT.glob("README*.md"), *ROOT.glob("docs/*.md")])
+SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("model/*.py"), *ROOT.glob("bench/*.py"), *ROOT.glob("tests/*.py")]
+WORDS = set(re.findall(r"[A-Za-z_]\w*", "\n".join(path.read_text("utf-8") for path in SOURCES)))
+FILES = {path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*") if ".venv" not in path.parts}
+OF_OTHERS = {"from_pretrained", "AutoModelForCausalLM", "AutoTokenizer", "apply_chat_template", "PeftModel"}
+NAME = re.compile(r"[a-z]+(?:_[a-z0-9]+)+|(?:[A-Z][a-z0-9]+){2,}\w*|[A-Z]{2,}(?:_[A-Z]+)+")
+
+
+def inline_code(text: str) -> list[str]:
+    return re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_what_a_page_names_exists(page):
+    text = page.read_text("utf-8")
+    names = {name for code in inline_code(text) for name in NAME.findall(code)}
+    assert names <= WORDS | OF_OTHERS, names - WORDS - OF_OTHERS
+    scripts = {name for code in inline_code(text) for name in re.findall(r"(?<![\w/])(?:[\w-]+/)*[\w-]+\.py\b", code)}
+    known = FILES | {path.rpartition("/")[2] for path in FILES}
+    assert scripts <= known, scripts - known
+    flags = set(re.findall(r"(?<![\w-])--[a-z]\w+", text))
+    missing = {flag for flag in flags if not any(flag in path.read_text("utf-8") for path in SOURCES)}
+    assert missing <= {"--nproc_per_node"}
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert link.startswith("http") or (page.parent / link).exists(), link
+
+
+def test_every_page_is_there_in_both_languages():
+    for folder in (ROOT, ROOT / "docs"):
+        english = {path.name for path in folder.glob("*_en.md")}
+        chinese = {path.name for path in folder.glob("*.md")} - english
+        assert {name.replace(".md", "_en.md") for name in chinese} == english
