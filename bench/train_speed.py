@@ -4,8 +4,8 @@
     python -m bench.train_speed --preset small --data dataset/pretrain
 
 Both models are the same function, of the same size, with the same optimizer (fused AdamW, float32 weights) and input:
-rows packed with texts. Without --qk_norm it is a Llama, with it a Qwen3, which is what the presets train. Jiezi keeps the
-texts of a row apart; transformers' model reads a row as one text, as its users' scripts do. The two take
+rows packed with texts. Without --qk_norm it is a Llama, with it a Qwen3, which is what the presets train. Jiezi keeps
+the texts of a row apart; transformers' model reads a row as one text, as its users' scripts do. The two take
 turns, step by step, so that a change in the machine's speed meets both; medians are printed. The operations counted,
 for both alike, are those that Jiezi needs: 6 a weight and token, and attention inside documents only.
 """

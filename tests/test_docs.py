@@ -9,8 +9,15 @@ PAGES = sorted([*ROOT.glob("README*.md"), *ROOT.glob("docs/*.md")])
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("model/*.py"), *ROOT.glob("bench/*.py"), *ROOT.glob("tests/*.py")]
 WORDS = set(re.findall(r"[A-Za-z_]\w*", "\n".join(path.read_text("utf-8") for path in SOURCES)))
 FILES = {path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*") if ".venv" not in path.parts}
-OF_OTHERS = {"from_pretrained", "AutoModelForCausalLM", "AutoTokenizer", "apply_chat_template", "PeftModel"}
-NAME = re.compile(r"[a-z]+(?:_[a-z0-9]+)+|(?:[A-Z][a-z0-9]+){2,}\w*|[A-Z]{2,}(?:_[A-Z]+)+")
+OF_OTHERS = {
+    "from_pretrained",
+    "AutoModelForCausalLM",
+    "AutoTokenizer",
+    "apply_chat_template",
+    "PeftModel",
+    "your_corpus",
+}
+NAME = re.compile(r"_?[a-z]+(?:_[a-z0-9]+)+|(?:[A-Z][a-z0-9]+){2,}\w*|[A-Z]{2,}(?:_[A-Z]+)+")
 
 
 def inline_code(text: str) -> list[str]:
