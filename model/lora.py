@@ -78,7 +78,8 @@ def apply_lora(
             f"no adapter for {', '.join(beyond)} in a model with experts: PEFT would not find it in transformers' "
             f"fused experts; adapt {', '.join(ATTENTION)}"
         )
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    # Of the layers alone: the losses read lm_head's weight past its forward.
+    linears = {name: module for name, module in model.model.named_modules("model") if isinstance(module, nn.Linear)}
     found = {name: module for name, module in linears.items() if name.rpartition(".")[2] in targets}
     missing = set(targets) - {name.rpartition(".")[2] for name in found}
     if missing or not found:

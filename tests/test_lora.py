@@ -98,6 +98,11 @@ def test_a_target_that_no_layer_has_is_named(base_dir):
         apply_lora(load_model(base_dir), r=4, alpha=8.0, targets=("q_proj", "query"))
 
 
+def test_the_head_is_refused_since_the_losses_would_pass_its_adapter_by(base_dir):
+    with pytest.raises(ValueError, match="lm_head"):
+        apply_lora(load_model(base_dir), r=4, targets=("q_proj", "lm_head"))
+
+
 @pytest.mark.parametrize("rank", [0, -1])
 def test_a_rank_below_one_is_refused(rank, base_dir, chat_data, run_here, tmp_path):
     flags = ["--init_from", base_dir, "--data", chat_data, "--out_dir", tmp_path / "out", "--lora_rank", rank]
