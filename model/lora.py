@@ -79,7 +79,9 @@ def apply_lora(
             f"fused experts; adapt {', '.join(ATTENTION)}"
         )
     # Of the layers alone: the losses read lm_head's weight past its forward.
-    linears = {name: module for name, module in model.model.named_modules("model") if isinstance(module, nn.Linear)}
+    linears = {
+        name: module for name, module in model.model.named_modules(prefix="model") if isinstance(module, nn.Linear)
+    }
     found = {name: module for name, module in linears.items() if name.rpartition(".")[2] in targets}
     missing = set(targets) - {name.rpartition(".")[2] for name in found}
     if missing or not found:
