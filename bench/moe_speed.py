@@ -16,10 +16,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench.train_speed import made_up_batch, ratio, step_of, take_turns
+from bench.train_speed import cpu_machine, made_up_batch, measuring_flags, ratio, step_of, take_turns
 from model.flags import HelpFormatter, positive
 from model.LMConfig import PRESETS, LMConfig
-from model.machine import Machine, keep_freed_memory
+from model.machine import Machine
 from model.model import CausalLM, MoEFeedForward
 from model.training import run
 
@@ -46,7 +46,7 @@ def measure(preset: str, args: argparse.Namespace, machine: Machine):
     contestants = {name: (model, step_of(model, batch)) for name, model in models.items()}
     seconds, _ = take_turns(contestants, args.steps, machine)
     for name, times in seconds.items():
-        at_work = models[name].num_parameters() - (models[name].num_idle_parameters() if name != "dense" else 0)
+        at_work = models[name].num_parameters() - models[name].num_idle_parameters()
         sizes = f"{models[name].num_parameters() / 1e6:6.1f} M, {at_work / 1e6:5.1f} M at work"
         median = statistics.median(times)
         print(f"{preset:8}{name:14}{sizes}  {median:7.3f} s/step {batch.real_tokens / median:7,.0f} tok/s")
@@ -58,11 +58,10 @@ def grow(preset: str, n_experts: int, args: argparse.Namespace):
     """In a process of its own, whose peak memory is that of this model."""
     import resource
 
-    keep_freed_memory()
+    machine = cpu_machine()
     torch.manual_seed(0)
     model = CausalLM(LMConfig(**PRESETS[f"{preset}-moe"] | dict(n_routed_experts=n_experts)))
     batch = made_up_batch(args.batch_size, args.max_seq_len, model.config.vocab_size)
-    machine = Machine(0, 1, torch.device("cpu"), torch.float32)
     seconds, _ = take_turns({"experts": (model, step_of(model, batch))}, args.steps, machine)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(
@@ -77,10 +76,7 @@ def main():
     sizes = [name for name in PRESETS if f"{name}-moe" in PRESETS]
     parser.add_argument("--preset", nargs="+", choices=sizes, default=["mini", "small"], help="sizes")
     parser.add_argument("--experts", nargs="+", type=positive, help="routed experts: shows the growth, and leaves")
-    parser.add_argument("--batch_size", type=positive, default=8, help="rows")
-    parser.add_argument("--max_seq_len", type=positive, default=512, help="tokens in a row")
-    parser.add_argument("--steps", type=positive, default=7, help="measured steps of each")
-    args = parser.parse_args()
+    args = measuring_flags(parser)
     if args.experts:
         for preset in args.preset:
             for n_experts in args.experts:
@@ -88,12 +84,9 @@ def main():
                 process.start()
                 process.join()
         return
-    keep_freed_memory()
-    print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.batch_size} x {args.max_seq_len} tokens"
-    )
+    machine = cpu_machine()
     for preset in args.preset:
-        measure(preset, args, Machine(0, 1, torch.device("cpu"), torch.float32))
+        measure(preset, args, machine)
 
 
 if __name__ == "__main__":

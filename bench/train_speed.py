@@ -75,6 +75,23 @@ def measure(preset: str, args: argparse.Namespace, machine: Machine):
     print(f"{preset:8}{'':11}jiezi is {ratio(seconds, 'transformers', 'jiezi'):.2f} x transformers, step by step")
 
 
+def measuring_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The flags that these benchmarks share, parsed; prints what is measured on."""
+    parser.add_argument("--batch_size", type=positive, default=8, help="rows")
+    parser.add_argument("--max_seq_len", type=positive, default=512, help="tokens in a row")
+    parser.add_argument("--steps", type=positive, default=7, help="measured steps of each")
+    args = parser.parse_args()
+    shape = f"{args.batch_size} x {args.max_seq_len} tokens"
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {shape}", flush=True)
+    return args
+
+
+def cpu_machine() -> Machine:
+    """One process on the CPU, its memory kept as in training, from which a peer gains as much."""
+    keep_freed_memory()
+    return Machine(0, 1, torch.device("cpu"), torch.float32)
+
+
 def step_of(model: CausalLM, batch: Batch) -> Callable[[], None]:
     """A function that computes the gradients of a training step."""
 
@@ -112,14 +129,8 @@ def main():
     parser.add_argument("--preset", nargs="+", choices=PRESETS, default=["mini", "small"], help="sizes")
     parser.add_argument("--data", type=Path, help="prepared data; without it, random tokens in texts of natural length")
     parser.add_argument("--qk_norm", action="store_true", help="compare with transformers' Qwen3 in place of its Llama")
-    parser.add_argument("--batch_size", type=positive, default=8, help="rows")
-    parser.add_argument("--max_seq_len", type=positive, default=512, help="tokens in a row")
-    parser.add_argument("--steps", type=positive, default=7, help="measured steps of each")
-    args = parser.parse_args()
-    keep_freed_memory()  # as in training; the peer gains as much from it
-    machine = Machine(0, 1, torch.device("cpu"), torch.float32)
-    shape = f"{args.batch_size} x {args.max_seq_len} tokens"
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {shape}")
+    args = measuring_flags(parser)
+    machine = cpu_machine()
     for preset in args.preset:
         measure(preset, args, machine)
 

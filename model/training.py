@@ -83,10 +83,11 @@ def step_flops(model: CausalLM, tokens: int, attention_pairs: int) -> float:
     frozen, and for each layer and query-key pair 12 a number of the query, for q k^T and its product with v. Padding
     is not counted, nor are experts that a token does not visit; where anything is frozen (LoRA), all experts are."""
     config = model.config
-    weights = model.num_parameters() - model.num_idle_parameters()
+    idle = model.num_idle_parameters()
+    weights = model.num_parameters() - idle
     weights -= 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
     frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
-    frozen -= model.num_idle_parameters() if frozen else 0
+    frozen -= idle if frozen else 0
     pair = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
     return (6 * weights - 2 * frozen) * tokens + pair * attention_pairs
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, TOKENIZER, Processes, make_documents, write_data
 from safetensors.torch import load_file, save_file
+from test_dpo import make_pairs
 from test_model import random_ids, random_model
 from test_resume import SMALL as SHORT_RUN
 from test_resume import assert_same_tensors, signal_in_pass
@@ -394,7 +395,7 @@ def test_all_stages_run_with_experts(data, chat_data, run_here, tmp_path):
     assert run_here("3-lora.py", *lora, "--merge", tmp_path / "merged").status == 0
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     assert merged["model.layers.1.mlp.gate.e_score_correction_bias"].equal(bias)
-    pairs = [chat for chat in _chats(chat_data) for _ in range(2)]
+    pairs = make_pairs(10)
     splits = {"train": {"documents": 16}, "val": {"documents": 4}}
     dpo_data = write_data(tmp_path / "pairs", pairs[:16], pairs[16:20], kind="dpo", splits=splits)
     dpo = ["--data", dpo_data, "--init_from", sft, "--out_dir", tmp_path / "dpo", *short]
@@ -405,13 +406,6 @@ def test_all_stages_run_with_experts(data, chat_data, run_here, tmp_path):
     assert first["val_accuracy"] == 0.5
     result = run_here("eval.py", "--model", sft, "--prompt", "你好", "--max_new_tokens", 5, "--temperature", 0)
     assert result.status == 0, result.err
-
-
-def _chats(folder) -> list:
-    data = PackedDataset(folder, "train", 512)
-    offsets = [int(start) for start in data.piece_start] + [len(data.tokens)]
-    ends = [start + int(length) + 1 for start, length in zip(data.piece_start, data.piece_length)]
-    return [(data.tokens[a:b].tolist(), data.mask[a:b].tolist()) for a, b in zip(offsets, ends)]
 
 
 def test_killed_and_resumed_equals_uninterrupted_with_the_bias(data, start, tmp_path):
