@@ -8,18 +8,16 @@ over all of them. The three take turns, step by step, on the same rows; medians 
 """
 
 import argparse
-import copy
-import multiprocessing
-import statistics
-from functools import partial
+from statistics import median
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from bench.train_speed import cpu_machine, made_up_batch, measuring_flags, ratio, step_of, take_turns
+from bench.train_speed import jiezi, made_up_batch, measuring_flags, ratio, take_turns
+from model.dataset import Batch
 from model.flags import HelpFormatter, positive
 from model.LMConfig import PRESETS, LMConfig
-from model.machine import Machine
 from model.model import CausalLM, MoEFeedForward
 from model.training import run
 
@@ -34,41 +32,36 @@ def masked_loop(layer: MoEFeedForward, tokens: Tensor, weights: Tensor, chosen: 
     return (outputs.view(*chosen.shape, -1) * weights[:, :, None]).sum(1)
 
 
-def measure(preset: str, args: argparse.Namespace, machine: Machine):
-    batch = made_up_batch(args.batch_size, args.max_seq_len, LMConfig().vocab_size)
-    torch.manual_seed(0)
-    dense, moe = CausalLM(LMConfig(**PRESETS[preset])), CausalLM(LMConfig(**PRESETS[f"{preset}-moe"]))
-    looped = copy.deepcopy(moe)
-    for layer in looped.model.layers:
-        if layer.has_experts:
-            layer.mlp.visit_experts = partial(masked_loop, layer.mlp)
-    models = {"dense": dense, "experts": moe, "masked loop": looped}
-    contestants = {name: (model, step_of(model, batch)) for name, model in models.items()}
-    seconds, _ = take_turns(contestants, args.steps, machine)
-    for name, times in seconds.items():
-        at_work = models[name].num_parameters() - models[name].num_idle_parameters()
-        sizes = f"{models[name].num_parameters() / 1e6:6.1f} M, {at_work / 1e6:5.1f} M at work"
-        median = statistics.median(times)
-        print(f"{preset:8}{name:14}{sizes}  {median:7.3f} s/step {batch.real_tokens / median:7,.0f} tok/s")
+def looped(config: LMConfig, batch: Batch) -> Callable[[], None]:
+    """A training step of the model with masked_loop in its layers."""
+    MoEFeedForward.visit_experts = masked_loop
+    return jiezi(config, batch)
+
+
+def measure(preset: str, args: argparse.Namespace):
+    dense, moe = LMConfig(**PRESETS[preset]), LMConfig(**PRESETS[f"{preset}-moe"])
+    batch = made_up_batch(args.batch_size, args.max_seq_len, moe.vocab_size)
+    contestants = {"dense": (jiezi, dense, batch), "experts": (jiezi, moe, batch), "masked loop": (looped, moe, batch)}
+    seconds, _, _ = take_turns(contestants, args.steps)
+    for name, (_, config, _) in contestants.items():
+        model, typical = CausalLM(config), median(seconds[name])
+        at_work = model.num_parameters() - model.num_idle_parameters()
+        sizes = f"{model.num_parameters() / 1e6:6.1f} M, {at_work / 1e6:5.1f} M at work"
+        print(f"{preset:8}{name:14}{sizes}  {typical:7.3f} s/step {batch.real_tokens / typical:7,.0f} tok/s")
     over_dense, over_loop = ratio(seconds, "dense", "experts"), ratio(seconds, "masked loop", "experts")
     print(f"{preset:8}experts: {over_dense:.2f} x the dense model's speed, {over_loop:.2f} x the masked loop's")
 
 
-def grow(preset: str, n_experts: int, args: argparse.Namespace):
-    """In a process of its own, whose peak memory is that of this model."""
-    import resource
-
-    machine = cpu_machine()
-    torch.manual_seed(0)
-    model = CausalLM(LMConfig(**PRESETS[f"{preset}-moe"] | dict(n_routed_experts=n_experts)))
-    batch = made_up_batch(args.batch_size, args.max_seq_len, model.config.vocab_size)
-    seconds, _ = take_turns({"experts": (model, step_of(model, batch))}, args.steps, machine)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(
-        f"{preset:8}{n_experts:4} experts {model.num_parameters() / 1e6:7.1f} M "
-        f"{statistics.median(seconds['experts']):7.3f} s/step {memory:6.2f} GiB",
-        flush=True,
-    )
+def grow(preset: str, args: argparse.Namespace):
+    """More and more routed experts, of which a token visits as many as before."""
+    sizes = [LMConfig(**PRESETS[f"{preset}-moe"] | dict(n_routed_experts=n)) for n in args.experts]
+    batch = made_up_batch(args.batch_size, args.max_seq_len, sizes[0].vocab_size)
+    seconds, memory, _ = take_turns({config.n_routed_experts: (jiezi, config, batch) for config in sizes}, args.steps)
+    for config in sizes:
+        n, millions = config.n_routed_experts, CausalLM(config).num_parameters() / 1e6
+        print(
+            f"{preset:8}{n:4} experts {millions:7.1f} M {median(seconds[n]):7.3f} s/step {memory[n]:6.2f} GiB"
+        )
 
 
 def main():
@@ -77,16 +70,8 @@ def main():
     parser.add_argument("--preset", nargs="+", choices=sizes, default=["mini", "small"], help="sizes")
     parser.add_argument("--experts", nargs="+", type=positive, help="routed experts: shows the growth, and leaves")
     args = measuring_flags(parser)
-    if args.experts:
-        for preset in args.preset:
-            for n_experts in args.experts:
-                process = multiprocessing.get_context("spawn").Process(target=grow, args=(preset, n_experts, args))
-                process.start()
-                process.join()
-        return
-    machine = cpu_machine()
     for preset in args.preset:
-        measure(preset, args, machine)
+        grow(preset, args) if args.experts else measure(preset, args)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,17 @@
 
 Both models are the same function, of the same size, with the same optimizer (fused AdamW, float32 weights) and input:
 rows packed with texts. Without --qk_norm it is a Llama, with it a Qwen3, which is what the presets train. Jiezi keeps
-the texts of a row apart; transformers' model reads a row as one text, as its users' scripts do. The two take
-turns, step by step, so that a change in the machine's speed meets both; medians are printed. The operations counted,
-for both alike, are those that Jiezi needs: 6 a weight and token, and attention inside documents only.
+the texts of a row apart; transformers' model reads a row as one text, as its users' scripts do. Each runs in a process
+of its own, as its users start it: Jiezi's keeps freed memory (model/machine.py), which transformers' does not. To give
+both what that brings, set the environment variables MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647.
+
+The two take turns, step by step, so that a change in the machine's speed meets both; medians are printed. The
+operations counted, for both alike, are those that Jiezi needs: 6 a weight and token, and attention inside documents
+only.
 """
 
 import argparse
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
@@ -44,34 +49,62 @@ def made_up_batch(rows: int, max_seq_len: int, vocab_size: int) -> Batch:
     return Batch(input_ids, input_ids.roll(-1, 1), positions, torch.zeros_like(positions), [], "train", real, pairs)
 
 
-def measure(preset: str, args: argparse.Namespace, machine: Machine):
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+def jiezi(config: LMConfig, batch: Batch, compiled: bool = False, seed: int = 0) -> Callable[[], None]:
+    """A function that does a training step."""
+    keep_freed_memory()
+    torch.manual_seed(seed)
+    model = CausalLM(config)
+    if compiled:
+        model.model.compile()
 
+    def gradients():
+        loss_sum, tokens, _ = next_token_loss(model, batch)
+        (loss_sum / tokens).backward()
+
+    return with_adamw(model, gradients)
+
+
+def transformers(config: LMConfig, batch: Batch, compiled: bool = False) -> Callable[[], None]:
+    """The same with transformers' model of this config."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.to_hf()))
+    labels = batch.labels.clone()
+    labels[:, 1:] = batch.labels[:, :-1]  # transformers shifts them itself
+    labels[:, 0] = IGNORE
+    if compiled:
+        model.compile()
+    return with_adamw(model, lambda: model(input_ids=batch.input_ids, labels=labels, use_cache=False).loss.backward())
+
+
+def with_adamw(model: torch.nn.Module, gradients: Callable[[], None]) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+    def step():
+        gradients()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def measure(preset: str, args: argparse.Namespace):
     config = LMConfig(**PRESETS[preset], qk_norm=args.qk_norm)
     if args.data:
         data = PackedDataset(args.data, "train", args.max_seq_len)
         batch = data.batch(data.order(0, 0)[: args.batch_size])
     else:
         batch = made_up_batch(args.batch_size, args.max_seq_len, config.vocab_size)
-    torch.manual_seed(0)
-    ours = CausalLM(config)
-    hf = {name: value for name, value in config.to_hf().items() if name not in ("architectures", "model_type", "dtype")}
-    theirs = Qwen3ForCausalLM(Qwen3Config(**hf)) if args.qk_norm else LlamaForCausalLM(LlamaConfig(**hf))
-    labels = batch.labels.clone()
-    labels[:, 1:] = batch.labels[:, :-1]  # transformers shifts them itself
-    labels[:, 0] = IGNORE
-
-    def their_step():
-        theirs(input_ids=batch.input_ids, labels=labels, use_cache=False).loss.backward()
-
-    contestants = {"jiezi": (ours, step_of(ours, batch)), "transformers": (theirs, their_step)}
-    seconds, peak = take_turns(contestants, args.steps, machine)
-    flops, tokens = step_flops(ours, batch.real_tokens, batch.attention_pairs), batch.real_tokens
+    contestants = {build.__name__: (build, config, batch, args.compile) for build in (jiezi, transformers)}
+    seconds, memory, peak = take_turns(contestants, args.steps)
+    model = CausalLM(config)
+    flops, tokens = step_flops(model, batch.real_tokens, batch.attention_pairs), batch.real_tokens
     for name, times in seconds.items():
         median = statistics.median(times)
         share = flops / median / peak
-        size = f"{preset:8}{ours.num_parameters() / 1e6:8.1f}M  {name:14}"
-        print(f"{size}{median:8.3f} s/step {tokens / median:8,.0f} tok/s {share:6.1%} of {peak / 1e9:.0f} GFLOP/s")
+        speed = f"{median:8.3f} s/step {tokens / median:8,.0f} tok/s {share:6.1%} of {peak / 1e9:.0f} GFLOP/s"
+        print(f"{preset:8}{model.num_parameters() / 1e6:8.1f}M  {name:14}{speed} {memory[name]:6.2f} GiB")
     print(f"{preset:8}{'':11}jiezi is {ratio(seconds, 'transformers', 'jiezi'):.2f} x transformers, step by step")
 
 
@@ -86,37 +119,40 @@ def measuring_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return args
 
 
-def cpu_machine() -> Machine:
-    """One process on the CPU, its memory kept as in training, from which a peer gains as much."""
-    keep_freed_memory()
-    return Machine(0, 1, torch.device("cpu"), torch.float32)
+def take_turns(contestants: dict[str, tuple], steps: int) -> tuple[dict[str, list[float]], dict[str, float], float]:
+    """Seconds of each step and peak memory (GiB) of each contestant, and the best matrix-multiply rate on the way.
 
-
-def step_of(model: CausalLM, batch: Batch) -> Callable[[], None]:
-    """A function that computes the gradients of a training step."""
-
-    def step():
-        loss_sum, tokens, _ = next_token_loss(model, batch)
-        (loss_sum / tokens).backward()
-
-    return step
-
-
-def take_turns(contestants: dict, steps: int, machine: Machine) -> tuple[dict[str, list[float]], float]:
-    """Seconds of each step of each (model, step), which take turns, and the best matrix-multiply rate on the way."""
-    seconds = {name: [] for name in contestants}
-    optimizers = {n: torch.optim.AdamW(model.parameters(), fused=True) for n, (model, _) in contestants.items()}
-    peaks = [matmul_rate(machine)]
+    A contestant is (build, argument, ...): build(argument, ...), called in a process of its own, returns its step.
+    """
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = {}, []
+    for name, (build, *arguments) in contestants.items():
+        pipes[name], theirs = context.Pipe()
+        processes.append(context.Process(target=_step_when_asked, args=(theirs, build, arguments), daemon=True))
+        processes[-1].start()
+    machine = Machine(0, 1, torch.device("cpu"), torch.float32)
+    seconds, memory, peaks = {name: [] for name in contestants}, {}, [matmul_rate(machine)]
     for turn in range(steps + 1):
-        for name, (_, step) in contestants.items():
-            start = time.perf_counter()
-            step()
-            optimizers[name].step()
-            optimizers[name].zero_grad()
+        for name, pipe in pipes.items():
+            pipe.send("step")
+            duration, memory[name] = pipe.recv()
             if turn:  # the first is a warm-up
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(duration)
         peaks.append(matmul_rate(machine))
-    return seconds, max(peaks)
+    for process in processes:
+        process.terminate()
+    return seconds, memory, max(peaks)
+
+
+def _step_when_asked(pipe, build: Callable, arguments: list):
+    import resource  # not on Windows
+
+    step = build(*arguments)
+    while pipe.recv():
+        start = time.perf_counter()
+        step()
+        seconds = time.perf_counter() - start
+        pipe.send((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20))
 
 
 def ratio(seconds: dict[str, list[float]], slower: str, faster: str) -> float:
@@ -129,10 +165,10 @@ def main():
     parser.add_argument("--preset", nargs="+", choices=PRESETS, default=["mini", "small"], help="sizes")
     parser.add_argument("--data", type=Path, help="prepared data; without it, random tokens in texts of natural length")
     parser.add_argument("--qk_norm", action="store_true", help="compare with transformers' Qwen3 in place of its Llama")
+    parser.add_argument("--compile", action="store_true", help="both with torch.compile")
     args = measuring_flags(parser)
-    machine = cpu_machine()
     for preset in args.preset:
-        measure(preset, args, machine)
+        measure(preset, args)
 
 
 if __name__ == "__main__":
