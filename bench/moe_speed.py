@@ -59,9 +59,7 @@ def grow(preset: str, args: argparse.Namespace):
     seconds, memory, _ = take_turns({config.n_routed_experts: (jiezi, config, batch) for config in sizes}, args.steps)
     for config in sizes:
         n, millions = config.n_routed_experts, CausalLM(config).num_parameters() / 1e6
-        print(
-            f"{preset:8}{n:4} experts {millions:7.1f} M {median(seconds[n]):7.3f} s/step {memory[n]:6.2f} GiB"
-        )
+        print(f"{preset:8}{n:4} experts {millions:7.1f} M {median(seconds[n]):7.3f} s/step {memory[n]:6.2f} GiB")
 
 
 def main():

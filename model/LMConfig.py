@@ -37,7 +37,7 @@ class LMConfig:
     scoring_func: str = "sigmoid"  # balanced by a bias (DeepSeek-V3); or "softmax", balanced by a loss (DeepSeek-V2)
     router_aux_loss_coef: float | None = None  # weight of the balance loss; None: 1e-4 for sigmoid, 0.01 for softmax
     seq_aux: bool = True  # balance within each document; False: in each micro-batch, whose size then matters
-    router_bias_update_speed: float = 1e-3  # how far a step moves the bias of an expert (sigmoid)
+    router_bias_update_speed: float = 1e-2  # how far a step moves the bias of an expert (sigmoid)
 
     def __post_init__(self):
         may_be_zero = set(
