@@ -8,8 +8,8 @@ over all of them. The three take turns, step by step, on the same rows; medians 
 """
 
 import argparse
-from statistics import median
 from collections.abc import Callable
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -54,12 +54,17 @@ def measure(preset: str, args: argparse.Namespace):
 
 def grow(preset: str, args: argparse.Namespace):
     """More and more routed experts, of which a token visits as many as before."""
-    sizes = [LMConfig(**PRESETS[f"{preset}-moe"] | dict(n_routed_experts=n)) for n in args.experts]
-    batch = made_up_batch(args.batch_size, args.max_seq_len, sizes[0].vocab_size)
-    seconds, memory, _ = take_turns({config.n_routed_experts: (jiezi, config, batch) for config in sizes}, args.steps)
-    for config in sizes:
-        n, millions = config.n_routed_experts, CausalLM(config).num_parameters() / 1e6
-        print(f"{preset:8}{n:4} experts {millions:7.1f} M {median(seconds[n]):7.3f} s/step {memory[n]:6.2f} GiB")
+    for n_experts in args.experts:
+        config = LMConfig(**PRESETS[f"{preset}-moe"] | dict(n_routed_experts=n_experts))
+        batch = made_up_batch(args.batch_size, args.max_seq_len, config.vocab_size)
+        contestants = {"experts": (jiezi, config, batch), "masked loop": (looped, config, batch)}
+        seconds, memory, _ = take_turns(contestants, args.steps)
+        print(
+            f"{preset:8}{n_experts:4} experts {CausalLM(config).num_parameters() / 1e6:7.1f} M "
+            f"{median(seconds['experts']):7.3f} s/step {memory['experts']:6.2f} GiB, "
+            f"{ratio(seconds, 'masked loop', 'experts'):.2f} x the masked loop's speed",
+            flush=True,
+        )
 
 
 def main():
