@@ -35,12 +35,13 @@ from model.training import next_token_loss, run, step_flops
 def made_up_batch(rows: int, max_seq_len: int, vocab_size: int) -> Batch:
     """Rows of random tokens, packed with documents as long as those of a Chinese corpus: median 230 tokens."""
     generator = np.random.default_rng(0)
-    lengths = np.clip(generator.lognormal(5.43, 0.5, 8 * rows), 16, max_seq_len).astype(int)
+    lengths = np.clip(generator.lognormal(5.43, 0.5, 400 * rows), 16, max_seq_len).astype(int)
     row_of = pack(lengths, max_seq_len)
+    chosen = generator.permutation(row_of.max() + 1)[:rows]
     position_ids, pairs, real = np.zeros((rows, max_seq_len), np.int64), 0, 0
     for row in range(rows):
         at = 0
-        for length in lengths[row_of == row]:
+        for length in lengths[row_of == chosen[row]]:
             position_ids[row, at : at + length] = np.arange(length)
             pairs, real, at = pairs + length * (length + 1) // 2, real + length, at + length
         position_ids[row, at:] = np.arange(max_seq_len - at)
