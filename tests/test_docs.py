@@ -5,6 +5,8 @@ import re
 import pytest
 from conftest import ROOT
 
+from images import draw
+
 PAGES = sorted([*ROOT.glob("README*.md"), *ROOT.glob("docs/*.md")])
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("model/*.py"), *ROOT.glob("bench/*.py"), *ROOT.glob("tests/*.py")]
 WORDS = set(re.findall(r"[A-Za-z_]\w*", "\n".join(path.read_text("utf-8") for path in SOURCES)))
@@ -44,3 +46,9 @@ def test_every_page_is_there_in_both_languages():
         english = {path.name for path in folder.glob("*_en.md")}
         chinese = {path.name for path in folder.glob("*.md")} - english
         assert {name.replace(".md", "_en.md") for name in chinese} == english
+
+
+def test_structure_pictures_can_be_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["draw", "--preset", "tiny", "--output", str(tmp_path)])
+    draw.main()
+    assert {path.name for path in tmp_path.iterdir()} == {"LLM-structure.png", "LLM-structure-moe.png"}

@@ -1,0 +1,144 @@
+"""Draws LLM-structure.png and LLM-structure-moe.png from real models, so that no number in them can be out of date.
+
+python -m images.draw
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import nn
+
+from model.LMConfig import PRESETS, LMConfig
+from model.model import CausalLM, MoEFeedForward
+
+WEIGHTS, PLAIN, DATA = "#9ecae1", "#fdd0a2", "#d9d9d9"  # boxes: with parameters, without any, and what flows
+LINE = "#808080"  # can be seen on white and on black
+WIDTH, HEIGHT = 4.8, 0.74  # of a box; boxes stand 1 apart
+ARROW = dict(arrowstyle="->", color=LINE, shrinkA=0, shrinkB=0)
+
+
+def column(axes: Axes, x: float, title: str, boxes: list[tuple[str, str]], skips: dict[int, int] | None = None):
+    """Boxes (text, colour) from the bottom up, joined by arrows. skips: what goes into a box is added in another."""
+    for i, (text, colour) in enumerate(boxes):
+        axes.add_patch(Rectangle((x - WIDTH / 2, i), WIDTH, HEIGHT, facecolor=colour, edgecolor=LINE))
+        axes.text(x, i + HEIGHT / 2, text, ha="center", va="center", fontsize=7.5, linespacing=1.1, color="black")
+        if i:
+            axes.annotate("", (x, i), (x, i - 1 + HEIGHT), arrowprops=ARROW)
+    for start, end in (skips or {}).items():
+        side, low, high = x - WIDTH / 2 - 0.35, start - 0.13, end + HEIGHT / 2
+        axes.plot([x, side, side], [low, low, high], color=LINE, lw=1)
+        axes.annotate("", (x - WIDTH / 2, high), (side, high), arrowprops=ARROW)
+    axes.text(x, len(boxes) - 0.1, title, ha="center", va="bottom", fontsize=10, color=LINE, weight="bold")
+
+
+def named(module: nn.Module, *names: str) -> str:
+    """The names of linear layers, and the shape of their matrices."""
+    parts = []
+    for name in names:
+        n_out, n_in = module.get_submodule(name).weight.shape
+        parts.append(f"{name} {n_in} → {n_out}")
+    return "\n".join(parts)
+
+
+def feed_forward(mlp: nn.Module) -> list[tuple[str, str]]:
+    return [
+        (named(mlp, "gate_proj", "up_proj"), WEIGHTS),
+        ("SwiGLU: silu(gate) · up", PLAIN),
+        (named(mlp, "down_proj"), WEIGHTS),
+    ]
+
+
+def draw(config: LMConfig, name: str, path: Path):
+    model = CausalLM(config)
+    layer, n_layers, hidden = model.model.layers[-1], config.num_hidden_layers, config.hidden_size
+    idle = model.num_idle_parameters()
+    at_work = f",\n{(model.num_parameters() - idle) / 1e6:.1f} M at work on a token" if idle else ""
+    tied = "\nthe matrix of embed_tokens" if config.tie_word_embeddings else ""
+    leading = config.first_k_dense_replace if config.use_moe else 0
+    kinds = f"{leading} dense, {n_layers - leading} with experts" if leading else f"all alike, {hidden} wide"
+    figure = Figure(figsize=(14, 5.2), layout="constrained")
+    figure.patch.set_alpha(0)
+    axes = figure.subplots()
+
+    column(
+        axes,
+        0,
+        f"{name}: {model.num_parameters() / 1e6:.1f} M parameters{at_work}",
+        [
+            ("token ids (B, T)", DATA),
+            (f"embed_tokens {config.vocab_size} → {hidden}", WEIGHTS),
+            (f"{n_layers} decoder layers\n{kinds}", WEIGHTS),
+            ("norm: RMSNorm", WEIGHTS),
+            (f"lm_head {hidden} → {config.vocab_size}{tied}", WEIGHTS),
+            (f"logits (B, T, {config.vocab_size})", DATA),
+        ],
+    )
+    column(
+        axes,
+        6,
+        "a decoder layer",
+        [
+            (f"x (B, T, {hidden})", DATA),
+            ("input_layernorm: RMSNorm", WEIGHTS),
+            (f"self_attn: {config.num_attention_heads} query heads", WEIGHTS),
+            ("+", PLAIN),
+            ("post_attention_layernorm: RMSNorm", WEIGHTS),
+            (f"mlp: {'mixture of experts' if layer.has_experts else 'SwiGLU'}", WEIGHTS),
+            ("+", PLAIN),
+            (f"x (B, T, {hidden})", DATA),
+        ],
+        skips={1: 3, 4: 6},
+    )
+    attention = layer.self_attn
+    norms = "q_norm, k_norm: RMSNorm of a head; " if config.qk_norm else ""
+    column(
+        axes,
+        12,
+        "self_attn",
+        [
+            (named(attention, "q_proj", "k_proj") + "\n" + named(attention, "v_proj"), WEIGHTS),
+            (f"{norms}RoPE\nθ = {config.rope_theta:,.0f}", WEIGHTS if config.qk_norm else PLAIN),
+            (f"softmax(q kᵀ / √{config.head_dim}) v, causal, in its document", PLAIN),
+            (named(attention, "o_proj"), WEIGHTS),
+        ],
+    )
+    if isinstance(layer.mlp, MoEFeedForward):
+        n, k, scores = config.n_routed_experts, config.num_experts_per_tok, config.scoring_func
+        column(
+            axes,
+            18,
+            "mlp",
+            [
+                (f"gate: router {hidden} → {n}, {scores}, the {k} best", WEIGHTS),
+                (f"{k} of {n} experts, weighted, each:", PLAIN),
+                *feed_forward(layer.mlp.experts[0]),
+            ]
+            + (
+                [(f"+ shared_experts of {layer.mlp.shared_experts.down_proj.in_features}, for all tokens", WEIGHTS)]
+                if layer.mlp.shared_experts
+                else []
+            ),
+        )
+    else:
+        column(axes, 18, "mlp", feed_forward(layer.mlp))
+    axes.set(xlim=(-2.9, 20.6), ylim=(-0.1, 8.4), aspect="equal")
+    axes.axis("off")
+    figure.savefig(path, dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="small", help="a dense size; its -moe form is drawn too")
+    parser.add_argument("--output", type=Path, default=Path("images"), help="folder")
+    args = parser.parse_args()
+    with torch.device("meta"):  # shapes without numbers
+        for preset, name in ((args.preset, "LLM-structure.png"), (f"{args.preset}-moe", "LLM-structure-moe.png")):
+            draw(LMConfig(**PRESETS[preset]), preset, args.output / name)
+
+
+if __name__ == "__main__":
+    main()
