@@ -22,16 +22,17 @@ class Product(nn.Module):
 
     def __init__(self, *linears: nn.Linear):
         super().__init__()
-        self.register_buffer("weight", torch.cat([linear.weight.detach() for linear in linears]).t().contiguous())
+        self.weight = torch.cat([linear.weight.detach() for linear in linears]).t().contiguous()  # (in, out)
+        n_in, n_out = self.weight.shape
+        self.parts = None if n_in % PARTS else self.weight.view(PARTS, n_in // PARTS, n_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, in) -> (…, out)."""
-        n_in, n_out = self.weight.shape
-        rows = x.numel() // n_in
-        if rows > FEW_ROWS or n_in % PARTS:
+        """(B, T, in) or (M, in) -> the same with out."""
+        rows = x.shape[:-1].numel()
+        if rows > FEW_ROWS or self.parts is None:
             return x @ self.weight
-        parts = x.reshape(rows, PARTS, n_in // PARTS).transpose(0, 1)  # (PARTS, rows, in / PARTS)
-        return torch.bmm(parts, self.weight.view(PARTS, -1, n_out)).sum(0).view(*x.shape[:-1], n_out)
+        x_parts = x.view(rows, PARTS, self.parts.shape[1]).transpose(0, 1)  # (PARTS, rows, in / PARTS)
+        return torch.bmm(x_parts, self.parts).sum(0).view(*x.shape[:-1], self.weight.shape[1])
 
 
 class HalfProduct(nn.Module):
@@ -52,8 +53,7 @@ class DecodingNorm(nn.Module):
     def __init__(self, weight: Tensor, eps: float):
         super().__init__()
         size = weight.shape[-1]
-        self.register_buffer("weight", weight.detach() * size**0.5)
-        self.register_buffer("root", torch.tensor(eps * size).sqrt())
+        self.weight, self.root = weight.detach() * size**0.5, torch.tensor(eps * size).sqrt()
 
     def forward(self, x: Tensor) -> Tensor:
         return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot(self.root) * self.weight
@@ -75,7 +75,7 @@ class DecodingAttention(nn.Module):
             self.qk_norm = DecodingNorm(torch.stack(weights), attention.q_norm.eps)  # (N + K, D)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask, cache=None) -> Tensor:
-        heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, N + 2 K, D)
+        heads = self.qkv_proj(x).view(*x.shape[:2], -1, self.head_dim)  # (B, T, N + 2 K, D)
         qk, v = heads.split((self.n_queries + self.n_keys, self.n_keys), dim=2)
         if self.qk_norm is not None:
             qk = self.qk_norm(qk)
