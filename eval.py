@@ -27,8 +27,10 @@ from data_process import find_files, parse, read_batches, text_of
 from model.chat import BOS, EOS, IM_END, encode, encode_chat, load_tokenizer, token_bytes
 from model.checkpoint import finish_replacing, is_chat_model, load_adapter, load_model
 from model.dataset import PackedDataset
+from model.decoding import lay_out_for_decoding
 from model.flags import HelpFormatter, above_zero, fraction, natural, not_negative, positive
 from model.generation import TextStream, generate
+from model.lora import merge_lora
 from model.machine import Machine, choose_device
 from model.training import evaluate, next_token_loss, run
 
@@ -159,7 +161,7 @@ def perplexity(model, tokenizer, file: str, text_field: str) -> dict:
 
     A text longer than the context is read in pieces; the first tokens of a piece are told without those before it.
     """
-    device, context = model.lm_head.weight.device, model.config.max_position_embeddings
+    device, context = model.model.embed_tokens.weight.device, model.config.max_position_embeddings
     loss, tokens, texts, size = 0.0, 0, 0, 0
     for text in each_record(file, text_field, lambda record: text_of(record, text_field)):
         ids = torch.tensor([BOS, *encode(tokenizer, text), EOS], device=device)
@@ -193,7 +195,7 @@ def choice(model, tokenizer, is_chat: bool, file: str) -> dict:
     knows texts, not the letters of options, so the letters are not shown; to a base model an option stands in the blank
     (____) of the question, or at its end. The interval is Wilson's, of 95 %.
     """
-    device = model.lm_head.weight.device
+    device = model.model.embed_tokens.weight.device
     with open(file, encoding="utf-8-sig", newline="") as stream:
         rows = [{key.lower(): value for key, value in row.items() if key} for row in csv.DictReader(stream)]
     if not rows:
@@ -244,6 +246,11 @@ def main():
     parser.add_argument("--model", type=Path, help="folder of a model; without it, the newest under out/")
     parser.add_argument("--lora", type=Path, help="folder of an adapter for that model")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument(
+        "--half_weights",
+        action="store_true",
+        help="on a CPU, weights in float16: twice as fast; 1 answer in 100 may come out otherwise",
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--prompt", help="answer (a base model: continue) this, and leave")
     what.add_argument("--batch", metavar="FILE", help="answer every record of a jsonl file")
@@ -267,9 +274,16 @@ def main():
     group.add_argument("--seed", type=natural, help="the same seed writes the same text")
     args = parser.parse_args()
     directory = args.model or newest_model(Path("out"))
-    model = load_model(directory, choose_device(args.device)).eval()
+    device = choose_device(args.device)
+    if args.half_weights and (device.type != "cpu" or args.data):
+        raise ValueError("--half_weights is for writing on a CPU: give --device cpu, and not --data")
+    model = load_model(directory, device).eval()
+    n_parameters = model.num_parameters()
     if args.lora:
         load_adapter(model, args.lora, directory)
+        merge_lora(model)
+    if device.type == "cpu" and not args.data:  # whose loss needs the layers as they were trained
+        lay_out_for_decoding(model, args.half_weights)
     tokenizer, is_chat = load_tokenizer(directory), is_chat_model(directory)
     writer = Writer(model, tokenizer, is_chat, args)
     system = [{"role": "system", "content": args.system}] if args.system else []
@@ -287,7 +301,7 @@ def main():
             print(args.prompt, end="")
         writer.write([*system, {"role": "user", "content": as_utf8(args.prompt)}])
     else:
-        print(f"{directory}: {model.num_parameters():,} parameters")
+        print(f"{directory}: {n_parameters:,} parameters")
         converse(writer, system)
     if figures:
         for name, value in figures.items():

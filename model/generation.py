@@ -17,7 +17,7 @@ class KVCache:
     """
 
     def __init__(self, model: CausalLM, batch_size: int, max_length: int):
-        config, weight = model.config, model.lm_head.weight
+        config, weight = model.config, model.model.embed_tokens.weight
         shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)  # (B, K, S, D)
         self.keys, self.values = (
             [torch.empty(shape, device=weight.device, dtype=weight.dtype) for _ in range(config.num_hidden_layers)]
@@ -89,7 +89,7 @@ def generate(
     give one by one. Ends when all have met a token of stop_ids, after max_new_tokens, or when the context is full
     (max_position_embeddings). `sampling` goes to sample(). ValueError when a prompt alone does not fit the context.
     """
-    device, longest = model.lm_head.weight.device, max(map(len, prompts))
+    device, longest = model.model.embed_tokens.weight.device, max(map(len, prompts))
     context = model.config.max_position_embeddings
     if min(map(len, prompts)) == 0:
         raise ValueError("a prompt has no tokens")
@@ -119,7 +119,8 @@ def generate(
         if repetition_penalty != 1:
             logits = penalize_repetition(logits, seen, repetition_penalty)
         next_ids = sample(logits, generator, **sampling)  # (B,)
-        seen.scatter_(1, next_ids[:, None], True)
+        if repetition_penalty != 1:
+            seen.scatter_(1, next_ids[:, None], True)
         input_ids = next_ids[:, None]
         tokens = next_ids.tolist()
         yield [None if over else token for token, over in zip(tokens, ended)]

@@ -60,7 +60,11 @@ def document_mask(position_ids: Tensor) -> list[int] | Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: list[int] | Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(D)) v for q (B, N, T, D) and k, v (B, K, S, D); mask as in Decoder.forward."""
     if not isinstance(mask, list):
-        causal = mask is None and q.shape[2] > 1
+        if q.shape[2] == 1:  # heads that share keys are then as many queries of one head: no key is copied
+            B, N, _, D = q.shape
+            grouped = q.reshape(B, k.shape[1], -1, D)  # (B, K, N / K, D)
+            return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).view(B, N, 1, D)
+        causal = mask is None
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
     B, N, T, D = q.shape
     # One row of B * T tokens, cut into documents.

@@ -1,0 +1,207 @@
+"""Decoding speed on a CPU, in float32: one text, a long prompt, and batches, beside transformers and llama.cpp.
+
+    python -m bench.decode_speed --preset small base
+    python -m bench.decode_speed --model out/sft
+
+All have the same weights, write greedily with a KV cache, and take turns, call by call; medians are printed, and
+"x transformers" is the median over the turns. A rate in GB/s is the bytes of weights that a token reads, times tokens
+a second; its share is of torch's product of one vector with an 8192 x 8192 matrix, the best in the same run. The share
+of a prompt or batch is of the plain matrix product's rate.
+llama.cpp takes part, for dense models, where its wheel is: pip install xllamacpp gguf
+"""
+
+import argparse
+import copy
+import importlib.util
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bench.train_speed import cpu_machine, ratio
+from model.chat import load_tokenizer
+from model.checkpoint import load_model, save_model
+from model.decoding import lay_out_for_decoding
+from model.flags import HelpFormatter, positive
+from model.generation import generate
+from model.LMConfig import PRESETS, LMConfig
+from model.machine import matmul_rate
+from model.model import CausalLM
+from model.training import run, step_flops
+
+TOKENIZER = Path(__file__).parents[1] / "model/tokenizer"
+Writer = Callable[[list[list[int]], int], list[list[int]]]  # (prompts, tokens) -> what it wrote to each
+
+
+def ours(model: CausalLM) -> Writer:
+    def write(prompts, n):
+        return [list(tokens) for tokens in zip(*generate(model, prompts, n, temperature=0))]
+
+    return write
+
+
+def transformers_writer(directory: Path) -> Writer:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model.generation_config.eos_token_id = None  # writes on
+
+    def write(prompts, n):
+        ids = torch.tensor(prompts)
+        options = dict(attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False, pad_token_id=0)
+        return model.generate(ids, **options)[:, ids.shape[1] :].tolist()
+
+    return write
+
+
+def write_gguf(model: CausalLM, path: Path):
+    """A dense model with QK-norm as llama.cpp reads it. Its names of tokens are ours; their merges are not written."""
+    import gguf
+
+    config, writer = model.config, gguf.GGUFWriter(path, "qwen3")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    tokenizer = load_tokenizer(TOKENIZER)
+    names = [tokenizer.id_to_token(i) or f"<{i}>" for i in range(config.vocab_size)]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(names)
+    writer.add_token_scores([0.0] * len(names))
+    kinds = gguf.TokenType
+    writer.add_token_types([kinds.BYTE if name.startswith("<0x") else kinds.NORMAL for name in names])
+    translation = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config.num_hidden_layers)
+    for name, parameter in model.named_parameters():
+        writer.add_tensor(translation.get_name(name, (".weight",)), parameter.detach().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def llama_cpp_writer(model: CausalLM, directory: Path) -> Writer:
+    """For one prompt. Its texts are not returned: the server tells characters, not tokens."""
+    import xllamacpp
+
+    write_gguf(model, directory / "model.gguf")
+    params = xllamacpp.CommonParams()
+    params.model.path = str(directory / "model.gguf")
+    params.n_ctx, params.n_parallel, params.verbosity = model.config.max_position_embeddings, 1, 0
+    params.cpuparams.n_threads = torch.get_num_threads()
+    server = xllamacpp.Server(params)
+    options = dict(temperature=0, ignore_eos=True, cache_prompt=False)
+
+    def write(prompts, n):
+        answer = server.handle_completions(dict(prompt=prompts[0], n_predict=n, **options))
+        if answer["usage"]["completion_tokens"] != n or answer["usage"]["prompt_tokens"] != len(prompts[0]):
+            raise RuntimeError(f"llama.cpp read or wrote another number of tokens than asked: {answer['usage']}")
+
+    return write
+
+
+def vector_rate(matrix: Tensor, vector: Tensor) -> float:
+    """Bytes a second that a plain product of matrix and vector reads."""
+    start = time.perf_counter()
+    torch.mv(matrix, vector)
+    return matrix.nbytes / (time.perf_counter() - start)
+
+
+def take_turns(writers: dict[str, Writer], prompts, n: int, rounds: int, limit: Callable[[], float]):
+    """Seconds of each call of each writer, and the best of the machine's limit, measured between them."""
+    seconds, texts, best = {name: [] for name in writers}, {}, 0.0
+    for turn in range(rounds + 1):
+        for name, write in writers.items():
+            start = time.perf_counter()
+            texts[name] = write(prompts, n)
+            if turn:  # the first is a warm-up
+                seconds[name].append(time.perf_counter() - start)
+            best = max(best, limit())
+    if texts["jiezi"] != texts["transformers"]:
+        print("  (jiezi and transformers wrote unlike texts: two tokens were equally probable but for rounding)")
+    return seconds, best
+
+
+def report(name: str, seconds: dict[str, list[float]], writer: str, tokens: int, used: float, best: float, unit: str):
+    """One line; used is what the call took of the limit, in units of 1e9."""
+    median = statistics.median(seconds[writer])
+    print(
+        f"{name:14}{writer:24}{tokens / median:9,.1f} tok/s {used / median / 1e9:7.1f} {unit}"
+        f"{used / median / best:8.1%} of {best / 1e9:.1f}{ratio(seconds, 'transformers', writer):7.2f} x transformers",
+        flush=True,
+    )
+
+
+@torch.inference_mode()
+def measure(name: str, model: CausalLM, args: argparse.Namespace):
+    machine, config = cpu_machine(), model.config
+    weights = model.num_parameters() - model.num_idle_parameters()
+    weights -= 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(Path(folder) / "model", model, TOKENIZER, is_chat=False)
+        fast, half = copy.deepcopy(model), copy.deepcopy(model)
+        lay_out_for_decoding(fast)
+        writers = {"jiezi": ours(fast), "transformers": transformers_writer(Path(folder) / "model")}
+        alone = {}  # with one prompt
+        if "fbgemm" in torch.backends.quantized.supported_engines:
+            lay_out_for_decoding(half, half_weights=True)
+            alone["jiezi --half_weights"] = ours(half)
+        if config.qk_norm and not config.use_moe and importlib.util.find_spec("xllamacpp"):
+            alone["llama.cpp"] = llama_cpp_writer(model, Path(folder))
+
+        def prompts(rows: int, length: int) -> list[list[int]]:
+            generator = torch.Generator().manual_seed(rows)
+            return torch.randint(16, config.vocab_size, (rows, length), generator=generator).tolist()
+
+        matrix, vector = torch.randn(8192, 8192), torch.randn(8192)
+        n, rounds = args.new_tokens, args.rounds
+        seconds, best = take_turns(writers | alone, prompts(1, 8), n, rounds, lambda: vector_rate(matrix, vector))
+        for writer in seconds:
+            size = 2 if "half" in writer else 4
+            report(name, seconds, writer, n, weights * size * n, best, "GB/s")
+
+        def flops(length: int) -> float:
+            head = 2 * config.vocab_size * config.hidden_size
+            return step_flops(model, length, length * (length + 1) // 2) / 3 - head * (length - 1)  # asked of the last
+
+        length = min(args.prompt_tokens, config.max_position_embeddings - 1)
+        seconds, best = take_turns(writers | alone, prompts(1, length), 1, rounds, lambda: matmul_rate(machine))
+        for writer in seconds:
+            report(f"{name} prompt", seconds, writer, length, flops(length), best, "GFLOP/s")
+        for rows in args.batch_sizes:
+            seconds, best = take_turns(writers, prompts(rows, 8), n, rounds, lambda: matmul_rate(machine))
+            for writer in seconds:
+                report(f"{name} x {rows}", seconds, writer, rows * n, 2 * weights * rows * n, best, "GFLOP/s")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--preset", nargs="+", choices=PRESETS, default=["small", "base"], help="sizes")
+    parser.add_argument("--model", type=Path, help="folder of a model, in place of a preset's random weights")
+    parser.add_argument("--new_tokens", type=positive, default=64, help="tokens to write")
+    parser.add_argument("--prompt_tokens", type=positive, default=512, help="tokens of the long prompt")
+    parser.add_argument("--batch_sizes", type=positive, nargs="*", default=[1, 2, 4, 8, 16, 32], help="prompts at once")
+    parser.add_argument("--rounds", type=positive, default=5, help="measured calls of each")
+    args = parser.parse_args()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
+    if not importlib.util.find_spec("xllamacpp"):
+        print("llama.cpp does not take part: pip install xllamacpp gguf")
+    if args.model:
+        measure(args.model.name, load_model(args.model, torch.device("cpu")).eval(), args)
+        return
+    for preset in args.preset:
+        torch.manual_seed(0)
+        measure(preset, CausalLM(LMConfig(**PRESETS[preset])).eval(), args)
+
+
+if __name__ == "__main__":
+    run(main)
