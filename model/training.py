@@ -344,7 +344,9 @@ def train(args: argparse.Namespace, machine: Machine, model: CausalLM, loss_fn: 
         return evaluate(model, loss_fn, val_set, bytes_of_token, machine, args.batch_size, rows)
 
     if progress.step == 0:
-        log.add(0.0, {"step": 0, "tokens": 0, **validate(args.eval_rows)})
+        # Of a model that knows nothing one batch says enough: a run should not begin with a long validation.
+        rows = args.eval_rows if args.init_from else min(args.eval_rows, args.batch_size)
+        log.add(0.0, {"step": 0, "tokens": 0, **validate(rows)})
         if args.init_from is None:
             check_first_loss(log, model.config.vocab_size)
     rows_per_step = args.batch_size * args.accumulation_steps * machine.world_size
