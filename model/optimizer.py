@@ -10,6 +10,8 @@ from torch import Tensor
 from model.machine import Machine
 from model.model import CausalLM
 
+MUON_BATCH = 2**23  # numbers whose update is computed at a time: several copies of them exist then
+
 
 @torch.no_grad()
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
@@ -33,7 +35,7 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose update is orthogonalized, for the matrices of the layers; Adam for embedding, head and norms.
 
     Scaled as in arXiv 2502.16982, eq. 4, so that an update is of the size of Adam's and both share a learning rate.
-    Matrices of one shape are updated as one batch.
+    Matrices of one shape are updated in batches.
     """
 
     def __init__(self, groups: list[dict], lr: float, momentum: float = 0.95, betas=(0.9, 0.95), eps: float = 1e-8):
@@ -54,16 +56,22 @@ class Muon(torch.optim.Optimizer):
         for parameter in group["params"]:
             by_shape.setdefault(parameter.shape, []).append(parameter)
         for shape, parameters in by_shape.items():
-            updates = []
-            for parameter in parameters:
-                state, gradient = self.state[parameter], parameter.grad
-                momentum = state.setdefault("momentum", torch.zeros_like(parameter))
-                momentum.lerp_(gradient, 1 - group["momentum"])
-                updates.append(gradient.lerp(momentum, group["momentum"]))  # Nesterov
-            size = -group["lr"] * 0.2 * max(shape) ** 0.5
-            for parameter, update in zip(parameters, orthogonalize(torch.stack(updates))):
-                # An expert that no token visited stays: whatever is left of its momentum would give a whole update.
-                parameter.addcmul_(update, parameter.grad.any().to(update.dtype), value=size)
+            n = max(1, MUON_BATCH // shape.numel())
+            for start in range(0, len(parameters), n):
+                self._update(parameters[start : start + n], group)
+
+    def _update(self, parameters: list[Tensor], group: dict):
+        """Of matrices of one shape."""
+        updates = []
+        for parameter in parameters:
+            state, gradient = self.state[parameter], parameter.grad
+            momentum = state.setdefault("momentum", torch.zeros_like(parameter))
+            momentum.lerp_(gradient, 1 - group["momentum"])
+            updates.append(gradient.lerp(momentum, group["momentum"]))  # Nesterov
+        size = -group["lr"] * 0.2 * max(parameters[0].shape) ** 0.5
+        for parameter, update in zip(parameters, orthogonalize(torch.stack(updates))):
+            # An expert that no token visited stays: whatever is left of its momentum would give a whole update.
+            parameter.addcmul_(update, parameter.grad.any().to(update.dtype), value=size)
 
     def _adam(self, group: dict):
         for parameter in group["params"]:

@@ -93,21 +93,37 @@ def step_flops(model: CausalLM, tokens: int, attention_pairs: int) -> float:
 
 
 def memory_estimate(model: CausalLM, args: argparse.Namespace, bytes_per_number: int = 4) -> int:
-    """Bytes at the peak of a training step: float32 weights, gradients and two Adam moments, and what each layer keeps
-    for the backward pass."""
+    """Bytes at the peak of a training step, from what it holds at once; bench/memory.py measures the same.
+
+    bytes_per_number: of activations. Weights, gradients and optimizer are float32; autocast also keeps cast weights.
+    """
     config, tokens = model.config, args.batch_size * args.max_seq_len
-    heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
-    layer = 7 * config.hidden_size + 5 * heads + 4 * config.intermediate_size
-    if config.use_moe:  # the experts' insides, and the copies of what goes in and comes out
-        visits = config.num_experts_per_tok
-        experts = 4 * (visits + config.n_shared_experts) * config.moe_intermediate_size
-        layer += experts + 2 * visits * config.hidden_size - 4 * config.intermediate_size
-    kept = (
-        config.hidden_size * config.num_hidden_layers + layer
-        if args.grad_checkpointing
-        else (layer * config.num_hidden_layers)
-    )
-    return 16 * model.num_parameters() + bytes_per_number * tokens * kept
+    heads, kv_heads = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    weights = model.num_parameters()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    state = weights + 3 * sum(parameter.numel() for parameter in trained)  # weights, gradients, Adam's two moments
+    if args.optimizer == "muon":  # has one moment of a matrix
+        state -= sum(p.numel() for p in model.model.layers.parameters() if p.requires_grad and p.dim() > 1)
+
+    # What each layer keeps of a token: what the norms read and scaled, and what each matrix product and nonlinearity
+    # read; of the attention also what it gave.
+    attention = 5 * config.hidden_size + 5 * heads + 4 * kv_heads
+    dense = config.hidden_size + 4 * config.intermediate_size
+    layers = [attention + dense] * config.num_hidden_layers
+    if config.use_moe:  # the copies of what goes into the experts and comes out, twice; their insides
+        visits, width = config.num_experts_per_tok, config.moe_intermediate_size
+        experts = config.hidden_size * (1 + 3 * visits) + 4 * width * (visits + config.n_shared_experts)
+        n_experts = config.num_hidden_layers - config.first_k_dense_replace
+        layers[-n_experts:] = [attention + experts] * n_experts
+    kept = config.hidden_size * len(layers) if args.grad_checkpointing else sum(layers)
+    kept += 3 * config.hidden_size  # the last norm, and the gradient of what it gave
+
+    # Beside it, at the end of the forward pass a chunk of logits and of its gradients, and the gradient of the head's
+    # weight; or, in the backward pass, what was computed anew, and the gradients inside one layer.
+    loss = 2 * min(tokens, LOSS_CHUNK) * config.vocab_size + config.vocab_size * config.hidden_size
+    backward = tokens * (3 * config.intermediate_size + (max(layers) if args.grad_checkpointing else 0))
+    copy = weights if bytes_per_number < 4 else 0
+    return 4 * state + bytes_per_number * (copy + tokens * kept + max(loss, backward))
 
 
 # ------------------------------------------------------------------------------------------------------------- the loss
@@ -328,7 +344,9 @@ def train(args: argparse.Namespace, machine: Machine, model: CausalLM, loss_fn: 
         return evaluate(model, loss_fn, val_set, bytes_of_token, machine, args.batch_size, rows)
 
     if progress.step == 0:
-        log.add(0.0, {"step": 0, "tokens": 0, **validate(args.eval_rows)})
+        # Of a model that knows nothing one batch says enough: a run should not begin with a long validation.
+        rows = args.eval_rows if args.init_from else min(args.eval_rows, args.batch_size)
+        log.add(0.0, {"step": 0, "tokens": 0, **validate(rows)})
         if args.init_from is None:
             check_first_loss(log, model.config.vocab_size)
     rows_per_step = args.batch_size * args.accumulation_steps * machine.world_size
@@ -456,7 +474,7 @@ def describe(args: argparse.Namespace, machine: Machine, model: CausalLM, data: 
         f"machine  {machine.world_size} x {machine.device.type}, {str(machine.dtype).removeprefix('torch.')}, "
         f"matrix products at {peak / 1e9:,.0f} GFLOP/s each",
         f"step     {rows} rows, {rows * args.max_seq_len:,} tokens; about "
-        f"{memory_estimate(model, args) / 2**30:.1f} GiB in each process",
+        f"{memory_estimate(model, args, machine.dtype.itemsize) / 2**30:.1f} GiB in each process",
         f"time     about {min(minutes, args.max_minutes or math.inf):,.0f} minutes",
     ]
     if data.truncated or data.dropped:

@@ -1,0 +1,73 @@
+"""Hours, cost and memory of training a preset on a card, by the arithmetic that a run prints: no card is needed.
+
+    python -m bench.estimate
+    python -m bench.estimate --preset small base --tokens 2000 --price 0.5 --utilisation 0.3
+
+Floating-point operations are those of step_flops for full rows of one text each; memory is memory_estimate's, with
+16-bit activations. `rows` is how many of --max_seq_len tokens fit at once, and, after the bar, with
+--grad_checkpointing; 0: not even one. Hours are those of one card, for rows that fit.
+"""
+
+import argparse
+
+import torch
+
+from model.flags import HelpFormatter, above_zero, fraction, positive
+from model.LMConfig import PRESETS, LMConfig
+from model.model import CausalLM
+from model.training import memory_estimate, run, step_flops
+
+# Dense matrix products a second in 16 bits with sums in 32, in 10^12, and GB of memory: NVIDIA's data sheets, and for
+# the RTX cards its white papers of GA102 and AD102. The GTX 1650 has no tensor cores: 896 cores x 1.665 GHz x 2 x 2.
+CARDS = {
+    "GTX 1650": (5.97, 4),
+    "RTX 3090": (71, 24),
+    "RTX 4090": (165.2, 24),
+    "T4": (65, 16),
+    "L4": (121, 24),
+    "V100": (125, 16),
+    "A100": (312, 40),
+    "H100": (989, 80),
+}
+ROOM = 0.85  # of a card's memory: the rest is for its driver, libraries and the gaps between tensors
+
+
+def rows_that_fit(model: CausalLM, args: argparse.Namespace, gigabytes: float) -> int:
+    """The largest power of two, up to 1,024, of rows in a forward and backward pass; 0 if none fits."""
+    rows = [2**n for n in range(11)]
+    settings = [argparse.Namespace(**vars(args) | dict(batch_size=n)) for n in rows]
+    fit = [s.batch_size for s in settings if memory_estimate(model, s, bytes_per_number=2) <= ROOM * gigabytes * 1e9]
+    return max(fit, default=0)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--preset", nargs="+", choices=PRESETS, default=list(PRESETS), help="sizes")
+    parser.add_argument("--card", nargs="+", choices=CARDS, default=list(CARDS), help="which")
+    parser.add_argument("--tokens", type=above_zero, help="million; without it, 20 a weight at work (arXiv 2203.15556)")
+    parser.add_argument("--max_seq_len", type=positive, default=512, help="tokens in a row")
+    parser.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw", help="update rule")
+    parser.add_argument("--utilisation", type=fraction, default=0.35, help="an assumption: share of the peak reached")
+    parser.add_argument("--price", type=above_zero, default=1.0, help="an example: of a card's hour, in any currency")
+    args = parser.parse_args()
+    print(f"assumed: {args.utilisation:.0%} of the peak, {args.price:g} an hour, {ROOM:.0%} of a card's memory")
+    for preset in args.preset:
+        with torch.device("meta"):  # the sizes alone, no memory
+            model = CausalLM(LMConfig(**PRESETS[preset]))
+        at_work = model.num_parameters() - model.num_idle_parameters()
+        tokens = args.tokens * 1e6 if args.tokens else 20 * at_work
+        flops = step_flops(model, tokens, tokens * (args.max_seq_len + 1) / 2)
+        print(f"\n{preset}: {model.num_parameters() / 1e6:.1f} M, {tokens / 1e6:,.0f} M tokens, {flops:.2e} operations")
+        for card in args.card:
+            tera, gigabytes = CARDS[card]
+            hours = flops / (args.utilisation * tera * 1e12) / 3600
+            rows = [
+                rows_that_fit(model, argparse.Namespace(**vars(args), grad_checkpointing=on), gigabytes)
+                for on in (False, True)
+            ]
+            time = f"{hours:10.2f} h{hours * args.price:10.2f}" if rows[1] else f"{'does not fit':>22}"
+            print(f"  {card:10}{gigabytes:3} GB {time}   rows {rows[0]:5,} |{rows[1]:6,}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,95 @@
+"""Peak memory of a training step on a CPU, beside what model/training.py estimates.
+
+    python -m bench.memory                                    all presets, AdamW, Muon, with and without checkpoints
+    python -m bench.memory --preset small --batch_size 1 8 32
+    python -m bench.memory --preset small --plain_loss        cross-entropy of all logits at once
+
+Each line is a process of its own, which first trains a very small model, so that libraries have taken what they keep.
+Measured is its peak resident memory (VmHWM) after a few steps less the resident memory (VmRSS) before the model was
+built: weights, gradients, optimizer, what the forward pass keeps, and what the allocator loses between them.
+"""
+
+import argparse
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+
+from bench.train_speed import cpu_machine, made_up_batch
+from model.balance import expert_balance
+from model.dataset import IGNORE
+from model.flags import HelpFormatter, positive
+from model.LMConfig import PRESETS, LMConfig
+from model.model import CausalLM
+from model.optimizer import GradientBuffer, build_optimizer, optimizer_step
+from model.training import memory_estimate, next_token_loss, run
+
+
+def plain_loss(model: CausalLM, batch):
+    """next_token_loss with all logits at once."""
+    routing = []
+    logits = F.linear(model.model(batch.input_ids, batch.position_ids, routing=routing), model.lm_head.weight)
+    loss_sum = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="sum", ignore_index=IGNORE)
+    return loss_sum + expert_balance(model, batch, routing)[0], int((batch.labels != IGNORE).sum()), {}
+
+
+def resident(field: str) -> int:
+    """Bytes of this process: VmRSS now, VmHWM at its peak."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
+
+
+def train(config: LMConfig, args: argparse.Namespace) -> CausalLM:
+    """A few steps as model/training.py takes them."""
+    torch.manual_seed(0)
+    model = CausalLM(config)
+    model.model.gradient_checkpointing = args.grad_checkpointing
+    optimizer = build_optimizer(model, args)
+    buffer = GradientBuffer(list(model.parameters()))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    batch = made_up_batch(args.batch_size, args.max_seq_len, config.vocab_size)
+    for _ in range(args.steps):
+        loss_sum, tokens, _ = (plain_loss if args.plain_loss else next_token_loss)(model, batch)
+        loss_sum.backward()
+        optimizer_step(optimizer, buffer, scaler, 1 / tokens, args.grad_clip)
+    return model
+
+
+def peak(preset: str, args: argparse.Namespace) -> tuple[int, int, int]:
+    """Bytes measured and estimated; parameters."""
+    cpu_machine()
+    train(LMConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, vocab_size=64), args)
+    before = resident("VmRSS")
+    model = train(LMConfig(**PRESETS[preset]), args)
+    return resident("VmHWM") - before, memory_estimate(model, args), model.num_parameters()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--preset", nargs="+", choices=PRESETS, default=list(PRESETS), help="sizes")
+    parser.add_argument("--batch_size", nargs="+", type=positive, default=[8], help="rows")
+    parser.add_argument("--max_seq_len", type=positive, default=512, help="tokens in a row")
+    parser.add_argument("--optimizer", nargs="+", choices=["adamw", "muon"], default=["adamw", "muon"], help="which")
+    parser.add_argument("--steps", type=positive, default=3, help="after which the peak is read")
+    parser.add_argument("--plain_loss", action="store_true", help="all logits at once, not in chunks")
+    args = parser.parse_args()
+    args.learning_rate, args.weight_decay, args.grad_clip = 1e-4, 0.1, 1.0
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.steps} steps, float32")
+    print("preset      parameters  rows  optimizer  checkpoints   measured  estimated", flush=True)
+    choices = product(args.preset, args.batch_size, args.optimizer, (False, True))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
+        for preset, args.batch_size, args.optimizer, args.grad_checkpointing in choices:
+            measured, estimated, parameters = pool.submit(peak, preset, args).result()
+            print(
+                f"{preset:10}{parameters / 1e6:10.1f} M{args.batch_size:6}  {args.optimizer:9}"
+                f"{'yes' if args.grad_checkpointing else 'no':>13}{measured / 2**20:8,.0f} MiB"
+                f"{estimated / 2**20:7,.0f} MiB {estimated / measured - 1:+.0%}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    run(main)

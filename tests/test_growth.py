@@ -1,0 +1,114 @@
+"""The arithmetic of memory and cost, and the benchmarks that hold it against measurements."""
+
+import argparse
+import functools
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from bench import estimate, growth, train_speed
+from model import optimizer
+from model.LMConfig import PRESETS, LMConfig
+from model.model import CausalLM
+from model.optimizer import GradientBuffer, build_optimizer
+from model.training import memory_estimate
+
+
+def make_model(preset: str = "tiny") -> CausalLM:
+    with torch.device("meta"):
+        return CausalLM(LMConfig(**PRESETS[preset]))
+
+
+def settings(**changes) -> argparse.Namespace:
+    own = dict(batch_size=32, max_seq_len=512, grad_checkpointing=False, optimizer="adamw")
+    return argparse.Namespace(**own | changes)
+
+
+@pytest.mark.parametrize("preset", ["tiny", "tiny-moe"])
+def test_estimate_grows_with_tokens_by_what_the_layers_keep(preset):
+    model = make_model(preset)
+    rows = [memory_estimate(model, settings(batch_size=n)) for n in (32, 64, 96)]
+    assert rows[1] - rows[0] == rows[2] - rows[1] > 0
+    assert memory_estimate(model, settings(batch_size=16, max_seq_len=1024)) == rows[0]
+    assert memory_estimate(model, settings(grad_checkpointing=True)) < 0.5 * rows[0]
+
+
+def test_estimate_counts_what_the_optimizer_keeps():
+    model = make_model()
+    matrices = sum(p.numel() for p in model.model.layers.parameters() if p.dim() > 1)
+    adamw = memory_estimate(model, settings())
+    assert adamw - memory_estimate(model, settings(optimizer="muon")) == 4 * matrices
+    model.lm_head.weight.requires_grad = False
+    assert adamw - memory_estimate(model, settings()) == 12 * model.lm_head.weight.numel()
+
+
+def test_muon_gives_the_same_update_in_small_batches(monkeypatch):
+    def updated(numbers: int) -> list[torch.Tensor]:
+        monkeypatch.setattr(optimizer, "MUON_BATCH", numbers)
+        torch.manual_seed(0)
+        model = CausalLM(LMConfig(**PRESETS["tiny"]))
+        GradientBuffer(list(model.parameters()))
+        update = build_optimizer(model, settings(optimizer="muon", learning_rate=0.01, weight_decay=0.1))
+        for _ in range(2):
+            for parameter in model.parameters():
+                parameter.grad.normal_()
+            update.step()
+        return list(model.parameters())
+
+    for one_by_one, at_once in zip(updated(1), updated(2**30)):
+        torch.testing.assert_close(one_by_one, at_once, rtol=0, atol=1e-5)
+
+
+@pytest.fixture
+def run_bench(monkeypatch, capsys):
+    def run_main(module, *flags) -> list[str]:
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, flags)])
+        module.main()
+        return capsys.readouterr().out.splitlines()
+
+    return run_main
+
+
+def test_cost_on_a_card(run_bench):
+    lines = run_bench(estimate, "--preset", "small", "--card", "T4", "--tokens", 1000, "--price", 2)
+    hours, cost = (float(lines[-1].split()[i]) for i in (3, 5))
+    assert cost == pytest.approx(2 * hours, abs=0.02)
+    # 6 x 25.8 M + 12 x 512 x 8 x 256.5 = 167 M operations a token, at 0.35 x 65 T a second
+    assert hours == pytest.approx(1e9 * 167.4e6 / (0.35 * 65e12) / 3600, rel=0.01)
+
+
+def test_the_rows_that_fit_a_card(run_bench):
+    lines = run_bench(estimate, "--preset", "base-moe", "--card", "GTX 1650", "A100")
+    assert "does not fit" in lines[-2]
+    without, checkpointed = (int(n.replace(",", "")) for n in lines[-1].partition("rows")[2].split("|"))
+    assert 0 < without < checkpointed
+
+
+def test_growth_tables_and_plot(run_bench, monkeypatch, tmp_path):
+    monkeypatch.setattr(train_speed, "matmul_rate", functools.partial(train_speed.matmul_rate, size=64))
+    monkeypatch.setattr(growth, "start_of_run", lambda *_: 1.0)
+    sizes = ["--models", "32x1", "64x1", "--lengths", 16, 32, "--corpora", 1, 2, "--batch_size", 1, "--max_seq_len", 32]
+    lines = run_bench(growth, *sizes, "--steps", 1, "--plot", tmp_path / "plots" / "growth.png")
+    assert [line.split()[0] for line in lines] == ["torch", *["model"] * 2, *["length"] * 2, "step", *["corpus"] * 2]
+    tokens = [float(line.partition("MB")[2].split()[0]) for line in lines if line.startswith("corpus")]
+    assert tokens == pytest.approx([0.3, 0.6], rel=0.1)
+    assert (tmp_path / "plots" / "growth.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_a_run_says_when_its_first_step_begins(tmp_path):
+    growth.write_corpus(tmp_path / "data", 1)
+    assert growth.start_of_run(tmp_path / "data", settings(batch_size=1, max_seq_len=64)) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_estimate_is_what_a_step_takes():
+    command = [sys.executable, "-m", "bench.memory", "--preset", "mini", "--batch_size", "4", "8"]
+    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()[2:]
+    assert len(lines) == 8
+    for line in lines:
+        assert abs(int(line.split()[-1].rstrip("%"))) <= 15, line
