@@ -5,7 +5,6 @@ how many answers are right, by which name the model calls itself, how many answe
 out/quickstart; what is finished there is not done again.
 """
 
-import argparse
 import contextlib
 import functools
 import hashlib
@@ -25,9 +24,9 @@ import torch
 
 from model.checkpoint import STATE_FILE, write_file, write_json
 from model.demo import NAMES, NEW_NAMES, is_brief, is_right
-from model.flags import HelpFormatter, above_zero
 from model.machine import choose_device
 from model.training import run
+from quickstart import parse_flags
 
 OUT = Path("out/quickstart")
 DATA, PICTURE = OUT / "data", Path("out/quickstart.png")
@@ -258,11 +257,7 @@ def plot(results: dict[str, dict], path: Path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
-    parser.add_argument("--minutes", type=above_zero, default=8, help="of training, in all")
-    parser.add_argument("--clean", action="store_true", help="begin again")
-    parser.add_argument("--no-chat", action="store_true", help="do not talk to the model at the end")
-    args = parser.parse_args()
+    args = parse_flags(sys.argv[1:])
     sys.stdout.reconfigure(errors="backslashreplace")
     if args.clean:
         shutil.rmtree(OUT, ignore_errors=True)
