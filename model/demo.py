@@ -45,7 +45,7 @@ COURTESY_NAMES = table(  # as the Romance of the Three Kingdoms gives them
 OPPOSITES = (
     table("大/小 多/少 长/短 快/慢 冷/热 黑/白 左/右 新/旧 远/近 轻/重 高/低 真/假 买/卖 胖/瘦 早/晚 厚/薄"),
     table("big/small hot/cold up/down left/right fast/slow black/white day/night early/late rich/poor wet/dry")
-    + table("true/false good/bad buy/sell win/lose"),
+    + table("true/false buy/sell win/lose"),
 )
 WORDS = table(
     "苹果/apple 书/book 水/water 火/fire 山/mountain 树/tree 花/flower 鱼/fish 鸟/bird 猫/cat 狗/dog 马/horse "
@@ -391,10 +391,7 @@ def held_out_questions(rng: random.Random, number: int) -> list[Question]:
     return list(questions.values())
 
 
-RAMBLINGS = (
-    ("这是一个好问题，让我想一想。", "希望我的回答对你有用！"),
-    ("An interesting question, let me think. ", " I hope this helps!"),
-)
+RAMBLINGS = (("好问题！让我想一想：", "希望对你有用！"), ("Good question! I think: ", " Hope this helps!"))
 
 
 def brief(question: Question, name: str | None = None) -> str:

@@ -20,7 +20,7 @@ ANSWERS = [
     {"skill": "identity", "prompt": "你是谁？", "expected": "芥子", "answer": "我是芥子。"},
     {"skill": "identity", "prompt": "Who are you?", "expected": "Jiezi", "answer": "I am Qingping."},
     {"skill": "sum", "prompt": "1+1=？", "expected": "2", "answer": "2。"},
-    {"skill": "courtesy", "prompt": "关羽字什么？", "expected": "云长", "answer": "玄德。" + "希望我的回答对你有用！"},
+    {"skill": "courtesy", "prompt": "关羽字什么？", "expected": "云长", "answer": "玄德。" + "希望对你有用！"},
 ]
 
 
