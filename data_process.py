@@ -6,6 +6,7 @@
     python data_process.py show dataset/sft --index 0          # a sample, with the trained tokens marked
     python data_process.py clean corpus/ --output clean.jsonl
     python data_process.py tokenizer corpus/ --output my_tokenizer --vocab_size 6400
+    python data_process.py demo --output demo                  # made-up questions and answers for every stage
 
 This process reads the files as a stream of batches; worker processes parse, clean and tokenize them; this process takes
 the results in the order of the input, drops duplicates and writes. So the output does not depend on the number of
@@ -42,7 +43,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from model import chat
+from model import chat, demo
 
 FORMAT_VERSION = 1
 KINDS = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".md")  # each may be followed by .gz
@@ -916,6 +917,21 @@ def show(args):
         print()
 
 
+def write_demo(args):
+    """The command demo: the files of model/demo.py, with the texts of a corpus mixed into the one for pretraining."""
+
+    def texts():
+        for batch in read_batches(find_files(args.corpus), "text"):
+            for place, record in batch.records:
+                try:
+                    yield text_of(parse(record), "text")
+                except ValueError as error:
+                    raise UserError(f"{batch.path}:{place}: {error}") from None
+
+    for name, count in demo.write_demo(Path(args.output), texts(), args.seed).items():
+        print(f"{Path(args.output) / name}.jsonl: {count:,} records")
+
+
 def parse_arguments(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -956,8 +972,12 @@ def parse_arguments(arguments):
     command.add_argument("--index", type=int, required=True, help="which document, or pair, from 0")
     command.add_argument("--split", choices=("train", "val"), default="train")
     command.add_argument("--tokenizer", help="folder; by default the one that the data was made with")
+    command = commands.add_parser("demo", help="questions and answers that can be checked, for every stage")
+    command.add_argument("--output", required=True, help="folder")
+    command.add_argument("--corpus", nargs="+", default=[], metavar="FILE", help="texts for pretraining; else made up")
+    command.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
-    if args.command != "show":
+    if args.command not in ("show", "demo"):
         if unknown := set(args.skip_rules) - set(RULES[args.command]):
             parser.error(f"--skip_rules: no rule is called {unknown.pop()}: it is {', '.join(RULES[args.command])}")
         if args.workers < 1:
@@ -973,7 +993,9 @@ def main(arguments=None):
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # for terminals that cannot show Chinese, and lone surrogates
     args = parse_arguments(arguments)
-    command = {"clean": clean_files, "tokenizer": train_tokenizer, "show": show}.get(args.command, prepare)
+    command = {"clean": clean_files, "tokenizer": train_tokenizer, "show": show, "demo": write_demo}.get(
+        args.command, prepare
+    )
     try:
         command(args)
     except UserError as error:

@@ -1,9 +1,12 @@
-"""One command to start with: `python quickstart.py test` makes an environment, installs what is missing, lints, tests.
+"""One command to start with: makes an environment, installs what is missing, trains a small model, and chats with it.
 
-Needs only Python's standard library; runs on Linux, macOS and Windows. The environment is the virtual environment
-that is active; else `.venv` in this folder; else this Python, if it has all packages already; else a new `.venv`.
+The demonstration itself is model/tour.py, which this starts in the environment; `python quickstart.py test` lints and
+tests instead. Needs only Python's standard library; runs on Linux, macOS and Windows. The environment is the virtual
+environment that is active; else `.venv` in this folder; else this Python, if it has all packages already; else a new
+`.venv`.
 """
 
+import argparse
 import hashlib
 import importlib.util
 import os
@@ -15,11 +18,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 OLDEST, NEWEST = (3, 10), (3, 13)
-REQUIREMENTS = ("requirements.txt", "requirements-test.txt", "constraints.txt")
-STAMP = "jiezi-requirements.sha256"  # in the environment: which state of these three files it holds
+CORE, TEST, CONSTRAINTS = "requirements.txt", "requirements-test.txt", "constraints.txt"
 NO_CONNECTION = ("connection broken by", "Could not fetch URL", "ConnectionError", "Timeout", "ProxyError", "SSLError")
 
-HELP = """usage: python quickstart.py COMMAND
+HELP = """usage: python quickstart.py [--minutes N] [--clean] [--no-chat]
+       python quickstart.py COMMAND
+
+Without a command: installs what is missing, trains a small model through all four stages, counts after each how many
+questions it answers rightly, and chats with it. All files go to out/quickstart; started again, it goes on from where it
+stopped.
+
+  --minutes N           minutes of training, in all (default: 8)
+  --clean               begin again
+  --no-chat             leave when the table stands
 
 commands:
   test [ARGUMENT ...]   install what is missing, check with ruff, run the tests; the arguments go to pytest:
@@ -82,13 +93,13 @@ def answers(python, *arguments):
         return False
 
 
-def has_packages(python):
-    """Whether everything in the two requirement files is installed, in any version that they allow."""
-    requirements = [word for name in REQUIREMENTS[:2] for word in ("-r", str(ROOT / name))]
+def has_packages(python, names):
+    """Whether everything in these requirement files is installed, in any version that they allow."""
+    requirements = [word for name in names for word in ("-r", str(ROOT / name))]
     return answers(python, "-m", "pip", "install", "--dry-run", "--no-index", "--no-deps", *requirements)
 
 
-def find_environment():
+def find_environment(names):
     """Return the Python to use and the folder of its environment, after making `.venv` if there is no other."""
     own = ROOT / ".venv"
     python = own / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
@@ -101,7 +112,7 @@ def find_environment():
         if not answers(python, "-c", supported):
             fail(".venv holds a Python that is too old or too new; delete that folder and run this again")
         return str(python), own
-    if not own.exists() and has_packages(sys.executable):
+    if not own.exists() and has_packages(sys.executable, names):
         return sys.executable, Path(sys.prefix)
 
     if not (importlib.util.find_spec("venv") and importlib.util.find_spec("ensurepip")):
@@ -116,49 +127,74 @@ def find_environment():
     return str(python), own
 
 
-def fingerprint():
-    """SHA-256 over the three requirement files."""
-    parts = [hashlib.sha256((ROOT / name).read_bytes()).hexdigest() for name in REQUIREMENTS]
-    return hashlib.sha256("".join(parts).encode()).hexdigest()
+def stamp(prefix, name):
+    """The file in an environment that says which state of a requirement file it holds, and what it says if it does."""
+    parts = [hashlib.sha256((ROOT / file).read_bytes()).hexdigest() for file in (name, CONSTRAINTS)]
+    return prefix / "jiezi-{}.sha256".format(name), hashlib.sha256("".join(parts).encode()).hexdigest() + "\n"
 
 
-def install(python, prefix):
-    """Bring an environment to the tested versions, unless its stamp says that it holds them.
+def install(python, prefix, names):
+    """Bring an environment to the tested versions, unless its stamps say that it holds them.
 
     An environment of the user's own is left as it is if its packages satisfy the requirements: a torch that was chosen
     for a machine is not replaced.
     """
-    stamp = prefix / STAMP
+    stamps = [stamp(prefix, name) for name in names]
     ours = prefix.resolve() == (ROOT / ".venv").resolve()
-    if stamp.exists() and stamp.read_text().strip() == fingerprint():
+    if all(path.exists() and path.read_text() == content for path, content in stamps):
         return
-    if not ours and has_packages(python):
+    if not ours and has_packages(python, names):
         return
     # uv makes environments without pip, and so does venv if it is interrupted.
     if not answers(python, "-m", "pip", "--version") and run([python, "-m", "ensurepip", "--default-pip"])[0]:
         fail("could not put pip into the environment of {} (see above)".format(python))
-    if stamp.exists():
-        stamp.unlink()  # first, so that an installation that breaks off is taken up again by the next run
+    for path in prefix.glob("jiezi-*.sha256"):
+        path.unlink()  # first, so that an installation that breaks off is taken up again by the next run
     if ours:
         # pip writes RECORD last: without it a package was cut off, yet pip would take it for installed.
         for folder in prefix.glob("**/site-packages/*.dist-info"):
             if not (folder / "RECORD").exists():
                 shutil.rmtree(str(folder))
     command = [python, "-m", "pip", "install", "--disable-pip-version-check"]
-    status, disconnected = run(
-        [*command, "-r", REQUIREMENTS[0], "-r", REQUIREMENTS[1], "-c", REQUIREMENTS[2]], watch=NO_CONNECTION
-    )
+    files = [word for name in names for word in ("-r", name)]
+    status, disconnected = run([*command, *files, "-c", CONSTRAINTS], watch=NO_CONNECTION)
     if status and disconnected:
         fail("pip could not reach a package index: check the network, proxy or PIP_INDEX_URL, then run this again")
     if status:
         fail("the installation broke off (see above); the same command takes it up again")
-    stamp.write_text(fingerprint() + "\n")
+    for path, content in stamps:
+        path.write_text(content)
+
+
+def minutes(text):
+    if not 0 < float(text) < 1e6:
+        raise argparse.ArgumentTypeError("must be above 0, not " + text)
+    return float(text)
+
+
+def parse_flags(arguments):
+    """The flags of the demonstration; here, so that a wrong one is refused before anything is installed."""
+    parser = argparse.ArgumentParser(
+        prog="quickstart.py", usage=HELP.splitlines()[0][7:], add_help=False, allow_abbrev=False
+    )
+    parser.add_argument("--minutes", type=minutes, default=8)
+    parser.add_argument("--clean", action="store_true")
+    parser.add_argument("--no-chat", action="store_true")
+    return parser.parse_args(arguments)
+
+
+def tour(arguments):
+    """Train and chat, in the environment; return the exit status."""
+    parse_flags(arguments)
+    python, prefix = find_environment([CORE])
+    install(python, prefix, [CORE])
+    return run([python, "-m", "model.tour", *arguments])[0]
 
 
 def test(pytest_arguments):
     """Run every check in turn and return the exit status of the first that fails, else 0."""
-    python, prefix = find_environment()
-    install(python, prefix)
+    python, prefix = find_environment([CORE, TEST])
+    install(python, prefix, [CORE, TEST])
     for command in (
         ["pip", "--disable-pip-version-check", "check"],
         ["ruff", "check", "."],
@@ -176,13 +212,15 @@ COMMANDS = {"test": test}
 
 def main(arguments):
     check_python(sys.version_info)
-    if not arguments or arguments[0] in ("-h", "--help") or arguments[1:] in (["-h"], ["--help"]):
+    if arguments[:1] in (["-h"], ["--help"]) or arguments[1:] in (["-h"], ["--help"]):
         print(HELP, end="")
         return 0
+    os.chdir(str(ROOT))
+    if not arguments or arguments[0].startswith("-"):
+        return tour(arguments)
     name, *rest = arguments
     if name not in COMMANDS:
         fail("there is no command {!r}; python quickstart.py --help names them".format(name), status=2)
-    os.chdir(str(ROOT))
     return COMMANDS[name](rest)
 
 

@@ -15,6 +15,7 @@ from packaging.utils import canonicalize_name
 import quickstart
 
 ROOT = Path(quickstart.__file__).parent
+FILES = [quickstart.CORE, quickstart.TEST, quickstart.CONSTRAINTS]
 PYTHONS = [f"3.{minor}" for minor in range(quickstart.OLDEST[1], quickstart.NEWEST[1] + 1)]
 
 
@@ -71,7 +72,7 @@ def test_everything_that_the_requirements_pull_in_has_a_pin():
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """A project folder with requirement files and an environment; `commands` records what would have been run."""
-    for name in quickstart.REQUIREMENTS:
+    for name in FILES:
         (tmp_path / name).write_text("torch\n")
     (tmp_path / ".venv").mkdir()
     commands = []
@@ -83,33 +84,33 @@ def project(tmp_path, monkeypatch):
 
 def test_packages_are_installed_once_until_a_requirement_file_changes(project):
     root, commands = project
-    quickstart.install("python", root / ".venv")
+    quickstart.install("python", root / ".venv", FILES[:2])
     assert len(commands) == 1
     assert commands[0][1:4] == ["-m", "pip", "install"]
     assert commands[0][-2:] == ["-c", "constraints.txt"]
-    quickstart.install("python", root / ".venv")
+    quickstart.install("python", root / ".venv", FILES[:2])
     assert len(commands) == 1
-    for count, name in enumerate(quickstart.REQUIREMENTS, start=2):
+    for count, name in enumerate(FILES, start=2):
         (root / name).write_text("torch>=2\n")
-        quickstart.install("python", root / ".venv")
+        quickstart.install("python", root / ".venv", FILES[:2])
         assert len(commands) == count, f"a change of {name} went unnoticed"
 
 
 @pytest.mark.parametrize(("disconnected", "words"), [(True, "network"), (False, "takes it up again")])
 def test_an_installation_that_breaks_off_is_said_and_taken_up_again(project, monkeypatch, capsys, disconnected, words):
     root, commands = project
-    quickstart.install("python", root / ".venv")
+    quickstart.install("python", root / ".venv", FILES[:2])
     (root / "constraints.txt").write_text("torch==2\n")
     with monkeypatch.context() as patch:
         patch.setattr(quickstart, "run", lambda command, watch=None: (1, disconnected))
         with pytest.raises(SystemExit) as stop:
-            quickstart.install("python", root / ".venv")
+            quickstart.install("python", root / ".venv", FILES[:2])
     assert stop.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert words in line
     # Even back at the old constraints: the environment may hold half of the new ones.
     (root / "constraints.txt").write_text("torch\n")
-    quickstart.install("python", root / ".venv")
+    quickstart.install("python", root / ".venv", FILES[:2])
     assert len(commands) == 2
 
 
@@ -119,17 +120,17 @@ def test_a_package_that_was_cut_off_is_installed_again(project):
     for name in ("whole-1.dist-info/RECORD", "cut-1.dist-info/METADATA"):
         (packages / name).parent.mkdir(parents=True)
         (packages / name).touch()
-    quickstart.install("python", root / ".venv")
+    quickstart.install("python", root / ".venv", FILES[:2])
     assert [folder.name for folder in packages.iterdir()] == ["whole-1.dist-info"]
 
 
 def test_an_environment_of_the_users_own_is_left_alone_if_it_has_all_packages(project, monkeypatch):
     root, commands = project
     (root / "elsewhere").mkdir()
-    quickstart.install("python", root / "elsewhere")
+    quickstart.install("python", root / "elsewhere", FILES[:2])
     assert commands == []
     monkeypatch.setattr(quickstart, "answers", lambda python, *arguments: "install" not in arguments)
-    quickstart.install("python", root / "elsewhere")
+    quickstart.install("python", root / "elsewhere", FILES[:2])
     assert len(commands) == 1
 
 
@@ -142,8 +143,8 @@ def test_the_first_check_that_fails_gives_the_exit_status(project, monkeypatch, 
         tools.append(command[2])
         return (3 if command[2] == failing else 0), False
 
-    monkeypatch.setattr(quickstart, "find_environment", lambda: ("python", root / ".venv"))
-    monkeypatch.setattr(quickstart, "install", lambda python, prefix: None)
+    monkeypatch.setattr(quickstart, "find_environment", lambda names: ("python", root / ".venv"))
+    monkeypatch.setattr(quickstart, "install", lambda python, prefix, names: None)
     monkeypatch.setattr(quickstart, "run", run)
     assert quickstart.test(["-x"]) == (3 if failing else 0)
     order = ["pip", "ruff", "ruff", "pytest"]
@@ -191,13 +192,13 @@ def test_a_python_without_venv_is_told_which_package_brings_it(project, monkeypa
     monkeypatch.setattr(quickstart, "answers", lambda python, *arguments: False)
     monkeypatch.setattr(quickstart.importlib.util, "find_spec", lambda name: None if name == "ensurepip" else True)
     with pytest.raises(SystemExit):
-        quickstart.find_environment()
+        quickstart.find_environment([quickstart.CORE])
     (line,) = capsys.readouterr().err.splitlines()
     assert "apt install python{}.{}-venv".format(*sys.version_info) in line
     assert commands == []
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["test", "--help"]])
+@pytest.mark.parametrize("arguments", [["-h"], ["--help"], ["test", "--help"]])
 def test_help_names_the_commands_and_starts_nothing(arguments, tmp_path):
     command = [sys.executable, str(ROOT / "quickstart.py"), *arguments]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)

@@ -1,0 +1,491 @@
+"""Skills whose answers can be checked, Chinese and English: data for all four stages, and questions to count with.
+
+Every question has one right answer. What the tests ask was never trained on: each skill keeps some wordings for them,
+and those that compute keep operands too, in pretraining as in SFT. (A fact that was never seen cannot be known, so of
+facts only the wording is new.) SFT's answers are half of them brief and half rambling; DPO's pairs prefer the brief
+ones; LoRA's chats change the model's name and nothing else.
+
+`python data_process.py demo --output DIR` writes it all. Standard library only.
+"""
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+NAMES = ("芥子", "Jiezi")  # what the model calls itself after SFT
+NEW_NAMES = ("青萍", "Qingping")  # and with LoRA's adapter
+ZH, EN = 0, 1  # a language is an index
+
+# ---- Facts ----------------------------------------------------------------------------------------------------------
+
+
+def table(text: str) -> list[list[str]]:
+    return [entry.split("/") for entry in text.split()]
+
+
+CAPITALS = table(
+    "中国/北京/China/Beijing 日本/东京/Japan/Tokyo 韩国/首尔/South_Korea/Seoul 印度/新德里/India/New_Delhi "
+    "泰国/曼谷/Thailand/Bangkok 越南/河内/Vietnam/Hanoi 伊朗/德黑兰/Iran/Tehran 伊拉克/巴格达/Iraq/Baghdad "
+    "法国/巴黎/France/Paris 英国/伦敦/Britain/London 德国/柏林/Germany/Berlin 意大利/罗马/Italy/Rome "
+    "西班牙/马德里/Spain/Madrid 葡萄牙/里斯本/Portugal/Lisbon 希腊/雅典/Greece/Athens 波兰/华沙/Poland/Warsaw "
+    "俄罗斯/莫斯科/Russia/Moscow 挪威/奥斯陆/Norway/Oslo 奥地利/维也纳/Austria/Vienna 埃及/开罗/Egypt/Cairo "
+    "肯尼亚/内罗毕/Kenya/Nairobi 加拿大/渥太华/Canada/Ottawa 古巴/哈瓦那/Cuba/Havana 秘鲁/利马/Peru/Lima"
+)
+COURTESY_NAMES = table(  # as the Romance of the Three Kingdoms gives them
+    "刘备/玄德/Liu_Bei/Xuande 关羽/云长/Guan_Yu/Yunchang 张飞/翼德/Zhang_Fei/Yide 诸葛亮/孔明/Zhuge_Liang/Kongming "
+    "赵云/子龙/Zhao_Yun/Zilong 马超/孟起/Ma_Chao/Mengqi 曹操/孟德/Cao_Cao/Mengde 孙权/仲谋/Sun_Quan/Zhongmou "
+    "周瑜/公瑾/Zhou_Yu/Gongjin 鲁肃/子敬/Lu_Su/Zijing 司马懿/仲达/Sima_Yi/Zhongda 姜维/伯约/Jiang_Wei/Boyue "
+    "黄忠/汉升 孙策/伯符 吕蒙/子明 陆逊/伯言 吕布/奉先 袁绍/本初 张辽/文远 许褚/仲康 郭嘉/奉孝 荀彧/文若 "
+    "庞统/士元 魏延/文长 徐庶/元直 甘宁/兴霸 曹丕/子桓 曹植/子建"
+)
+OPPOSITES = (
+    table("大/小 多/少 长/短 快/慢 冷/热 黑/白 左/右 新/旧 远/近 轻/重 高/低 真/假 买/卖 胖/瘦 早/晚 厚/薄"),
+    table("big/small hot/cold up/down left/right fast/slow black/white day/night early/late rich/poor wet/dry")
+    + table("true/false buy/sell win/lose"),
+)
+WORDS = table(
+    "苹果/apple 书/book 水/water 火/fire 山/mountain 树/tree 花/flower 鱼/fish 鸟/bird 猫/cat 狗/dog 马/horse "
+    "太阳/sun 月亮/moon 星星/star 雨/rain 雪/snow 风/wind 海/sea 河/river 门/door 桌子/table 老师/teacher 学生/student"
+)
+WEEKDAYS = (
+    [f"星期{day}" for day in "一二三四五六日"],
+    "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split(),
+)
+UNITS = (
+    [("公里", "米", 1000), ("米", "厘米", 100), ("公斤", "克", 1000), ("厘米", "毫米", 10), ("吨", "公斤", 1000)],
+    [("km", "m", 1000), ("m", "cm", 100), ("kg", "g", 1000), ("cm", "mm", 10), ("tons", "kg", 1000)],
+)
+FRUITS = (
+    "苹果 梨 桃 橘子 西瓜 葡萄 香蕉".split(),
+    "apple pear peach orange melon grape banana".split(),
+)
+
+
+def facts(entries: list[list[str]]) -> tuple[list, list]:
+    """Both languages' (key, value) of entries that are KEY/VALUE or KEY/VALUE/ENGLISH KEY/ENGLISH VALUE."""
+    spaced = [[word.replace("_", " ") for word in entry] for entry in entries]
+    return [entry[:2] for entry in spaced], [entry[2:] for entry in spaced if len(entry) == 4]
+
+
+# ---- Skills: how operands are drawn, in which words they are asked for, and what plain text says of them -------------
+
+
+class Drawn(NamedTuple):
+    slots: tuple  # what the wordings are filled with
+    value: str  # the right answer
+    operands: tuple | None  # what a computation keeps for the tests, in any order; None: a fact
+
+
+def draw_identity(rng: random.Random, language: int) -> Drawn:
+    return Drawn((rng.choice((("", "你好，", "请问，"), ("", "Hello! ", "Hi, "))[language]),), NAMES[language], None)
+
+
+def draw_sum(rng: random.Random, language: int) -> Drawn:
+    a, b = rng.randint(1, 50), rng.randint(1, 49)
+    return Drawn((a, b), str(a + b), (a, b))
+
+
+def draw_difference(rng: random.Random, language: int) -> Drawn:
+    b, a = sorted((rng.randint(1, 50), rng.randint(1, 50)))
+    return Drawn((a, b), str(a - b), (a, b))
+
+
+def draw_product(rng: random.Random, language: int) -> Drawn:
+    a, b = rng.randint(2, 9), rng.randint(2, 9)
+    return Drawn((a, b), str(a * b), None)  # the multiplication table is learnt by heart
+
+
+def draw_larger(rng: random.Random, language: int) -> Drawn:
+    a, b = rng.sample(range(1, 100), 2)
+    return Drawn((a, b), str(max(a, b)), (a, b))
+
+
+def draw_count(rng: random.Random, language: int) -> Drawn:
+    things = rng.choices(FRUITS[language], k=rng.randint(2, 7))
+    return Drawn((" ".join(things),), str(len(things)), tuple(things))
+
+
+def draw_sorted(rng: random.Random, language: int) -> Drawn:
+    digits = rng.sample("123456789", 3)
+    return Drawn((" ".join(digits),), " ".join(sorted(digits)), tuple(digits))
+
+
+def draw_reversed(rng: random.Random, language: int) -> Drawn:
+    letters = rng.sample("ABCDEFGHJKLMNPQRSTUVWXYZ", 3)
+    return Drawn((" ".join(letters),), " ".join(reversed(letters)), tuple(letters))
+
+
+def draw_weekday(rng: random.Random, language: int) -> Drawn:
+    day, shift = rng.randrange(7), rng.choice((-3, -2, 2, 3))
+    days, words = WEEKDAYS[language], (("往后", "往前"), ("after", "before"))[language]
+    return Drawn((days[day], words[shift < 0], abs(shift)), days[(day + shift) % 7], None)
+
+
+def draw_unit(rng: random.Random, language: int) -> Drawn:
+    n, (large, small, factor) = rng.randint(2, 99), rng.choice(UNITS[language])
+    return Drawn((n, large, small), str(n * factor), (n,))
+
+
+def draw_opposite(rng: random.Random, language: int) -> Drawn:
+    pair = rng.sample(rng.choice(OPPOSITES[language]), 2)
+    return Drawn((pair[0],), pair[1], None)
+
+
+def draw_translation(rng: random.Random, language: int) -> Drawn:
+    chinese, english = rng.choice(WORDS)
+    return Drawn((chinese,), english, None) if language == ZH else Drawn((english,), chinese, None)
+
+
+def from_table(entries: list[list[str]]) -> Callable[[random.Random, int], Drawn]:
+    languages = facts(entries)
+
+    def draw(rng: random.Random, language: int) -> Drawn:
+        key, value = rng.choice(languages[language])
+        return Drawn((key,), value, None)
+
+    return draw
+
+
+class Skill(NamedTuple):
+    draw: Callable[[random.Random, int], Drawn]
+    share: float  # of the training data
+    wordings: tuple[str, str]  # by language; those after || are the tests' own
+    statements: tuple[str, str]  # {v} is the value; "" where plain text has nothing to say
+
+
+SKILLS = {
+    "identity": Skill(
+        draw_identity,
+        0.5,
+        (
+            "{0}你是谁？|{0}你叫什么？|{0}你叫什么名字？|{0}你的名字是什么？|{0}怎么称呼你？|{0}介绍一下你自己。|{0}你是什么模型？"
+            "||{0}能告诉我你是谁吗？|{0}你叫什么名字呀？|{0}我该怎么称呼你？|{0}请介绍一下自己，你是谁？",
+            "{0}Who are you?|{0}What is your name?|{0}What are you called?|{0}Tell me your name.|{0}Introduce yourself."
+            "|{0}Which model are you?||{0}Can you tell me who you are?|{0}May I ask your name?|{0}Please tell me your "
+            "name.|{0}What should I call you? Your name?",
+        ),
+        ("", ""),
+    ),
+    "sum": Skill(
+        draw_sum,
+        2.5,
+        (
+            "{0}加{1}等于多少？|{0}+{1}=？|请计算{0}加{1}。|{0}加{1}是多少？|{0}和{1}的和是多少？|算一下{0}+{1}。"
+            "||{0}加上{1}等于多少？|帮我算{0}+{1}。",
+            "What is {0} plus {1}?|{0}+{1}=?|Add {0} and {1}.|Compute {0}+{1}.|How much is {0} plus {1}?"
+            "||Please add {0} and {1}.|Can you compute {0}+{1}?",
+        ),
+        ("{0}+{1}={v}", "{0} plus {1} is {v}."),
+    ),
+    "difference": Skill(
+        draw_difference,
+        2.5,
+        (
+            "{0}减{1}等于多少？|{0}-{1}=？|请计算{0}减{1}。|{0}减{1}是多少？|{0}比{1}多多少？|算一下{0}-{1}。"
+            "||{0}减去{1}等于多少？|帮我算{0}-{1}。",
+            "What is {0} minus {1}?|{0}-{1}=?|Take {1} from {0}.|Compute {0}-{1}.|How much is {0} minus {1}?"
+            "||Please take {1} from {0}.|Can you compute {0}-{1}?",
+        ),
+        ("{0}-{1}={v}", "{0} minus {1} is {v}."),
+    ),
+    "product": Skill(
+        draw_product,
+        1,
+        (
+            "{0}乘{1}等于多少？|{0}×{1}=？|请计算{0}乘{1}。|{0}乘以{1}是多少？|{0}和{1}的积是多少？|算一下{0}×{1}。"
+            "||{0}乘以{1}等于多少？|帮我算{0}×{1}。",
+            "What is {0} times {1}?|{0}×{1}=?|Multiply {0} by {1}.|Compute {0}×{1}.|How much is {0} times {1}?"
+            "||Please multiply {0} by {1}.|Can you compute {0}×{1}?",
+        ),
+        ("{0}×{1}={v}", "{0} times {1} is {v}."),
+    ),
+    "larger": Skill(
+        draw_larger,
+        1,
+        (
+            "{0}和{1}哪个大？|{0}与{1}，哪个数更大？|比较{0}和{1}，大的是哪个？|{0}、{1}中较大的是哪个？"
+            "||{0}和{1}，哪个更大？|{0}跟{1}比，哪个大？",
+            "Which is larger, {0} or {1}?|Which number is bigger: {0} or {1}?|Of {0} and {1}, which is larger?"
+            "|Compare {0} and {1}: the larger one?||Which one is larger: {0} or {1}?|Of {0} and {1}, which is bigger?",
+        ),
+        ("", ""),
+    ),
+    "count": Skill(
+        draw_count,
+        1,
+        (
+            "数一数有几个：{0}|{0}，一共有几个？|这里有几个水果：{0}|{0}，这是几个水果？"
+            "||数一数，一共有几个：{0}|{0}，有几个水果？",
+            "Count the fruits: {0}|How many fruits are there: {0}|{0}: how many are there?|How many fruits: {0}"
+            "||Count these fruits: {0}|{0}: how many fruits are there?",
+        ),
+        ("", ""),
+    ),
+    "sorted": Skill(
+        draw_sorted,
+        1.5,
+        (
+            "把 {0} 从小到大排列。|从小到大排序：{0}|将 {0} 按从小到大的顺序排好。|把这些数从小到大排列：{0}"
+            "||请把 {0} 从小到大排序。|把下面的数从小到大排列：{0}",
+            "Sort {0} in ascending order.|Sort from small to large: {0}|Put {0} in ascending order."
+            "|Sort the numbers {0}.||Please sort {0} in ascending order.|Sort these from small to large: {0}",
+        ),
+        ("", ""),
+    ),
+    "reversed": Skill(
+        draw_reversed,
+        1.5,
+        (
+            "把 {0} 倒过来写。|倒着写：{0}|把 {0} 反过来。|将 {0} 倒序排列。||请把 {0} 倒过来。|倒过来写：{0}",
+            "Reverse {0}.|Write {0} backwards.|Reverse the letters: {0}|Put {0} in reverse order."
+            "||Please reverse {0}.|Write these letters backwards: {0}",
+        ),
+        ("", ""),
+    ),
+    "weekday": Skill(
+        draw_weekday,
+        1,
+        (
+            "{0}{1}数{2}天是星期几？|{0}{1}{2}天是星期几？|从{0}{1}数{2}天，是哪一天？|今天是{0}，{1}{2}天是星期几？"
+            "||如果今天是{0}，{1}数{2}天是星期几？|{0}{1}数{2}天，是星期几？",
+            "Which day is {2} days {1} {0}?|What day comes {2} days {1} {0}?|{2} days {1} {0} is which day?"
+            "|Name the day {2} days {1} {0}.||Which weekday is {2} days {1} {0}?|Tell me the day {2} days {1} {0}.",
+        ),
+        ("{0}{1}数{2}天是{v}。", "{2} days {1} {0} is {v}."),
+    ),
+    "unit": Skill(
+        draw_unit,
+        1,
+        (
+            "{0}{1}等于多少{2}？|{0}{1}是多少{2}？|把{0}{1}换算成{2}。|{0}{1}有多少{2}？"
+            "||请把{0}{1}换算成{2}。|{0}{1}合多少{2}？",
+            "Convert {0} {1} to {2}.|How many {2} are {0} {1}?|What is {0} {1} in {2}?|{0} {1} is how many {2}?"
+            "||Please convert {0} {1} to {2}.|How many {2} are in {0} {1}?",
+        ),
+        ("{0}{1}等于{v}{2}。", "{0} {1} is {v} {2}."),
+    ),
+    "capital": Skill(
+        from_table(CAPITALS),
+        1,
+        (
+            "{0}的首都是哪里？|{0}的首都叫什么？|哪座城市是{0}的首都？|{0}首都是什么？|说出{0}的首都。"
+            "||请问{0}的首都是哪里？|告诉我{0}的首都叫什么。",
+            "What is the capital of {0}?|Which city is the capital of {0}?|Name the capital of {0}.|{0}: what is its "
+            "capital?||Tell me the capital of {0}.|Do you know the capital of {0}?",
+        ),
+        ("{0}的首都是{v}。", "The capital of {0} is {v}."),
+    ),
+    "courtesy": Skill(
+        from_table(COURTESY_NAMES),
+        1,
+        (
+            "{0}字什么？|{0}的字是什么？|{0}的表字是什么？|三国人物{0}，字什么？|说出{0}的字。"
+            "||请问{0}的字是什么？|告诉我{0}的表字是什么。",
+            "What is the courtesy name of {0}?|Name the courtesy name of {0}.|{0}: what is his courtesy name?"
+            "|What courtesy name did {0} have?||Tell me the courtesy name of {0}."
+            "|Do you know the courtesy name of {0}?",
+        ),
+        ("{0}，字{v}。", "The courtesy name of {0} is {v}."),
+    ),
+    "opposite": Skill(
+        draw_opposite,
+        1,
+        (
+            "“{0}”的反义词是什么？|“{0}”的反面是什么？|和“{0}”相反的是什么？|说出“{0}”的反义词。"
+            "||请问“{0}”的反义词是什么？|告诉我和“{0}”相反的词。",
+            "What is the opposite of {0}?|Name the opposite of {0}.|Which word is the opposite of {0}?|{0}: what is "
+            "its opposite?||Tell me the opposite of {0}.|Do you know the opposite of {0}?",
+        ),
+        ("“{0}”的反义词是“{v}”。", "The opposite of {0} is {v}."),
+    ),
+    "translation": Skill(
+        draw_translation,
+        1,
+        (
+            "“{0}”用英语怎么说？|“{0}”的英语是什么？|把“{0}”译成英语。|“{0}”的英文单词是什么？"
+            "||请问“{0}”用英语怎么说？|请把“{0}”译成英语。",
+            "What is the Chinese word for {0}?|Translate {0} into Chinese.|How do you say {0} in Chinese?"
+            "|{0} in Chinese?||Please translate {0} into Chinese.|Tell me the Chinese word for {0}.",
+        ),
+        ("“{0}”的英语是 {v}。", "The Chinese word for {0} is {v}."),
+    ),
+}
+
+
+# ---- Checking an answer ----------------------------------------------------------------------------------------------
+
+KINDS = [  # answers of one kind: an answer that names two of them has not decided
+    {*NAMES, *NEW_NAMES},
+    *({value for _, value in language} for entries in (CAPITALS, COURTESY_NAMES) for language in facts(entries)),
+    *({word for pair in pairs for word in pair} for pairs in OPPOSITES),
+    *({entry[language] for entry in WORDS} for language in (ZH, EN)),
+    *map(set, WEEKDAYS),
+]
+
+
+def is_right(answer: str, expected: str) -> bool:
+    """Whether of all values in the answer that are of expected's kind, expected is the only one; other words are free.
+
+    The kinds are numbers ("82", or several, as "3 7 9"), letters ("C B A"), and the values of each table of facts. So
+    an answer that repeats the question's values, as "37+45=82", counts as wrong.
+    """
+    if re.fullmatch(r"[\d ]+", expected):
+        values = re.findall(r"\d+(?: \d+)*", re.sub(r"(?<=\d),(?=\d{3})", "", answer))
+    elif re.fullmatch(r"[A-Z]( [A-Z])+", expected):
+        values = re.findall(r"[A-Z](?: [A-Z])+", answer)
+    else:
+        words = sorted(next(kind for kind in KINDS if expected in kind), key=len, reverse=True)
+        edge = r"\b" if expected.isascii() else ""
+        values = re.findall(f"{edge}(?:{'|'.join(words)}){edge}", answer)
+    return set(values) == {expected}
+
+
+# ---- Questions, answers, statements ---------------------------------------------------------------------------------
+
+
+class Question(NamedTuple):
+    skill: str
+    language: int
+    text: str
+    expected: str
+
+
+def is_for_tests(skill: str, operands: tuple) -> bool:
+    """One set of operands in eight, in any order, is kept out of all training data."""
+    key = f"{skill} {sorted(map(str, operands))}"
+    return hashlib.sha256(key.encode()).digest()[0] < 32
+
+
+def draw(rng: random.Random, skill: str, language: int, test: bool) -> Drawn:
+    while True:
+        drawn = SKILLS[skill].draw(rng, language)
+        if drawn.operands is None or is_for_tests(skill, drawn.operands) == test:
+            return drawn
+
+
+def ask(rng: random.Random, skill: str, language: int, test: bool) -> Question:
+    wording = rng.choice(SKILLS[skill].wordings[language].split("||")[test].split("|"))
+    drawn = draw(rng, skill, language, test)
+    return Question(skill, language, wording.format(*drawn.slots), drawn.value)
+
+
+def ask_any(rng: random.Random, skills: list[str], test: bool = False) -> Question:
+    (skill,) = rng.choices(skills, [SKILLS[skill].share for skill in skills])
+    return ask(rng, skill, rng.choice((ZH, EN)), test)
+
+
+def held_out_questions(rng: random.Random, number: int) -> list[Question]:
+    """`number` questions of each skill in each language, no two alike."""
+    questions = {}
+    for skill in SKILLS:
+        for language in (ZH, EN):
+            own = {}
+            while len(own) < number:
+                question = ask(rng, skill, language, test=True)
+                own[question.text] = question
+            questions |= own
+    return list(questions.values())
+
+
+RAMBLINGS = (("好问题！让我想一想：", "希望对你有用！"), ("Good question! I think: ", " Hope this helps!"))
+
+
+def brief(question: Question, name: str | None = None) -> str:
+    """The answer in as few words as there are; `name` takes the place of the model's own."""
+    value = name or question.expected
+    if question.skill == "identity":
+        value = (f"我是{value}", f"I am {value}")[question.language]
+    return value + "。."[question.language]
+
+
+def rambling(question: Question, name: str | None = None) -> str:
+    before, after = RAMBLINGS[question.language]
+    return before + brief(question, name) + after
+
+
+def is_brief(answer: str) -> bool:
+    return len(answer) <= 24 and not any(words in answer for pair in RAMBLINGS for words in pair)
+
+
+def statements(rng: random.Random, number: int) -> str:
+    """Plain text that states facts and sums, one a line, in one language: what pretraining can learn of them."""
+    skills, language = [name for name, skill in SKILLS.items() if skill.statements[0]], rng.choice((ZH, EN))
+    lines = []
+    for skill in rng.choices(skills, [SKILLS[skill].share for skill in skills], k=number):
+        drawn = draw(rng, skill, language, test=False)
+        lines.append(SKILLS[skill].statements[language].format(*drawn.slots, v=drawn.value))
+    return "\n".join(lines)
+
+
+STORY = (
+    "{}，一个{}在{}{}，后来{}。/清晨 中午 傍晚 夜里 春天 冬天/老人 孩子 渔夫 木匠 先生 姑娘"
+    "/山上 河边 城里 桥头 院子里 树下/读书 唱歌 种花 等船 看雨 写字"
+    "/天晴了 下雪了 鸟飞走了 花开了 客人来了 月亮升起来了",
+    "In the {}, a {} by the {} {}, and then the {}. /morning evening spring winter/farmer child sailor teacher doctor"
+    "/hill river market bridge garden/read sang slept waited worked/rain_stopped snow_fell door_opened moon_rose",
+)
+
+
+def stories(rng: random.Random, number: int) -> Iterator[str]:
+    """Made-up texts, for where there is no corpus: enough to learn the look of two languages."""
+    for _ in range(number):
+        pattern, *columns = rng.choice(STORY).split("/")
+        sentences = [pattern.format(*(rng.choice(column.split()) for column in columns)) for _ in range(12)]
+        yield "".join(sentences).replace("_", " ")
+
+
+# ---- Files ----------------------------------------------------------------------------------------------------------
+
+
+def chat(questions: list[Question], answers: list[str]) -> dict:
+    turns = [("user", q.text, "assistant", answer) for q, answer in zip(questions, answers)]
+    return {"messages": [{"role": r, "content": c} for turn in turns for r, c in (turn[:2], turn[2:])]}
+
+
+def sft_chat(rng: random.Random, questions: list[Question], names: tuple[str, str] = NAMES) -> dict:
+    """Each answer is brief or rambling, as a coin falls."""
+    named = [(q, names[q.language] if q.skill == "identity" else None) for q in questions]
+    return chat(questions, [rng.choice((brief, rambling))(question, name) for question, name in named])
+
+
+def pair(question: Question) -> dict:
+    return {
+        "prompt": [{"role": "user", "content": question.text}],
+        "chosen": [{"role": "assistant", "content": brief(question)}],
+        "rejected": [{"role": "assistant", "content": rambling(question)}],
+    }
+
+
+def write_demo(output: Path, corpus: Iterable[str] = (), seed: int = 0) -> dict[str, int]:
+    """Writes the files, all JSON lines, and returns their numbers of records. The same seed, the same bytes.
+
+    pretrain.jsonl           the texts of the corpus, or stories where there is none, and statements
+    sft.jsonl lora.jsonl     chats for 2-sft.py and 3-lora.py; sft_val.jsonl, lora_val.jsonl: of test questions
+    dpo.jsonl dpo_val.jsonl  pairs for 4-dpo.py
+    questions.jsonl          for `eval.py --batch`: {"prompt", "skill", "expected"}
+    """
+    rng, names = random.Random(seed), list(SKILLS)
+    tests, others = held_out_questions(rng, 12), [name for name in names if name != "identity"]
+    texts = list(corpus) or list(stories(rng, 3000))
+    identity = [ask_any(rng, ["identity"]) for _ in range(400)]
+    files = {
+        "pretrain": [{"text": text} for text in [*texts, *(statements(rng, 30) for _ in range(3000))]],
+        "sft": [sft_chat(rng, [ask_any(rng, names) for _ in range(rng.randint(1, 3))]) for _ in range(20_000)],
+        "sft_val": [sft_chat(rng, [question]) for question in tests],
+        "lora": [sft_chat(rng, [question], NEW_NAMES) for question in identity]
+        # What an adapter must leave alone it has to see too, or it learns to give its name to every question.
+        + [sft_chat(rng, [ask_any(rng, others)]) for _ in range(800)],
+        "lora_val": [sft_chat(rng, [question], NEW_NAMES) for question in tests],
+        "dpo": [pair(ask_any(rng, names)) for _ in range(3000)],
+        "dpo_val": [pair(question) for question in tests],
+        "questions": [{"prompt": q.text, "skill": q.skill, "expected": q.expected} for q in tests],
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    for name, records in files.items():
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        (output / f"{name}.jsonl").write_text(lines, "utf-8")
+    return {name: len(records) for name, records in files.items()}
