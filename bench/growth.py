@@ -26,12 +26,11 @@ import numpy as np
 import torch
 
 from bench.memory import resident
-from bench.train_speed import cpu_machine, made_up_batch, step_of, take_turns
+from bench.train_speed import jiezi, made_up_batch, take_turns
 from model.chat import load_tokenizer, tokenizer_fingerprint
 from model.dataset import Batch, PackedDataset
 from model.flags import HelpFormatter, positive
 from model.LMConfig import PRESETS, LMConfig
-from model.machine import Machine
 from model.model import CausalLM
 from model.training import run, step_flops
 
@@ -64,12 +63,10 @@ def one_text_a_row(rows: int, max_seq_len: int, vocab_size: int) -> Batch:
     return Batch(input_ids, input_ids.roll(-1, 1), positions, positions * 0, documents, "train", tokens, pairs)
 
 
-def step_time(config: LMConfig, batch: Batch, args: argparse.Namespace, machine: Machine) -> tuple[CausalLM, float]:
+def step_time(config: LMConfig, batch: Batch, args: argparse.Namespace) -> tuple[CausalLM, float]:
     """Prints and returns the median seconds of a step; the share is of what plain matrix products reach."""
-    torch.manual_seed(0)
-    model = CausalLM(config)
-    seconds, peak = take_turns({"": (model, step_of(model, batch))}, args.steps, machine)
-    median = statistics.median(seconds[""])
+    seconds, _, peak = take_turns({"": (jiezi, config, batch)}, args.steps)
+    model, median = CausalLM(config), statistics.median(seconds[""])
     share = step_flops(model, batch.real_tokens, batch.attention_pairs) / median / peak
     per_token = median / batch.real_tokens * 1e6
     print(f"{median:10.3f} s/step{per_token:10,.0f} us/token{share:8.0%} of {peak / 1e9:.0f} GFLOP/s", flush=True)
@@ -153,7 +150,6 @@ def main():
     parser.add_argument("--steps", type=positive, default=3, help="measured steps of each")
     parser.add_argument("--plot", type=Path, default=Path("out/growth.png"), help="where the picture goes")
     args = parser.parse_args()
-    machine = cpu_machine()
     tokens = args.batch_size * args.max_seq_len
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, {tokens:,} tokens a step", flush=True
@@ -164,16 +160,16 @@ def main():
         print(f"model   {name:>8}", end="")
         config = sized(name)
         batch = made_up_batch(args.batch_size, args.max_seq_len, config.vocab_size)
-        model, seconds = step_time(config, batch, args, machine)
+        model, seconds = step_time(config, batch, args)
         by_model.append((model.num_parameters() / 1e6, seconds / batch.real_tokens * 1e6))
     by_length, mini = [], LMConfig(**PRESETS["mini"])
     for length in args.lengths:
         print(f"length  {length:>8,}", end="")
         batch = one_text_a_row(max(tokens // length, 1), length, mini.vocab_size)
-        _, seconds = step_time(mini, batch, args, machine)
+        _, seconds = step_time(mini, batch, args)
         by_length.append((length, seconds / batch.real_tokens * 1e6))
     print("step of mini    ", end="")
-    _, step = step_time(mini, made_up_batch(args.batch_size, args.max_seq_len, mini.vocab_size), args, machine)
+    _, step = step_time(mini, made_up_batch(args.batch_size, args.max_seq_len, mini.vocab_size), args)
     opened, started = [], []
     for megabytes in args.corpora:
         with tempfile.TemporaryDirectory() as temporary:

@@ -120,6 +120,12 @@ def measuring_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return args
 
 
+def cpu_machine() -> Machine:
+    """This process alone, its memory kept as in training."""
+    keep_freed_memory()
+    return Machine(0, 1, torch.device("cpu"), torch.float32)
+
+
 def take_turns(contestants: dict[str, tuple], steps: int) -> tuple[dict[str, list[float]], dict[str, float], float]:
     """Seconds of each step and peak memory (GiB) of each contestant, and the best matrix-multiply rate on the way.
 
