@@ -150,14 +150,15 @@ class Meter:
     def start_step(self):
         self.step_started = time.perf_counter()
 
-    def times(self) -> dict[str, float]:
-        """Seconds since the last call, in which validation and saving are, and seconds of this step."""
+    def seconds(self) -> float:
+        """Seconds since the last call, in which validation and saving are."""
         last, self.last_call = self.last_call, time.perf_counter()
-        return {"seconds": self.last_call - last, "step_seconds": self.last_call - self.step_started}
+        return self.last_call - last
 
-    def add(self, sums: dict[str, float], row_tokens: int):
+    def end_step(self, sums: dict[str, float], row_tokens: int):
+        """The weights have changed: the sums of the step and the place it had in its rows are for the next line."""
         self.window.update(sums)
-        self.window["row_tokens"] += row_tokens
+        self.window.update(row_tokens=row_tokens, step_seconds=time.perf_counter() - self.step_started)
 
     def record(self, progress, done: float, learning_rate: float, grad_norm: float, metrics: list[str]) -> dict:
         """A line of the log. Speed counts real tokens only; the peak is what plain matrix products reach."""

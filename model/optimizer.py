@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from model.machine import Machine
@@ -29,6 +30,18 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
         b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
         x = torch.baddbmm(x, b, x, beta=3.4445)
     return (x.mT if matrices.shape[1] > matrices.shape[2] else x).to(matrices.dtype)
+
+
+def _orthogonalize_together(matrices: Tensor) -> Tensor:
+    """orthogonalize() by all processes, a share of the matrices each: alone it took each a third of a `mini` step."""
+    if not dist.is_initialized():
+        return orthogonalize(matrices)
+    rank, processes = dist.get_rank(), dist.get_world_size()
+    share = slice(len(matrices) * rank // processes, len(matrices) * (rank + 1) // processes)
+    result = torch.zeros_like(matrices)
+    result[share] = orthogonalize(matrices[share])
+    dist.all_reduce(result)  # the others' matrices are 0 here
+    return result
 
 
 class Muon(torch.optim.Optimizer):
@@ -69,7 +82,7 @@ class Muon(torch.optim.Optimizer):
             momentum.lerp_(gradient, 1 - group["momentum"])
             updates.append(gradient.lerp(momentum, group["momentum"]))  # Nesterov
         size = -group["lr"] * 0.2 * max(parameters[0].shape) ** 0.5
-        for parameter, update in zip(parameters, orthogonalize(torch.stack(updates))):
+        for parameter, update in zip(parameters, _orthogonalize_together(torch.stack(updates))):
             # An expert that no token visited stays: whatever is left of its momentum would give a whole update.
             parameter.addcmul_(update, parameter.grad.any().to(update.dtype), value=size)
 
@@ -125,7 +138,7 @@ class GradientBuffer:
     A parameter that no token reached keeps a zero there, so nothing waits for its gradient.
     """
 
-    SUMS = ("loss", "tokens", "real_tokens", "flops", "stop", "seconds", "step_seconds")  # then the stage's metrics
+    SUMS = ("loss", "tokens", "real_tokens", "flops", "stop", "seconds")  # then the stage's metrics
 
     def __init__(self, parameters: list[Tensor], room_for_metrics: int = 16):
         total = sum(parameter.numel() for parameter in parameters)

@@ -375,8 +375,8 @@ def train(args: argparse.Namespace, machine: Machine, model: CausalLM, loss_fn: 
                 losses.append((loss_sum.detach(), batch.documents))
                 buffer.add(loss=loss_sum.detach(), tokens=token_count, real_tokens=batch.real_tokens)
                 buffer.add(flops=step_flops(model, batch.real_tokens, batch.attention_pairs), **metrics)
-            buffer.add(stop=stop.made, **(meter.times() if machine.rank == 0 else {}))
-            sums = buffer.all_reduce(machine)  # the only one of a step
+            buffer.add(stop=stop.made, seconds=meter.seconds() if machine.rank == 0 else 0)
+            sums = buffer.all_reduce(machine)  # the only one of the gradients
             if sums["stop"]:  # on some process the step is not whole: leave it out; --resume does it again
                 torch.set_rng_state(random_state)
                 stopped = True
@@ -394,7 +394,7 @@ def train(args: argparse.Namespace, machine: Machine, model: CausalLM, loss_fn: 
             move_router_bias(model, sums.get("expert_load"))
 
             # Log, validate, save.
-            meter.add(sums, len(rows) * args.max_seq_len)
+            meter.end_step(sums, len(rows) * args.max_seq_len)
             done = progress.done(args, len(train_set))
             evaluates = done >= 1 or progress.step % args.eval_interval == 0
             if evaluates or progress.step % args.log_interval == 0:

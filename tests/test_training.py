@@ -30,6 +30,7 @@ SMALL = LMConfig(
     hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1
 )
 FIXED_WEIGHTS = ["--learning_rate", "1e-12", "--min_learning_rate", "1e-12"]  # every step sees the same model
+MUON = ["--optimizer", "muon", "--learning_rate", "1e-2", "--max_steps", "3"]
 ONCE = ["--log_interval", "1", "--eval_interval", "1000", "--save_interval", "1000", "--eval_rows", "2"]
 
 
@@ -135,6 +136,7 @@ class TwoProcesses:
         self.observe(self.data, "infinite", *two, "--max_steps", "4", loss_fn=self.infinite_once)
         self.observe(self.data, "signalled", *two, "--max_steps", "9", loss_fn=self.signalled)
         self.observe(self.one_row_data, "metric", *two, "--epochs", "2", loss_fn=self.with_metric)
+        self.observe(self.data, "muon", "--batch_size", "1", *MUON)
         observe(
             self.data,
             self.folder / "never",
@@ -230,6 +232,16 @@ def test_weights_are_equal_in_both_processes_after_every_step(pair):
         assert all(torch.equal(a, b) for a, b in zip(*weights)), name
 
 
+def test_muon_in_two_processes_updates_as_in_one(pair, data, tmp_path):
+    alone = observe(data, tmp_path / "out", "--batch_size", "2", *MUON, *ONCE).weights
+    for rank in range(2):
+        together = pair.series("muon", rank, "weights")
+        assert len(together) == 3
+        assert max(relative_difference(a, b) for a, b in zip(together, alone)) < 1e-5
+    moved = relative_difference(alone[2], alone[0])
+    assert moved > 1e-2, "else this would hold whatever the optimizer did"
+
+
 def test_an_infinite_loss_in_one_process_skips_the_step_in_both(pair):
     for rank in range(2):
         weights = pair.series("infinite", rank, "weights")
@@ -249,7 +261,7 @@ def test_ten_steps_in_a_row_without_a_finite_loss_end_the_run(pair):
     assert [result.status for result in pair.results] == [1, 1], pair.results[1].err
     assert "10 steps in a row" in pair.results[0].error_line(status=1)
     assert "--learning_rate" in pair.results[0].err
-    assert pair.results[0].out.partition("--- metric")[2].count("skipped") == 10
+    assert pair.results[0].out.partition("--- muon")[2].count("skipped") == 10
     assert not (pair.folder / "never").exists()
 
 
