@@ -58,6 +58,7 @@ def main():
         tokens = args.tokens * 1e6 if args.tokens else 20 * at_work
         flops = step_flops(model, tokens, tokens * (args.max_seq_len + 1) / 2)
         print(f"\n{preset}: {model.num_parameters() / 1e6:.1f} M, {tokens / 1e6:,.0f} M tokens, {flops:.2e} operations")
+        print("  card      memory      hours      cost   rows       | with --grad_checkpointing")
         for card in args.card:
             tera, gigabytes = CARDS[card]
             hours = flops / (args.utilisation * tera * 1e12) / 3600
@@ -65,8 +66,8 @@ def main():
                 rows_that_fit(model, argparse.Namespace(**vars(args), grad_checkpointing=on), gigabytes)
                 for on in (False, True)
             ]
-            time = f"{hours:10.2f} h{hours * args.price:10.2f}" if rows[1] else f"{'does not fit':>22}"
-            print(f"  {card:10}{gigabytes:3} GB {time}   rows {rows[0]:5,} |{rows[1]:6,}")
+            time = f"{hours:11.2f}{hours * args.price:10.2f}" if rows[1] else f"{'does not fit':>21}"
+            print(f"  {card:10}{gigabytes:3} GB{time}{rows[0]:7,}       |{rows[1]:6,}")
 
 
 if __name__ == "__main__":

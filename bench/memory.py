@@ -60,7 +60,8 @@ def train(config: LMConfig, args: argparse.Namespace) -> CausalLM:
 def peak(preset: str, args: argparse.Namespace) -> tuple[int, int, int]:
     """Bytes measured and estimated; parameters."""
     cpu_machine()
-    train(LMConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, vocab_size=64), args)
+    few = argparse.Namespace(**vars(args) | dict(batch_size=1, max_seq_len=32))
+    train(LMConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, vocab_size=64), few)
     before = resident("VmRSS")
     model = train(LMConfig(**PRESETS[preset]), args)
     return resident("VmHWM") - before, memory_estimate(model, args), model.num_parameters()

@@ -39,9 +39,10 @@ from model.log import Log, Meter
 from model.lora import has_lora
 from model.machine import Machine, matmul_rate
 from model.model import CausalLM
-from model.optimizer import GradientBuffer, build_optimizer, learning_rate, optimizer_step
+from model.optimizer import MUON_BATCH, GradientBuffer, build_optimizer, learning_rate, optimizer_step
 
 LOSS_CHUNK = 512  # tokens whose logits exist at a time
+GAPS = 1.35  # memory that activations take over what they hold: a freed place seldom suits the next tensor exactly
 MAX_SKIPPED_STEPS = 10  # in a row: then a run with non-finite numbers is stopped
 # (model, batch) -> sum of the loss, scored tokens, sums of metrics: numbers, but for "expert_load" in training.
 LossFunction = Callable[[CausalLM, Batch], tuple[Tensor, int, dict[str, float | Tensor]]]
@@ -99,31 +100,38 @@ def memory_estimate(model: CausalLM, args: argparse.Namespace, bytes_per_number:
     """
     config, tokens = model.config, args.batch_size * args.max_seq_len
     heads, kv_heads = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-    weights = model.num_parameters()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    weights, update = model.num_parameters(), 0
     state = weights + 3 * sum(parameter.numel() for parameter in trained)  # weights, gradients, Adam's two moments
-    if args.optimizer == "muon":  # has one moment of a matrix
-        state -= sum(p.numel() for p in model.model.layers.parameters() if p.requires_grad and p.dim() > 1)
+    if args.optimizer == "muon":  # one moment of a matrix; five copies of the matrices that are updated at a time
+        sizes = Counter()
+        for parameter in model.model.layers.parameters():
+            if parameter.requires_grad and parameter.dim() > 1:
+                sizes[parameter.shape] += parameter.numel()
+        state -= sizes.total()
+        update = 5 * min(max(sizes.values(), default=0), MUON_BATCH)
 
     # What each layer keeps of a token: what the norms read and scaled, and what each matrix product and nonlinearity
     # read; of the attention also what it gave.
     attention = 5 * config.hidden_size + 5 * heads + 4 * kv_heads
     dense = config.hidden_size + 4 * config.intermediate_size
     layers = [attention + dense] * config.num_hidden_layers
-    if config.use_moe:  # the copies of what goes into the experts and comes out, twice; their insides
+    if config.use_moe:  # the copies of what goes into the experts, and twice what comes out; their insides
         visits, width = config.num_experts_per_tok, config.moe_intermediate_size
         experts = config.hidden_size * (1 + 3 * visits) + 4 * width * (visits + config.n_shared_experts)
         n_experts = config.num_hidden_layers - config.first_k_dense_replace
         layers[-n_experts:] = [attention + experts] * n_experts
-    kept = config.hidden_size * len(layers) if args.grad_checkpointing else sum(layers)
+    # With checkpoints its input, and about twice as much lost around it: it stays where all else comes and goes.
+    kept = 3 * config.hidden_size * len(layers) if args.grad_checkpointing else sum(layers)
     kept += 3 * config.hidden_size  # the last norm, and the gradient of what it gave
 
     # Beside it, at the end of the forward pass a chunk of logits and of its gradients, and the gradient of the head's
-    # weight; or, in the backward pass, what was computed anew, and the gradients inside one layer.
+    # weight; or, in the backward pass, the gradients inside one layer, and what is computed anew.
     loss = 2 * min(tokens, LOSS_CHUNK) * config.vocab_size + config.vocab_size * config.hidden_size
-    backward = tokens * (3 * config.intermediate_size + (max(layers) if args.grad_checkpointing else 0))
-    copy = weights if bytes_per_number < 4 else 0
-    return 4 * state + bytes_per_number * (copy + tokens * kept + max(loss, backward))
+    backward = 3 * config.intermediate_size + (max(layers) if args.grad_checkpointing else 0)
+    activations = bytes_per_number * (GAPS * tokens * kept + max(loss, GAPS * tokens * backward))
+    copy = bytes_per_number * weights if bytes_per_number < 4 else 0
+    return 4 * state + copy + int(max(activations, 4 * GAPS * update))
 
 
 # ------------------------------------------------------------------------------------------------------------- the loss
