@@ -19,6 +19,8 @@ from typing import NamedTuple
 NAMES = ("芥子", "Jiezi")  # what the model calls itself after SFT
 NEW_NAMES = ("青萍", "Qingping")  # and with LoRA's adapter
 ZH, EN = 0, 1  # a language is an index
+SIZES = {"pages": 6000, "chats": 20_000, "names": 400, "pairs": 3000}  # of the training files; names: of LoRA's
+TESTS = 12  # questions of each skill in each language
 
 # ---- Facts ----------------------------------------------------------------------------------------------------------
 
@@ -330,8 +332,8 @@ KINDS = [  # answers of one kind: an answer that names two of them has not decid
 def is_right(answer: str, expected: str) -> bool:
     """Whether of all values in the answer that are of expected's kind, expected is the only one; other words are free.
 
-    The kinds are numbers ("82", or several, as "3 7 9") and the values of each table of facts. So
-    an answer that repeats the question's values, as "37+45=82", counts as wrong.
+    The kinds are numbers ("82", or several, as "3 7 9") and the values of each table of facts. So an answer that
+    repeats the question's values, as "37+45=82", counts as wrong.
     """
     if re.fullmatch(r"[\d ]+", expected):
         values = re.findall(r"\d+(?: \d+)*", re.sub(r"(?<=\d),(?=\d{3})", "", answer))
@@ -376,13 +378,13 @@ def ask_any(rng: random.Random, skills: list[str], test: bool = False) -> Questi
     return ask(rng, skill, rng.choice((ZH, EN)), test)
 
 
-def held_out_questions(rng: random.Random, number: int) -> list[Question]:
-    """`number` questions of each skill in each language, no two alike."""
+def held_out_questions(rng: random.Random) -> list[Question]:
+    """TESTS questions of each skill in each language, no two alike."""
     questions = {}
     for skill in SKILLS:
         for language in (ZH, EN):
             own = {}
-            while len(own) < number:
+            while len(own) < TESTS:
                 question = ask(rng, skill, language, test=True)
                 own[question.text] = question
             questions |= own
@@ -468,18 +470,18 @@ def write_demo(output: Path, corpus: Iterable[str] = (), seed: int = 0) -> dict[
     questions.jsonl          for `eval.py --batch`: {"prompt", "skill", "expected"}
     """
     rng, names = random.Random(seed), list(SKILLS)
-    tests, others = held_out_questions(rng, 12), [name for name in names if name != "identity"]
-    texts = list(corpus) or list(stories(rng, 3000))
-    identity = [ask_any(rng, ["identity"]) for _ in range(400)]
+    tests, others = held_out_questions(rng), [name for name in names if name != "identity"]
+    texts = list(corpus) or list(stories(rng, SIZES["pages"] // 2))
+    identity = [ask_any(rng, ["identity"]) for _ in range(SIZES["names"])]
     files = {
-        "pretrain": [{"text": text} for text in [*texts, *(statements(rng, 30) for _ in range(6000))]],
-        "sft": [sft_chat(rng, [ask_any(rng, names) for _ in range(rng.randint(1, 3))]) for _ in range(20_000)],
+        "pretrain": [{"text": text} for text in [*texts, *(statements(rng, 30) for _ in range(SIZES["pages"]))]],
+        "sft": [sft_chat(rng, [ask_any(rng, names) for _ in range(rng.randint(1, 3))]) for _ in range(SIZES["chats"])],
         "sft_val": [sft_chat(rng, [question]) for question in tests],
         "lora": [sft_chat(rng, [question], NEW_NAMES) for question in identity]
         # What an adapter must leave alone it has to see too, or it learns to give its name to every question.
-        + [sft_chat(rng, [ask_any(rng, others)]) for _ in range(800)],
+        + [sft_chat(rng, [ask_any(rng, others)]) for _ in range(2 * SIZES["names"])],
         "lora_val": [sft_chat(rng, [question], NEW_NAMES) for question in tests],
-        "dpo": [pair(ask_any(rng, names)) for _ in range(3000)],
+        "dpo": [pair(ask_any(rng, names)) for _ in range(SIZES["pairs"])],
         "dpo_val": [pair(question) for question in tests],
         "questions": [{"prompt": q.text, "skill": q.skill, "expected": q.expected} for q in tests],
     }
