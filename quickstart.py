@@ -50,7 +50,7 @@ def check_python(version):
     if not OLDEST <= tuple(version[:2]) <= NEWEST:
         fail(
             "needs Python {}.{} to {}.{}, and this is {}.{}; start it with one of those, for example: "
-            "python3.11 quickstart.py test".format(*OLDEST, *NEWEST, *version[:2]),
+            "python3.11 quickstart.py".format(*OLDEST, *NEWEST, *version[:2]),
             status=2,
         )
 

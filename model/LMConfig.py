@@ -174,7 +174,7 @@ _MODEL_TYPES = ("llama", "qwen3", "glm4_moe", "qwen2_moe")
 
 # Sizes that differ from the defaults above.
 PRESETS = {
-    "tiny": dict(  # 1 M: seconds, for tests
+    "tiny": dict(  # 1 M: seconds, for tests; minutes, for the demonstration
         hidden_size=96, intermediate_size=256, num_hidden_layers=4, num_attention_heads=3, num_key_value_heads=1
     ),
     "mini": dict(  # 5 M: minutes on two CPU cores

