@@ -18,7 +18,10 @@ OF_OTHERS = {
     "apply_chat_template",
     "PeftModel",
     "your_corpus",
+    "node_rank",
+    "master_addr",
 }
+OF_TORCHRUN = {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr"}
 NAME = re.compile(r"_?[a-z]+(?:_[a-z0-9]+)+|(?:[A-Z][a-z0-9]+){2,}\w*|[A-Z]{2,}(?:_[A-Z]+)+")
 
 
@@ -36,7 +39,7 @@ def test_what_a_page_names_exists(page):
     assert scripts <= known, scripts - known
     flags = set(re.findall(r"(?<![\w-])--[a-z]\w+", text))
     missing = {flag for flag in flags if not any(flag in path.read_text("utf-8") for path in SOURCES)}
-    assert missing <= {"--nproc_per_node"}
+    assert missing <= OF_TORCHRUN
     for link in re.findall(r"\]\(([^)#]+)\)", text):
         assert link.startswith("http") or (page.parent / link).exists(), link
 
