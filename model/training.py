@@ -101,15 +101,14 @@ def memory_estimate(model: CausalLM, args: argparse.Namespace, bytes_per_number:
     config, tokens = model.config, args.batch_size * args.max_seq_len
     heads, kv_heads = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    weights, update = model.num_parameters(), 0
+    weights = model.num_parameters()
     state = weights + 3 * sum(parameter.numel() for parameter in trained)  # weights, gradients, Adam's two moments
-    if args.optimizer == "muon":  # one moment of a matrix; five copies of the matrices that are updated at a time
+    if args.optimizer == "muon":  # one moment of a matrix; three copies of those that are updated at a time
         sizes = Counter()
         for parameter in model.model.layers.parameters():
             if parameter.requires_grad and parameter.dim() > 1:
                 sizes[parameter.shape] += parameter.numel()
-        state -= sizes.total()
-        update = 5 * min(max(sizes.values(), default=0), MUON_BATCH)
+        state += 3 * min(max(sizes.values(), default=0), MUON_BATCH) - sizes.total()
 
     # What each layer keeps of a token: what the norms read and scaled, and what each matrix product and nonlinearity
     # read; of the attention also what it gave.
@@ -131,7 +130,7 @@ def memory_estimate(model: CausalLM, args: argparse.Namespace, bytes_per_number:
     backward = 3 * config.intermediate_size + (max(layers) if args.grad_checkpointing else 0)
     activations = bytes_per_number * (GAPS * tokens * kept + max(loss, GAPS * tokens * backward))
     copy = bytes_per_number * weights if bytes_per_number < 4 else 0
-    return 4 * state + copy + int(max(activations, 4 * GAPS * update))
+    return 4 * state + copy + int(activations)
 
 
 # ------------------------------------------------------------------------------------------------------------- the loss
