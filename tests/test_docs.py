@@ -1,5 +1,6 @@
 """What README and docs name exists: functions, classes, files, flags, links; and both languages have the same pages."""
 
+import ast
 import re
 
 import pytest
@@ -55,3 +56,20 @@ def test_structure_pictures_can_be_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["draw", "--preset", "tiny", "--output", str(tmp_path)])
     draw.main()
     assert {path.name for path in tmp_path.iterdir()} == {"LLM-structure.png", "LLM-structure-moe.png"}
+
+
+def test_messages_in_the_troubleshooting_pages_are_printed():
+    code = [path for path in SOURCES if path.parent.name != "tests"]
+    constants = {
+        node.value
+        for path in code
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    messages = {}  # by language: the first cells' inline code
+    for page in ROOT.glob("docs/troubleshooting*.md"):
+        cells = re.findall(r"^\| (.*?) \|", page.read_text("utf-8"), flags=re.MULTILINE)
+        messages[page.name] = [message for cell in cells for message in inline_code(cell) if " " in message]
+        for part in (part for message in messages[page.name] for part in message.split("…")):
+            assert any(part in constant for constant in constants), f"{page.name}: {part}"
+    assert messages["troubleshooting.md"] == messages["troubleshooting_en.md"] != []

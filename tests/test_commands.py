@@ -1,0 +1,150 @@
+"""Every command in README and docs runs: with small arguments, each in its own copy of the project."""
+
+import functools
+import json
+import os
+import random
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TIMEOUT, make_text
+from test_docs import PAGES, inline_code
+
+# What follows these words, up to the next flag, are files of the reader's; write_inputs makes one to put there.
+INPUTS = dict.fromkeys(["clean", "tokenizer", "pretrain", "--val", "--perplexity"], "texts.jsonl")
+INPUTS |= {"sft": "chats.jsonl", "dpo": "pairs.jsonl", "--batch": "prompts.jsonl", "--choice": "questions.csv"}
+# Flags that make a command short; it gets those that its --help knows.
+LIMITS = dict(max_steps=2, steps=1, minutes=0.02, peer_minutes=0.02, max_new_tokens=4, eval_rows=4)
+LIMITS |= dict(batch_size=2, max_seq_len=128, vocab_size=400, workers=1)
+INSTALLERS = {"pip", "venv", "quickstart.py"}  # are not run: what they name must be there
+# Run before any other, since a page may begin in the middle.
+FIRST = """\
+python data_process.py pretrain FILES
+python data_process.py pretrain FILES --output dataset/zh
+python data_process.py sft FILES
+python data_process.py sft FILES --output dataset/lora
+python data_process.py dpo FILES
+python 1-pretrain.py
+python 2-sft.py
+python 3-lora.py"""
+
+
+def commands_of(page: str) -> list[str]:
+    """The commands in a page's blocks, fenced or indented, and in its inline code, if they name what they run."""
+    page = page.replace("\\\n", " ")
+    blocks = re.findall(r"^ *```.*?^ *```|^ {4}.*?$", page, flags=re.DOTALL | re.MULTILINE)
+    lines = [line.strip() for block in blocks for line in block.splitlines()]
+    lines += [code for code in inline_code(page) if re.search(r"\.py\b| -[mcr] (?!torch)", code)]
+    return [line for line in lines if re.match(r"(python[\d.]*|torchrun|pip) ", line)]
+
+
+def parse(command: str) -> tuple[list[str], list[str], list[str]]:
+    """What comes after `python` in a command: how it is started, the script, its arguments."""
+    words = shlex.split(command.partition(" > ")[0], comments=True)
+    place = next((i for i, word in enumerate(words) if word in ("-m", "-c") or word.endswith(".py")), len(words))
+    end = place + 1 if words[place:] and words[place].endswith(".py") else place + 2
+    if end > len(words):
+        raise ValueError(f"what does this run? {command}")
+    start = words[1:place]
+    if words[0] == "torchrun":  # for any number of processes
+        start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    arguments, replaced = [], False
+    for word in words[end:]:
+        replaced = replaced and not word.startswith("-")
+        if not replaced:
+            arguments.append(word)
+            if word in INPUTS:
+                arguments.append(INPUTS[word])
+                replaced = True
+    return start, words[place:end], arguments
+
+
+def execute(words: list[str], folder: Path) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
+    options = dict(capture_output=True, encoding="utf-8", timeout=TIMEOUT, input="你好\n/exit\n")
+    return subprocess.run([sys.executable, *words], cwd=folder, env=environment, **options)
+
+
+@functools.cache
+def flags_of(*script: str) -> set[str]:
+    return set(re.findall(r"--(\w+)", execute([*script, "--help"], ROOT).stdout))
+
+
+def run(command: str, folder: Path):
+    start, script, arguments = parse(command)
+    if script[0] != "-c" and "--help" not in arguments:
+        known = flags_of(*script, *arguments[: script == ["data_process.py"]])
+        limits = {name: value for name, value in LIMITS.items() if name in known}
+        if "--preset" in arguments or (script == ["1-pretrain.py"] and "--init_from" not in arguments):
+            limits["preset"] = "tiny-moe" if any(word.endswith("-moe") for word in arguments) else "tiny"
+        arguments += [word for name, value in limits.items() for word in (f"--{name}", str(value))]
+    result = execute([*start, *script, *arguments], folder)
+    assert result.returncode == 0, result.stderr or result.stdout
+    assert "Traceback" not in result.stderr, result.stderr
+
+
+def write_inputs(folder: Path):
+    texts = [make_text(random.Random(seed)) for seed in range(200)]
+    pairs = [{"prompt": text[:30], "chosen": text[:60], "rejected": text[-40:]} for text in texts]
+    files = {
+        "texts": [{"text": text} for text in texts],
+        "chats": [{"instruction": pair["prompt"], "output": pair["chosen"]} for pair in pairs],
+        "pairs": pairs,
+        "prompts": [{"prompt": "你好"}, {"messages": [{"role": "user", "content": "Hello"}]}],
+    }
+    for name, records in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "questions.csv").write_text("question,a,b,c,d,answer\n1 + 1 = ?,2,3,4,5,A\n")
+
+
+COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands_of(page.read_text("utf-8"))))
+TO_INSTALL = [command for command in COMMANDS if INSTALLERS & set(shlex.split(command, comments=True))]
+TO_RUN = list({str(parse(command)): command for command in COMMANDS if command not in TO_INSTALL}.values())
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    """A copy of the project, with data and models."""
+    folder = tmp_path_factory.mktemp("project")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in listed.stdout.splitlines():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    write_inputs(folder)
+    for command in FIRST.splitlines():
+        run(command, folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", TO_RUN)
+def test_command_runs(command, project, tmp_path):
+    shutil.copytree(project, tmp_path / "project")
+    run(command, tmp_path / "project")
+    shutil.rmtree(tmp_path / "project")
+
+
+@pytest.mark.parametrize("command", TO_INSTALL)
+def test_what_an_installing_command_names_is_there(command):
+    files = [word for word in shlex.split(command, comments=True) if word.endswith((".py", ".txt"))]
+    assert [name for name in files if not (ROOT / name).exists()] == []
+    if "quickstart.py" in files:
+        assert set(re.findall(r"--(\w+)", command)) <= flags_of("quickstart.py")
+
+
+def test_commands_are_found_and_understood():
+    page = "`python a.py`, `python`\n\n    python -m b --val x y --c  # d\n\n```\ntorchrun --x 1 \\\n e.py > f\n```\n"
+    assert commands_of(page) == ["python -m b --val x y --c  # d", "torchrun --x 1   e.py > f", "python a.py"]
+    assert parse("python -X dev -m b --val x y --c  # d") == (
+        ["-X", "dev"],
+        ["-m", "b"],
+        ["--val", INPUTS["--val"], "--c"],
+    )
+    assert parse("torchrun --x 1 e.py > f")[1:] == (["e.py"], [])
+    with pytest.raises(ValueError, match="what does this run"):
+        parse("torchrun --nproc_per_node 2")
