@@ -103,12 +103,12 @@ def memory_estimate(model: CausalLM, args: argparse.Namespace, bytes_per_number:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     weights = model.num_parameters()
     state = weights + 3 * sum(parameter.numel() for parameter in trained)  # weights, gradients, Adam's two moments
-    if args.optimizer == "muon":  # one moment of a matrix; three copies of those that are updated at a time
+    if args.optimizer == "muon":  # one moment of a matrix; four copies of those that are updated at a time
         sizes = Counter()
         for parameter in model.model.layers.parameters():
             if parameter.requires_grad and parameter.dim() > 1:
                 sizes[parameter.shape] += parameter.numel()
-        state += 3 * min(max(sizes.values(), default=0), MUON_BATCH) - sizes.total()
+        state += 4 * min(max(sizes.values(), default=0), MUON_BATCH) - sizes.total()
 
     # What each layer keeps of a token: what the norms read and scaled, and what each matrix product and nonlinearity
     # read; of the attention also what it gave.
@@ -120,8 +120,8 @@ def memory_estimate(model: CausalLM, args: argparse.Namespace, bytes_per_number:
         experts = config.hidden_size * (1 + 3 * visits) + 4 * width * (visits + config.n_shared_experts)
         n_experts = config.num_hidden_layers - config.first_k_dense_replace
         layers[-n_experts:] = [attention + experts] * n_experts
-    # With checkpoints its input, and about twice as much lost around it: it stays where all else comes and goes.
-    kept = 3 * config.hidden_size * len(layers) if args.grad_checkpointing else sum(layers)
+    # With checkpoints its input, and three times as much lost around it: it stays where all else comes and goes.
+    kept = 4 * config.hidden_size * len(layers) if args.grad_checkpointing else sum(layers)
     kept += 3 * config.hidden_size  # the last norm, and the gradient of what it gave
 
     # Beside it, at the end of the forward pass a chunk of logits and of its gradients, and the gradient of the head's
