@@ -22,16 +22,16 @@ INPUTS |= {"sft": "chats.jsonl", "dpo": "pairs.jsonl", "--batch": "prompts.jsonl
 LIMITS = dict(max_steps=2, steps=1, minutes=0.02, peer_minutes=0.02, max_new_tokens=4, eval_rows=4)
 LIMITS |= dict(batch_size=2, max_seq_len=128, vocab_size=400, workers=1)
 INSTALLERS = {"pip", "venv", "quickstart.py"}  # are not run: what they name must be there
-# Run before any other, since a page may begin in the middle.
-FIRST = """\
-python data_process.py pretrain FILES
-python data_process.py pretrain FILES --output dataset/zh
-python data_process.py sft FILES
-python data_process.py sft FILES --output dataset/lora
-python data_process.py dpo FILES
-python 1-pretrain.py
-python 2-sft.py
-python 3-lora.py"""
+# What the others may need, since a page may begin in the middle.
+FIRST = [
+    "python data_process.py " + what for what in ("pretrain F", "pretrain F --output dataset/zh", "sft F", "dpo F")
+]
+FIRST += [
+    "python data_process.py sft F --output dataset/lora",
+    "python 1-pretrain.py",
+    "python 2-sft.py",
+    "python 3-lora.py",
+]
 
 
 def commands_of(page: str) -> list[str]:
@@ -46,21 +46,17 @@ def commands_of(page: str) -> list[str]:
 def parse(command: str) -> tuple[list[str], list[str], list[str]]:
     """What comes after `python` in a command: how it is started, the script, its arguments."""
     words = shlex.split(command.partition(" > ")[0], comments=True)
-    place = next((i for i, word in enumerate(words) if word in ("-m", "-c") or word.endswith(".py")), len(words))
-    end = place + 1 if words[place:] and words[place].endswith(".py") else place + 2
-    if end > len(words):
+    place = next((i for i, word in enumerate(words) if word in ("-m", "-c") or word.endswith(".py")), None)
+    if place is None:
         raise ValueError(f"what does this run? {command}")
+    end = place + 1 + (words[place] in ("-m", "-c"))
     start = words[1:place]
     if words[0] == "torchrun":  # for any number of processes
         start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    arguments, replaced = [], False
+    arguments = []
     for word in words[end:]:
-        replaced = replaced and not word.startswith("-")
-        if not replaced:
-            arguments.append(word)
-            if word in INPUTS:
-                arguments.append(INPUTS[word])
-                replaced = True
+        if word.startswith("-") or not arguments or arguments[-1] not in INPUTS.values():
+            arguments += [word, INPUTS[word]] if word in INPUTS else [word]
     return start, words[place:end], arguments
 
 
@@ -91,12 +87,9 @@ def run(command: str, folder: Path):
 def write_inputs(folder: Path):
     texts = [make_text(random.Random(seed)) for seed in range(200)]
     pairs = [{"prompt": text[:30], "chosen": text[:60], "rejected": text[-40:]} for text in texts]
-    files = {
-        "texts": [{"text": text} for text in texts],
-        "chats": [{"instruction": pair["prompt"], "output": pair["chosen"]} for pair in pairs],
-        "pairs": pairs,
-        "prompts": [{"prompt": "你好"}, {"messages": [{"role": "user", "content": "Hello"}]}],
-    }
+    chats = [{"instruction": pair["prompt"], "output": pair["chosen"]} for pair in pairs]
+    prompts = [{"prompt": "你好"}, {"messages": [{"role": "user", "content": "Hello"}]}]
+    files = dict(texts=[{"text": text} for text in texts], chats=chats, pairs=pairs, prompts=prompts)
     for name, records in files.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (folder / "questions.csv").write_text("question,a,b,c,d,answer\n1 + 1 = ?,2,3,4,5,A\n")
@@ -116,7 +109,7 @@ def project(tmp_path_factory) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     write_inputs(folder)
-    for command in FIRST.splitlines():
+    for command in FIRST:
         run(command, folder)
     return folder
 
