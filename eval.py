@@ -249,7 +249,7 @@ def main():
     parser.add_argument(
         "--half_weights",
         action="store_true",
-        help="on a CPU, weights in float16: twice as fast; 1 answer in 100 may come out otherwise",
+        help="on a CPU, weights in float16: nearly twice as fast; about 1 greedy text in 100 comes out otherwise",
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--prompt", help="answer (a base model: continue) this, and leave")

@@ -36,7 +36,10 @@ class Product(nn.Module):
 
 
 class HalfProduct(nn.Module):
-    """The same with weights in float16, half as much to read; what they multiply, and the sums, stay in float32."""
+    """The same with weights in float16, half as much to read; what they multiply, and the sums, stay in float32.
+
+    int8 would be little faster, and every third or fourth greedy text would change (bench/weight_formats.py).
+    """
 
     def __init__(self, *linears: nn.Linear):
         super().__init__()
