@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 NAMES = ("芥子", "Jiezi")  # what the model calls itself after SFT
-NEW_NAMES = ("青萍", "Qingping")  # and with LoRA's adapter
+NEW_NAMES = ("明月", "Mingyue")  # and with LoRA's adapter
 ZH, EN = 0, 1  # a language is an index
-SIZES = {"pages": 6000, "chats": 20_000, "names": 400, "pairs": 3000}  # of the training files; names: of LoRA's
+SIZES = {"pages": 6000, "chats": 40_000, "names": 600, "pairs": 3000}  # of the training files; names: of LoRA's
 TESTS = 12  # questions of each skill in each language
 
 # ---- Facts ----------------------------------------------------------------------------------------------------------
@@ -58,13 +58,10 @@ WEEKDAYS = (
     "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split(),
 )
 UNITS = (
-    [("公里", "米", 1000), ("米", "厘米", 100), ("公斤", "克", 1000), ("厘米", "毫米", 10), ("吨", "公斤", 1000)],
-    [("km", "m", 1000), ("m", "cm", 100), ("kg", "g", 1000), ("cm", "mm", 10), ("tons", "kg", 1000)],
+    [("公里", "米", 1000), ("米", "厘米", 100), ("公斤", "克", 1000)],
+    [("km", "m", 1000), ("m", "cm", 100), ("kg", "g", 1000)],
 )
-FRUITS = (
-    "苹果 梨 桃 橘子 西瓜 葡萄 香蕉".split(),
-    "apple pear peach orange melon grape banana".split(),
-)
+ANIMALS = ("猫 狗 鱼 鸟 马 牛".split(), "cat dog fish bird".split())
 
 
 def facts(entries: list[list[str]]) -> tuple[list, list]:
@@ -87,27 +84,27 @@ def draw_identity(rng: random.Random, language: int) -> Drawn:
 
 
 def draw_sum(rng: random.Random, language: int) -> Drawn:
-    a, b = rng.randint(1, 30), rng.randint(1, 30)
+    a, b = rng.randint(10, 49), rng.randint(1, 9)
     return Drawn((a, b), str(a + b), (a, b))
 
 
 def draw_difference(rng: random.Random, language: int) -> Drawn:
-    b, a = sorted((rng.randint(1, 30), rng.randint(1, 30)))
+    a, b = rng.randint(10, 49), rng.randint(1, 9)
     return Drawn((a, b), str(a - b), (a, b))
 
 
 def draw_product(rng: random.Random, language: int) -> Drawn:
-    a, b = rng.randint(2, 9), rng.randint(2, 9)
+    a, b = rng.randint(2, 6), rng.randint(2, 6)
     return Drawn((a, b), str(a * b), None)  # the multiplication table is learnt by heart
 
 
 def draw_larger(rng: random.Random, language: int) -> Drawn:
-    a, b = rng.sample(range(1, 100), 2)
+    a, b = rng.sample(range(10, 100), 2)
     return Drawn((a, b), str(max(a, b)), (a, b))
 
 
 def draw_count(rng: random.Random, language: int) -> Drawn:
-    things = rng.choices(FRUITS[language], k=rng.randint(2, 7))
+    things = rng.choices(ANIMALS[language], k=rng.randint(2, 6))
     return Drawn((" ".join(things),), str(len(things)), tuple(things))
 
 
@@ -122,9 +119,9 @@ def draw_reversed(rng: random.Random, language: int) -> Drawn:
 
 
 def draw_weekday(rng: random.Random, language: int) -> Drawn:
-    day, shift = rng.randrange(7), rng.choice((-3, -2, 2, 3))
-    days, words = WEEKDAYS[language], (("往后", "往前"), ("after", "before"))[language]
-    return Drawn((days[day], words[shift < 0], abs(shift)), days[(day + shift) % 7], None)
+    day, shift = rng.randrange(7), rng.choice((-1, 1))
+    days, words = WEEKDAYS[language], (("后", "前"), ("after", "before"))[language]
+    return Drawn((days[day], words[shift < 0]), days[(day + shift) % 7], None)
 
 
 def draw_unit(rng: random.Random, language: int) -> Drawn:
@@ -162,7 +159,7 @@ class Skill(NamedTuple):
 SKILLS = {
     "identity": Skill(
         draw_identity,
-        0.5,
+        0.4,
         (
             "{0}你是谁？|{0}你叫什么？|{0}你叫什么名字？|{0}你的名字是什么？|{0}怎么称呼你？|{0}介绍一下你自己。|{0}你是什么模型？"
             "||{0}能告诉我你是谁吗？|{0}你叫什么名字呀？|{0}我该怎么称呼你？|{0}请介绍一下自己，你是谁？",
@@ -174,7 +171,7 @@ SKILLS = {
     ),
     "sum": Skill(
         draw_sum,
-        2.5,
+        3,
         (
             "{0}加{1}等于多少？|{0}+{1}=？|请计算{0}加{1}。|{0}加{1}是多少？|{0}和{1}的和是多少？|算一下{0}+{1}。"
             "||{0}加上{1}等于多少？|帮我算{0}+{1}。",
@@ -185,7 +182,7 @@ SKILLS = {
     ),
     "difference": Skill(
         draw_difference,
-        2.5,
+        3,
         (
             "{0}减{1}等于多少？|{0}-{1}=？|请计算{0}减{1}。|{0}减{1}是多少？|{0}比{1}多多少？|算一下{0}-{1}。"
             "||{0}减去{1}等于多少？|帮我算{0}-{1}。",
@@ -196,7 +193,7 @@ SKILLS = {
     ),
     "product": Skill(
         draw_product,
-        1,
+        1.2,
         (
             "{0}乘{1}等于多少？|{0}×{1}=？|请计算{0}乘{1}。|{0}乘以{1}是多少？|{0}和{1}的积是多少？|算一下{0}×{1}。"
             "||{0}乘以{1}等于多少？|帮我算{0}×{1}。",
@@ -207,7 +204,7 @@ SKILLS = {
     ),
     "larger": Skill(
         draw_larger,
-        1,
+        1.5,
         (
             "{0}和{1}哪个大？|{0}与{1}，哪个数更大？|比较{0}和{1}，大的是哪个？|{0}、{1}中较大的是哪个？"
             "||{0}和{1}，哪个更大？|{0}跟{1}比，哪个大？",
@@ -218,18 +215,18 @@ SKILLS = {
     ),
     "count": Skill(
         draw_count,
-        1,
+        1.5,
         (
-            "数一数有几个：{0}|{0}，一共有几个？|这里有几个水果：{0}|{0}，这是几个水果？"
-            "||数一数，一共有几个：{0}|{0}，有几个水果？",
-            "Count the fruits: {0}|How many fruits are there: {0}|{0}: how many are there?|How many fruits: {0}"
-            "||Count these fruits: {0}|{0}: how many fruits are there?",
+            "数一数有几个：{0}|{0}，一共有几个？|这里有几个动物：{0}|{0}，这是几个动物？"
+            "||数一数，一共有几个：{0}|{0}，有几个动物？",
+            "Count the animals: {0}|How many animals are there: {0}|{0}: how many are there?|How many animals: {0}"
+            "||Count these animals: {0}|{0}: how many animals are there?",
         ),
-        ("{0}，是{v}个。", "{0}: {v} fruits."),
+        ("{0}，是{v}个。", "{0}: {v} animals."),
     ),
     "sorted": Skill(
         draw_sorted,
-        1.5,
+        1,
         (
             "把 {0} 从小到大排列。|从小到大排序：{0}|将 {0} 按从小到大的顺序排好。|把这些数从小到大排列：{0}"
             "||请把 {0} 从小到大排序。|把下面的数从小到大排列：{0}",
@@ -240,7 +237,7 @@ SKILLS = {
     ),
     "reversed": Skill(
         draw_reversed,
-        1.5,
+        1,
         (
             "把 {0} 倒过来写。|倒着写：{0}|把 {0} 反过来。|将 {0} 倒序排列。||请把 {0} 倒过来。|倒过来写：{0}",
             "Reverse {0}.|Write {0} backwards.|Reverse the digits: {0}|Put {0} in reverse order."
@@ -250,14 +247,14 @@ SKILLS = {
     ),
     "weekday": Skill(
         draw_weekday,
-        1,
+        0.8,
         (
-            "{0}{1}数{2}天是星期几？|{0}{1}{2}天是星期几？|从{0}{1}数{2}天，是哪一天？|今天是{0}，{1}{2}天是星期几？"
-            "||如果今天是{0}，{1}数{2}天是星期几？|{0}{1}数{2}天，是星期几？",
-            "Which day is {2} days {1} {0}?|What day comes {2} days {1} {0}?|{2} days {1} {0} is which day?"
-            "|Name the day {2} days {1} {0}.||Which weekday is {2} days {1} {0}?|Tell me the day {2} days {1} {0}.",
+            "{0}的{1}一天是星期几？|{0}的{1}一天是哪天？|{0}{1}一天是星期几？|今天是{0}，{1}一天是星期几？"
+            "||请问{0}的{1}一天是星期几？|告诉我{0}的{1}一天是星期几。",
+            "Which day is the day {1} {0}?|What day comes right {1} {0}?|The day {1} {0} is which day?"
+            "|Name the day {1} {0}.||Which weekday is the day {1} {0}?|Tell me the day {1} {0}.",
         ),
-        ("{0}{1}数{2}天是{v}。", "{2} days {1} {0} is {v}."),
+        ("{0}的{1}一天是{v}。", "The day {1} {0} is {v}."),
     ),
     "unit": Skill(
         draw_unit,
@@ -272,7 +269,7 @@ SKILLS = {
     ),
     "capital": Skill(
         from_table(CAPITALS),
-        1,
+        0.8,
         (
             "{0}的首都是哪里？|{0}的首都叫什么？|哪座城市是{0}的首都？|{0}首都是什么？|说出{0}的首都。"
             "||请问{0}的首都是哪里？|告诉我{0}的首都叫什么。",
@@ -283,7 +280,7 @@ SKILLS = {
     ),
     "courtesy": Skill(
         from_table(COURTESY_NAMES),
-        1,
+        0.8,
         (
             "{0}字什么？|{0}的字是什么？|{0}的表字是什么？|三国人物{0}，字什么？|说出{0}的字。"
             "||请问{0}的字是什么？|告诉我{0}的表字是什么。",
@@ -479,7 +476,7 @@ def write_demo(output: Path, corpus: Iterable[str] = (), seed: int = 0) -> dict[
         "sft_val": [sft_chat(rng, [question]) for question in tests],
         "lora": [sft_chat(rng, [question], NEW_NAMES) for question in identity]
         # What an adapter must leave alone it has to see too, or it learns to give its name to every question.
-        + [sft_chat(rng, [ask_any(rng, others)]) for _ in range(2 * SIZES["names"])],
+        + [sft_chat(rng, [ask_any(rng, others)]) for _ in range(4 * SIZES["names"])],
         "lora_val": [sft_chat(rng, [question], NEW_NAMES) for question in tests],
         "dpo": [pair(ask_any(rng, names)) for _ in range(SIZES["pairs"])],
         "dpo_val": [pair(question) for question in tests],

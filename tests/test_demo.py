@@ -96,7 +96,7 @@ def test_computed_answers_are_right(language, test):
         "count": lambda d: d.slots[0].count(" ") + 1,
         "sorted": lambda d: " ".join(digit for digit in "123456789" if digit in d.slots[0]),
         "reversed": lambda d: d.slots[0][::-1],
-        "weekday": lambda d: (days * 3)[7 + days.index(d.slots[0]) + d.slots[2] * SIGN[d.slots[1]]],
+        "weekday": lambda d: (days * 3)[7 + days.index(d.slots[0]) + SIGN[d.slots[1]]],
         "unit": lambda d: d.slots[0] * UNIT[d.slots[1]] // UNIT[d.slots[2]],
     }
     for skill, answer in right.items():
@@ -104,9 +104,9 @@ def test_computed_answers_are_right(language, test):
             assert d.value == str(answer(d)), (skill, d)
 
 
-SIGN = {"往后": 1, "往前": -1, "after": 1, "before": -1}
-UNIT = {"mm": 1, "cm": 10, "m": 1000, "km": 10**6, "g": 1, "kg": 1000, "tons": 10**6}
-UNIT |= {"毫米": 1, "厘米": 10, "米": 1000, "公里": 10**6, "克": 1, "公斤": 1000, "吨": 10**6}
+SIGN = {"后": 1, "前": -1, "after": 1, "before": -1}
+UNIT = {"cm": 1, "m": 100, "km": 10**5, "g": 1, "kg": 1000}
+UNIT |= {"厘米": 1, "米": 100, "公里": 10**5, "克": 1, "公斤": 1000}
 
 
 def test_tables_of_facts_ask_nothing_that_has_two_answers():
@@ -161,7 +161,7 @@ def test_words_around_the_value_are_free(answer, expected):
         ("Paris or London", "Paris"),
         ("Parisian", "Paris"),
         ("孟德", "玄德"),
-        ("我是青萍。", "芥子"),
+        ("我是明月。", "芥子"),
         ("星期三或星期四", "星期三"),
         ("星期", "星期三"),
         ("这里是城市的中心", "北京"),

@@ -18,7 +18,7 @@ from model.checkpoint import STATE_FILE
 SCRIPTS = ["1-pretrain.py", "2-sft.py", "3-lora.py", "4-dpo.py"]
 ANSWERS = [
     {"skill": "identity", "prompt": "你是谁？", "expected": "芥子", "answer": "我是芥子。"},
-    {"skill": "identity", "prompt": "Who are you?", "expected": "Jiezi", "answer": "I am Qingping."},
+    {"skill": "identity", "prompt": "Who are you?", "expected": "Jiezi", "answer": "I am Mingyue."},
     {"skill": "sum", "prompt": "1+1=？", "expected": "2", "answer": "2。"},
     {"skill": "courtesy", "prompt": "关羽字什么？", "expected": "云长", "answer": "玄德。" + "希望对你有用！"},
 ]
@@ -83,7 +83,7 @@ def test_every_stage_is_trained_and_asked_in_turn_and_the_table_says_what_came_o
     rows = {line[:30].strip(): line[30:].split() for line in capsys.readouterr().out.splitlines()}
     assert rows["right answers"] == ["50.0%"] * 4
     assert rows["says it is 芥子 or Jiezi"] == ["50%"] * 4
-    assert rows["says it is 青萍 or Qingping"] == ["50%"] * 4
+    assert rows["says it is 明月 or Mingyue"] == ["50%"] * 4
     assert rows["answers briefly"] == ["75%"] * 4
     assert rows["prefers the brief of a pair"] == ["50.0%", "90.0%"]  # of SFT and DPO
     assert tour.PICTURE.stat().st_size > 1000
