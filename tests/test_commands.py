@@ -23,15 +23,15 @@ LIMITS = dict(max_steps=2, steps=1, minutes=0.02, peer_minutes=0.02, max_new_tok
 LIMITS |= dict(batch_size=2, max_seq_len=128, vocab_size=400, workers=1)
 INSTALLERS = {"pip", "venv", "quickstart.py"}  # are not run: what they name must be there
 # What the others may need, since a page may begin in the middle.
-FIRST = [
-    "python data_process.py " + what for what in ("pretrain F", "pretrain F --output dataset/zh", "sft F", "dpo F")
-]
-FIRST += [
-    "python data_process.py sft F --output dataset/lora",
-    "python 1-pretrain.py",
-    "python 2-sft.py",
-    "python 3-lora.py",
-]
+FIRST = """\
+python data_process.py pretrain F
+python data_process.py pretrain F --output dataset/zh
+python data_process.py sft F
+python data_process.py sft F --output dataset/lora
+python data_process.py dpo F
+python 1-pretrain.py
+python 2-sft.py
+python 3-lora.py"""
 
 
 def commands_of(page: str) -> list[str]:
@@ -109,7 +109,7 @@ def project(tmp_path_factory) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     write_inputs(folder)
-    for command in FIRST:
+    for command in FIRST.splitlines():
         run(command, folder)
     return folder
 
@@ -136,7 +136,7 @@ def test_commands_are_found_and_understood():
     assert parse("python -X dev -m b --val x y --c  # d") == (
         ["-X", "dev"],
         ["-m", "b"],
-        ["--val", INPUTS["--val"], "--c"],
+        ["--val", "texts.jsonl", "--c"],
     )
     assert parse("torchrun --x 1 e.py > f")[1:] == (["e.py"], [])
     with pytest.raises(ValueError, match="what does this run"):
