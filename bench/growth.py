@@ -1,7 +1,7 @@
 """How time and memory grow: with the size of the model, the length of the rows and the size of the corpus.
 
     python -m bench.growth                                       about 10 minutes; draws out/growth.png
-    python -m bench.growth --models 96x4 256x5 --lengths 256 512 --corpora 10 100
+    python -m bench.growth --models 96x4 256x5 --lengths --corpora 10 100        a list without a value: not measured
 
 model    width x layers, in between and at the presets; AdamW steps on rows packed with texts of natural length
 length   each row is one text, so that attention is at its dearest; as many tokens in a step for every length
@@ -44,7 +44,7 @@ def sized(name: str) -> LMConfig:
     try:
         width, layers = map(int, name.split("x"))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{name} is not WIDTHxLAYERS, such as 256x5") from None
+        raise ValueError(f"--models {name}: not WIDTHxLAYERS, such as 256x5") from None
     heads = width // (64 if width >= 256 else 32)
     return LMConfig(
         hidden_size=width,
@@ -142,9 +142,9 @@ def plot(panels: dict[str, tuple[str, dict[str, list[tuple[float, float]]]]], pa
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     sizes = ["96x4", "160x5", "256x5", "384x6", "512x8", "640x11", "768x15"]
-    parser.add_argument("--models", nargs="+", default=sizes, help="width x layers")
-    parser.add_argument("--lengths", nargs="+", type=positive, default=[256, 512, 1024, 2048, 4096], help="of rows")
-    parser.add_argument("--corpora", nargs="+", type=positive, default=[10, 100, 1000, 2000], help="MB of text")
+    parser.add_argument("--models", nargs="*", default=sizes, help="width x layers")
+    parser.add_argument("--lengths", nargs="*", type=positive, default=[256, 512, 1024, 2048, 4096], help="of rows")
+    parser.add_argument("--corpora", nargs="*", type=positive, default=[10, 100, 1000, 2000], help="MB of text")
     parser.add_argument("--batch_size", type=positive, default=8, help="rows")
     parser.add_argument("--max_seq_len", type=positive, default=512, help="tokens in a row, but for --lengths")
     parser.add_argument("--steps", type=positive, default=3, help="measured steps of each")
@@ -168,8 +168,9 @@ def main():
         batch = one_text_a_row(max(tokens // length, 1), length, mini.vocab_size)
         _, seconds = step_time(mini, batch, args)
         by_length.append((length, seconds / batch.real_tokens * 1e6))
-    print("step of mini    ", end="")
-    _, step = step_time(mini, made_up_batch(args.batch_size, args.max_seq_len, mini.vocab_size), args)
+    if args.corpora:
+        print("step of mini    ", end="")
+        _, step = step_time(mini, made_up_batch(args.batch_size, args.max_seq_len, mini.vocab_size), args)
     opened, started = [], []
     for megabytes in args.corpora:
         with tempfile.TemporaryDirectory() as temporary:
@@ -191,7 +192,7 @@ def main():
         "tokens in a row": ("us a token", {"training step, mini": by_length}),
         "MB of text": ("seconds", {"opening the data": opened, "start to first step, mini": started}),
     }
-    plot(panels, args.plot)
+    plot({title: panel for title, panel in panels.items() if all(panel[1].values())}, args.plot)
 
 
 if __name__ == "__main__":
