@@ -125,6 +125,7 @@ def take_turns(writers: dict[str, Writer], prompts, n: int, rounds: int, limit: 
             texts[name] = write(prompts, n)
             if turn:  # the first is a warm-up
                 seconds[name].append(time.perf_counter() - start)
+            time.sleep(0.5)  # llama.cpp's threads wait for more work, busily, after each call
             best = max(best, limit())
     if texts["jiezi"] != texts["transformers"]:
         print("  (jiezi and transformers wrote unlike texts: two tokens were equally probable but for rounding)")
