@@ -290,6 +290,17 @@ def text_of(record, field):
     return text
 
 
+def each_record(file, text_field, take):
+    """take(record) for every record of a file or folder; UserError names the file and line of a bad one."""
+    for batch in read_batches(find_files([file]), text_field):
+        for place, record in batch.records:
+            try:
+                value = take(parse(record))
+            except ValueError as error:
+                raise UserError(f"{batch.path}:{place}: {error}") from None
+            yield value
+
+
 def unpack(value):
     """A list or object that may be kept as a string: of JSON, or, in old CSV files, of Python."""
     if not isinstance(value, str) or not value:
@@ -919,16 +930,8 @@ def show(args):
 
 def write_demo(args):
     """The command demo: the files of model/demo.py, with the texts of a corpus mixed into the one for pretraining."""
-
-    def texts():
-        for batch in read_batches(find_files(args.corpus), "text"):
-            for place, record in batch.records:
-                try:
-                    yield text_of(parse(record), "text")
-                except ValueError as error:
-                    raise UserError(f"{batch.path}:{place}: {error}") from None
-
-    for name, count in demo.write_demo(Path(args.output), texts(), args.seed).items():
+    texts = (text for file in args.corpus for text in each_record(file, "text", lambda record: text_of(record, "text")))
+    for name, count in demo.write_demo(Path(args.output), texts, args.seed).items():
         print(f"{Path(args.output) / name}.jsonl: {count:,} records")
 
 

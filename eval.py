@@ -17,13 +17,13 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from data_process import find_files, parse, read_batches, text_of
+from data_process import each_record, text_of
 from model.chat import BOS, EOS, IM_END, encode, encode_chat, load_tokenizer, token_bytes
 from model.checkpoint import finish_replacing, is_chat_model, load_adapter, load_model
 from model.dataset import PackedDataset
@@ -122,17 +122,6 @@ def converse(writer: Writer, messages: list[dict]):
                 messages = [*question, {"role": "assistant", "content": writer.write(question)}]
         except (ValueError, OSError, argparse.ArgumentTypeError) as error:
             print(f"error: {error}")
-
-
-def each_record(file: str, text_field: str, take: Callable) -> Iterator:
-    """take(record) for every record of a file; ValueError names the file and line of a bad one."""
-    for batch in read_batches(find_files([file]), text_field):
-        for place, record in batch.records:
-            try:
-                value = take(parse(record))
-            except ValueError as error:
-                raise ValueError(f"{batch.path}:{place}: {error}") from None
-            yield value
 
 
 def answer_batch(writer: Writer, file: str, system: list[dict]):

@@ -20,12 +20,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bench.train_speed import cpu_machine
 from model.chat import load_tokenizer, token_bytes
 from model.checkpoint import save_model
 from model.dataset import IGNORE, PackedDataset
 from model.flags import HelpFormatter, above_zero
 from model.LMConfig import LMConfig
-from model.machine import Machine
 from model.model import CausalLM
 from model.training import evaluate, next_token_loss, run
 
@@ -33,7 +33,7 @@ SIZE = dict(hidden_size=320, intermediate_size=880, num_hidden_layers=5, num_att
 RECIPE = dict(optimizer="muon", learning_rate=6e-3, min_learning_rate=6e-5, warmup_steps=10, batch_size=2)
 # What is changed in turn: flags of 1-pretrain.py, fields of LMConfig, or the standard deviation of the first weights.
 ABLATIONS = {
-    "AdamW, its best of three rates": dict(optimizer="adamw", learning_rate=2e-3, min_learning_rate=2e-5),
+    "AdamW": dict(optimizer="adamw", learning_rate=2e-3, min_learning_rate=2e-5),
     "learning rate 3e-3": dict(learning_rate=3e-3, min_learning_rate=3e-5),
     "learning rate 1.2e-2": dict(learning_rate=1.2e-2, min_learning_rate=1.2e-4),
     "1,024 tokens a step": dict(batch_size=1),
@@ -127,10 +127,9 @@ def main():
                 show(name, args.minutes, *jiezi(args, **changes))
         return
     model, what = usual_recipe(PackedDataset(args.data, "train", 340), args.peer_minutes)
-    machine = Machine(0, 1, torch.device("cpu"), torch.float32)
     bytes_of_token = torch.from_numpy(token_bytes(load_tokenizer("model/tokenizer")))
     validation = PackedDataset(args.data, "val", 512)
-    result = evaluate(model, next_token_loss, validation, bytes_of_token, machine, batch_size=8)
+    result = evaluate(model, next_token_loss, validation, bytes_of_token, cpu_machine(), batch_size=8)
     show("usual recipe", args.peer_minutes, result["val_bits_per_byte"], what)
 
 

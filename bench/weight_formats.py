@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from data_process import text_of
-from eval import each_record
+from data_process import each_record, text_of
 from model.chat import BOS, EOS, IM_END, encode, encode_chat, load_tokenizer
 from model.checkpoint import is_chat_model, load_model
 from model.decoding import lay_out_for_decoding

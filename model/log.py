@@ -156,7 +156,7 @@ class Meter:
         return self.last_call - last
 
     def end_step(self, sums: dict[str, float], row_tokens: int):
-        """The weights have changed: the sums of the step and the place it had in its rows are for the next line."""
+        """After the update: counts the sums of a step, and the places of its rows, padding included."""
         self.window.update(sums)
         self.window.update(row_tokens=row_tokens, step_seconds=time.perf_counter() - self.step_started)
 

@@ -54,6 +54,11 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
+def available_cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def keep_freed_memory():
     """Has glibc keep freed memory for the next step, which wants the same sizes: to give it back to the system and get
     it anew, page by page, takes a tenth of a CPU's training step."""
@@ -70,8 +75,7 @@ def start_machine(args: argparse.Namespace) -> Machine:
         torch.cuda.set_device(device)
     elif device.type == "cpu":
         keep_freed_memory()
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        torch.set_num_threads(max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     dtype = args.dtype

@@ -33,7 +33,7 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 def _orthogonalize_together(matrices: Tensor) -> Tensor:
-    """orthogonalize() by all processes, a share of the matrices each: alone it took each a third of a `mini` step."""
+    """orthogonalize() by all processes, a share of the matrices each: alone it took each a quarter of a `mini` step."""
     if not dist.is_initialized():
         return orthogonalize(matrices)
     rank, processes = dist.get_rank(), dist.get_world_size()

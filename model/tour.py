@@ -24,7 +24,7 @@ import torch
 
 from model.checkpoint import STATE_FILE, write_file, write_json
 from model.demo import NAMES, NEW_NAMES, is_brief, is_right
-from model.machine import choose_device
+from model.machine import available_cores, choose_device
 from model.training import run
 from quickstart import parse_flags
 
@@ -61,8 +61,7 @@ class Tour:
     def __init__(self, minutes: float):
         self.minutes, self.file = minutes, OUT / "tour.json"
         self.done = json.loads(self.file.read_text("utf-8")) if self.file.exists() else {}
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        device = choose_device("auto").type
+        cores, device = available_cores(), choose_device("auto").type
         self.processes = {"cpu": min(cores, 2), "cuda": torch.cuda.device_count()}.get(device, 1)
         # In UTF-8 also where the system's encoding is another; torchrun warns if no one has set the threads.
         self.environment = {"OMP_NUM_THREADS": str(max(1, cores // self.processes)), **os.environ, "PYTHONUTF8": "1"}
