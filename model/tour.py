@@ -217,7 +217,7 @@ def finish(tour: Tour):
 
 
 def plot(results: dict[str, dict], path: Path):
-    """Left: each stage's loss over its tokens. Right: what the probes counted."""
+    """Left: each stage's loss over its minutes. Right: what the probes counted."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4), layout="constrained")
