@@ -164,31 +164,31 @@ SKILLS = {
             "你是谁？|你叫什么？|你叫什么名字？|你的名字是什么？|怎么称呼你？|介绍一下你自己。|你是什么模型？|告诉我你的名字。"
             "||能告诉我你是谁吗？|你叫什么名字呀？|我该怎么称呼你？|请介绍一下自己，你是谁？",
             "Who are you?|What is your name?|What are you called?|Tell me your name."
-            "|Introduce yourself.|Which model are you?|Can you tell me your name?|What do I call you?"
+            "|Introduce yourself.|Which model are you?|Can you tell me your name?|What do I call you?|Please tell me your name."
             "||Can you tell me who you are?|May I ask your name?|Please tell me who you are.|What should I call you?",
         ),
         ("", ""),
     ),
     "sum": Skill(
         draw_sum,
-        3,
+        3.5,
         (
             "{0}加{1}等于多少？|{0}+{1}=？|请计算{0}加{1}。|{0}加上{1}是多少？|{0}和{1}的和是多少？|帮我算一下{0}+{1}。|{0}+{1}等于几？"
             "||{0}加上{1}等于多少？|算一算：{0}+{1}。",
             "What is {0} plus {1}?|{0}+{1}=?|Add {0} and {1}.|Compute {0}+{1}."
-            "|How much is {0} plus {1}?|Can you add {0} and {1}?|What does {0}+{1} make?"
+            "|How much is {0} plus {1}?|Can you add {0} and {1}?|What does {0}+{1} make?|Please compute {0}+{1}."
             "||Please add {0} and {1}.|What does {0} plus {1} make?",
         ),
         ("{0}+{1}={v}|{0}加{1}等于{v}。", "{0}+{1}={v}|{0} plus {1} is {v}."),
     ),
     "difference": Skill(
         draw_difference,
-        3,
+        4,
         (
             "{0}减{1}等于多少？|{0}-{1}=？|请计算{0}减{1}。|{0}减去{1}是多少？|{0}比{1}多多少？|帮我算一下{0}-{1}。|{0}-{1}等于几？"
             "||{0}减去{1}等于多少？|算一算：{0}-{1}。",
             "What is {0} minus {1}?|{0}-{1}=?|Take {1} from {0}.|Compute {0}-{1}."
-            "|How much is {0} minus {1}?|Can you take {1} from {0}?|What does {0}-{1} make?"
+            "|How much is {0} minus {1}?|Can you take {1} from {0}?|What does {0}-{1} make?|Please compute {0}-{1}."
             "||Please take {1} from {0}.|What does {0} minus {1} make?",
         ),
         ("{0}-{1}={v}|{0}减{1}等于{v}。", "{0}-{1}={v}|{0} minus {1} is {v}."),
@@ -200,7 +200,7 @@ SKILLS = {
             "{0}乘{1}等于多少？|{0}×{1}=？|请计算{0}乘{1}。|{0}乘以{1}是多少？|{0}和{1}的积是多少？|帮我算一下{0}×{1}。|{0}×{1}等于几？"
             "||{0}乘以{1}等于多少？|算一算：{0}×{1}。",
             "What is {0} times {1}?|{0}×{1}=?|Multiply {0} by {1}.|Compute {0}×{1}."
-            "|How much is {0} times {1}?|Can you multiply {0} by {1}?|What does {0}×{1} make?"
+            "|How much is {0} times {1}?|Can you multiply {0} by {1}?|What does {0}×{1} make?|Please compute {0}×{1}."
             "||Please multiply {0} by {1}.|What does {0} times {1} make?",
         ),
         ("{0}×{1}={v}|{0}乘{1}等于{v}。", "{0}×{1}={v}|{0} times {1} is {v}."),
@@ -366,7 +366,7 @@ def is_right(answer: str, expected: str) -> bool:
 
 # ---- Questions, answers, statements ---------------------------------------------------------------------------------
 
-OPENINGS = (("", "", "你好，", "问一下，"), ("", "", "Hello! ", "A question: "))  # of any question
+OPENINGS = (("", "", "你好，"), ("", "", "Hello! "))  # of any question
 
 
 class Question(NamedTuple):
