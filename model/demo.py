@@ -164,7 +164,8 @@ SKILLS = {
             "你是谁？|你叫什么？|你叫什么名字？|你的名字是什么？|怎么称呼你？|介绍一下你自己。|你是什么模型？|告诉我你的名字。"
             "||能告诉我你是谁吗？|你叫什么名字呀？|我该怎么称呼你？|请介绍一下自己，你是谁？",
             "Who are you?|What is your name?|What are you called?|Tell me your name."
-            "|Introduce yourself.|Which model are you?|Can you tell me your name?|What do I call you?|Please tell me your name."
+            "|Introduce yourself.|Which model are you?|Can you tell me your name?|What do I call you?"
+            "|Please tell me your name."
             "||Can you tell me who you are?|May I ask your name?|Please tell me who you are.|What should I call you?",
         ),
         ("", ""),
