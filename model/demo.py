@@ -162,11 +162,12 @@ SKILLS = {
         0.4,
         (
             "你是谁？|你叫什么？|你叫什么名字？|你的名字是什么？|怎么称呼你？|介绍一下你自己。|你是什么模型？|告诉我你的名字。"
-            "||能告诉我你是谁吗？|你叫什么名字呀？|我该怎么称呼你？|请介绍一下自己，你是谁？",
+            "||能告诉我你是谁吗？|告诉我你是谁。|你叫什么名字呀？|我该怎么称呼你？|请介绍一下自己，你是谁？",
             "Who are you?|What is your name?|What are you called?|Tell me your name."
             "|Introduce yourself.|Which model are you?|Can you tell me your name?|What do I call you?"
             "|Please tell me your name."
-            "||Can you tell me who you are?|May I ask your name?|Please tell me who you are.|What should I call you?",
+            "||Can you tell me who you are?|May I ask your name?|Please tell me who you are."
+            "|What should I call you?|Tell me who you are.",
         ),
         ("", ""),
     ),
@@ -367,7 +368,7 @@ def is_right(answer: str, expected: str) -> bool:
 
 # ---- Questions, answers, statements ---------------------------------------------------------------------------------
 
-OPENINGS = (("", "", "你好，"), ("", "", "Hello! "))  # of any question
+OPENINGS = (("", "", "你好，", "您好，"), ("", "", "Hello! ", "Hi! "))  # of any question
 
 
 class Question(NamedTuple):
