@@ -80,7 +80,7 @@ class Drawn(NamedTuple):
 
 
 def draw_identity(rng: random.Random, language: int) -> Drawn:
-    return Drawn((rng.choice((("", "你好，", "请问，"), ("", "Hello! ", "Hi, "))[language]),), NAMES[language], None)
+    return Drawn((), NAMES[language], None)
 
 
 def draw_sum(rng: random.Random, language: int) -> Drawn:
@@ -125,7 +125,7 @@ def draw_weekday(rng: random.Random, language: int) -> Drawn:
 
 
 def draw_unit(rng: random.Random, language: int) -> Drawn:
-    n, (large, small, factor) = rng.randint(2, 99), rng.choice(UNITS[language])
+    n, (large, small, factor) = rng.randint(2, 40), rng.choice(UNITS[language])
     return Drawn((n, large, small), str(n * factor), (n,))
 
 
@@ -161,33 +161,37 @@ SKILLS = {
         draw_identity,
         0.4,
         (
-            "{0}你是谁？|{0}你叫什么？|{0}你叫什么名字？|{0}你的名字是什么？|{0}怎么称呼你？|{0}介绍一下你自己。|{0}你是什么模型？"
-            "||{0}能告诉我你是谁吗？|{0}你叫什么名字呀？|{0}我该怎么称呼你？|{0}请介绍一下自己，你是谁？",
-            "{0}Who are you?|{0}What is your name?|{0}What are you called?|{0}Tell me your name.|{0}Introduce yourself."
-            "|{0}Which model are you?||{0}Can you tell me who you are?|{0}May I ask your name?|{0}Please tell me your "
-            "name.|{0}What should I call you? Your name?",
+            "你是谁？|你叫什么？|你叫什么名字？|你的名字是什么？|怎么称呼你？|介绍一下你自己。|你是什么模型？|告诉我你的名字。"
+            "||能告诉我你是谁吗？|告诉我你是谁。|你叫什么名字呀？|我该怎么称呼你？|请介绍一下自己，你是谁？",
+            "Who are you?|What is your name?|What are you called?|Tell me your name."
+            "|Introduce yourself.|Which model are you?|Can you tell me your name?|What do I call you?"
+            "|Please tell me your name."
+            "||Can you tell me who you are?|May I ask your name?|Please tell me who you are."
+            "|What should I call you?|Tell me who you are.",
         ),
         ("", ""),
     ),
     "sum": Skill(
         draw_sum,
-        3,
+        3.5,
         (
-            "{0}加{1}等于多少？|{0}+{1}=？|请计算{0}加{1}。|{0}加{1}是多少？|{0}和{1}的和是多少？|算一下{0}+{1}。"
-            "||{0}加上{1}等于多少？|帮我算{0}+{1}。",
-            "What is {0} plus {1}?|{0}+{1}=?|Add {0} and {1}.|Compute {0}+{1}.|How much is {0} plus {1}?"
-            "||Please add {0} and {1}.|Can you compute {0}+{1}?",
+            "{0}加{1}等于多少？|{0}+{1}=？|请计算{0}加{1}。|{0}加上{1}是多少？|{0}和{1}的和是多少？|帮我算一下{0}+{1}。|{0}+{1}等于几？"
+            "||{0}加上{1}等于多少？|算一算：{0}+{1}。",
+            "What is {0} plus {1}?|{0}+{1}=?|Add {0} and {1}.|Compute {0}+{1}."
+            "|How much is {0} plus {1}?|Can you add {0} and {1}?|What does {0}+{1} make?|Please compute {0}+{1}."
+            "||Please add {0} and {1}.|What does {0} plus {1} make?",
         ),
         ("{0}+{1}={v}|{0}加{1}等于{v}。", "{0}+{1}={v}|{0} plus {1} is {v}."),
     ),
     "difference": Skill(
         draw_difference,
-        3,
+        4,
         (
-            "{0}减{1}等于多少？|{0}-{1}=？|请计算{0}减{1}。|{0}减{1}是多少？|{0}比{1}多多少？|算一下{0}-{1}。"
-            "||{0}减去{1}等于多少？|帮我算{0}-{1}。",
-            "What is {0} minus {1}?|{0}-{1}=?|Take {1} from {0}.|Compute {0}-{1}.|How much is {0} minus {1}?"
-            "||Please take {1} from {0}.|Can you compute {0}-{1}?",
+            "{0}减{1}等于多少？|{0}-{1}=？|请计算{0}减{1}。|{0}减去{1}是多少？|{0}比{1}多多少？|帮我算一下{0}-{1}。|{0}-{1}等于几？"
+            "||{0}减去{1}等于多少？|算一算：{0}-{1}。",
+            "What is {0} minus {1}?|{0}-{1}=?|Take {1} from {0}.|Compute {0}-{1}."
+            "|How much is {0} minus {1}?|Can you take {1} from {0}?|What does {0}-{1} make?|Please compute {0}-{1}."
+            "||Please take {1} from {0}.|What does {0} minus {1} make?",
         ),
         ("{0}-{1}={v}|{0}减{1}等于{v}。", "{0}-{1}={v}|{0} minus {1} is {v}."),
     ),
@@ -195,10 +199,11 @@ SKILLS = {
         draw_product,
         1.2,
         (
-            "{0}乘{1}等于多少？|{0}×{1}=？|请计算{0}乘{1}。|{0}乘以{1}是多少？|{0}和{1}的积是多少？|算一下{0}×{1}。"
-            "||{0}乘以{1}等于多少？|帮我算{0}×{1}。",
-            "What is {0} times {1}?|{0}×{1}=?|Multiply {0} by {1}.|Compute {0}×{1}.|How much is {0} times {1}?"
-            "||Please multiply {0} by {1}.|Can you compute {0}×{1}?",
+            "{0}乘{1}等于多少？|{0}×{1}=？|请计算{0}乘{1}。|{0}乘以{1}是多少？|{0}和{1}的积是多少？|帮我算一下{0}×{1}。|{0}×{1}等于几？"
+            "||{0}乘以{1}等于多少？|算一算：{0}×{1}。",
+            "What is {0} times {1}?|{0}×{1}=?|Multiply {0} by {1}.|Compute {0}×{1}."
+            "|How much is {0} times {1}?|Can you multiply {0} by {1}?|What does {0}×{1} make?|Please compute {0}×{1}."
+            "||Please multiply {0} by {1}.|What does {0} times {1} make?",
         ),
         ("{0}×{1}={v}|{0}乘{1}等于{v}。", "{0}×{1}={v}|{0} times {1} is {v}."),
     ),
@@ -206,10 +211,12 @@ SKILLS = {
         draw_larger,
         1.5,
         (
-            "{0}和{1}哪个大？|{0}与{1}，哪个数更大？|比较{0}和{1}，大的是哪个？|{0}、{1}中较大的是哪个？"
+            "{0}和{1}哪个大？|{0}与{1}，哪个数更大？|比较{0}和{1}，大的是哪个？|{0}、{1}中较大的是哪个？|{0}跟{1}，哪个大？|{0}和{1}比，哪个更大？"
             "||{0}和{1}，哪个更大？|{0}跟{1}比，哪个大？",
-            "Which is larger, {0} or {1}?|Which number is bigger: {0} or {1}?|Of {0} and {1}, which is larger?"
-            "|Compare {0} and {1}: the larger one?||Which one is larger: {0} or {1}?|Of {0} and {1}, which is bigger?",
+            "Which is larger, {0} or {1}?|Which number is bigger: {0} or {1}?"
+            "|Of {0} and {1}, which is larger?|Compare {0} and {1}: the larger one?"
+            "|Which one is bigger, {0} or {1}?|Of {0} and {1}, which number is bigger?"
+            "||Which one is larger: {0} or {1}?|Of {0} and {1}, which is bigger?",
         ),
         ("{0}和{1}，{v}大。", "Of {0} and {1}, {v} is larger."),
     ),
@@ -217,9 +224,10 @@ SKILLS = {
         draw_count,
         1.5,
         (
-            "数一数有几个：{0}|{0}，一共有几个？|这里有几个动物：{0}|{0}，这是几个动物？"
+            "数一数有几个：{0}|{0}，一共有几个？|这里有几个动物：{0}|{0}，这是几个动物？|{0}，数一数。|一共有几个动物：{0}"
             "||数一数，一共有几个：{0}|{0}，有几个动物？",
-            "Count the animals: {0}|How many animals are there: {0}|{0}: how many are there?|How many animals: {0}"
+            "Count the animals: {0}|How many animals are there: {0}|{0}: how many are there?"
+            "|How many animals: {0}|{0}: how many animals?|Count these: {0}"
             "||Count these animals: {0}|{0}: how many animals are there?",
         ),
         ("{0}，是{v}个。", "{0}: {v} animals."),
@@ -228,10 +236,12 @@ SKILLS = {
         draw_sorted,
         1,
         (
-            "把 {0} 从小到大排列。|从小到大排序：{0}|将 {0} 按从小到大的顺序排好。|把这些数从小到大排列：{0}"
+            "把 {0} 从小到大排列。|从小到大排序：{0}|将 {0} 按从小到大的顺序排好。"
+            "|把这些数从小到大排列：{0}|请将 {0} 排序。|下面的数从小到大怎么排：{0}"
             "||请把 {0} 从小到大排序。|把下面的数从小到大排列：{0}",
             "Sort {0} in ascending order.|Sort from small to large: {0}|Put {0} in ascending order."
-            "|Sort the numbers {0}.||Please sort {0} in ascending order.|Sort these from small to large: {0}",
+            "|Sort the numbers {0}.|Can you sort {0}?|Sort these: {0}"
+            "||Please sort {0} in ascending order.|Sort these from small to large: {0}",
         ),
         ("{0} 从小到大是 {v}。", "{0} sorted is {v}."),
     ),
@@ -239,8 +249,10 @@ SKILLS = {
         draw_reversed,
         1,
         (
-            "把 {0} 倒过来写。|倒着写：{0}|把 {0} 反过来。|将 {0} 倒序排列。||请把 {0} 倒过来。|倒过来写：{0}",
+            "把 {0} 倒过来写。|倒着写：{0}|把 {0} 反过来。|将 {0} 倒序排列。|请将 {0} 倒过来。|倒过来是什么：{0}"
+            "||请把 {0} 倒过来。|倒过来写：{0}",
             "Reverse {0}.|Write {0} backwards.|Reverse the digits: {0}|Put {0} in reverse order."
+            "|Can you reverse {0}?|Write these backwards: {0}"
             "||Please reverse {0}.|Write these digits backwards: {0}",
         ),
         ("{0} 倒过来是 {v}。", "{0} reversed is {v}."),
@@ -249,10 +261,13 @@ SKILLS = {
         draw_weekday,
         0.8,
         (
-            "{0}的{1}一天是星期几？|{0}的{1}一天是哪天？|{0}{1}一天是星期几？|今天是{0}，{1}一天是星期几？"
+            "{0}的{1}一天是星期几？|{0}的{1}一天是哪天？|{0}{1}一天是星期几？|今天是{0}，{1}一天是星期几？|请问{0}的{1}一天是哪天？"
+            "|告诉我{0}{1}一天是星期几。"
             "||请问{0}的{1}一天是星期几？|告诉我{0}的{1}一天是星期几。",
-            "Which day is the day {1} {0}?|What day comes right {1} {0}?|The day {1} {0} is which day?"
-            "|Name the day {1} {0}.||Which weekday is the day {1} {0}?|Tell me the day {1} {0}.",
+            "Which day is the day {1} {0}?|What day comes right {1} {0}?"
+            "|The day {1} {0} is which day?|Name the day {1} {0}.|Tell me which day comes {1} {0}."
+            "|Do you know which day is {1} {0}?"
+            "||Which weekday is the day {1} {0}?|Tell me the day {1} {0}.",
         ),
         ("{0}的{1}一天是{v}。", "The day {1} {0} is {v}."),
     ),
@@ -260,9 +275,11 @@ SKILLS = {
         draw_unit,
         1,
         (
-            "{0}{1}等于多少{2}？|{0}{1}是多少{2}？|把{0}{1}换算成{2}。|{0}{1}有多少{2}？"
+            "{0}{1}等于多少{2}？|{0}{1}是多少{2}？|把{0}{1}换算成{2}。|{0}{1}有多少{2}？|请换算成{2}：{0}{1}|{0}{1}合几{2}？"
             "||请把{0}{1}换算成{2}。|{0}{1}合多少{2}？",
-            "Convert {0} {1} to {2}.|How many {2} are {0} {1}?|What is {0} {1} in {2}?|{0} {1} is how many {2}?"
+            "Convert {0} {1} to {2}.|How many {2} are {0} {1}?|What is {0} {1} in {2}?"
+            "|{0} {1} is how many {2}?|Can you convert {0} {1} to {2}?"
+            "|How many {2} are there in {0} {1}?"
             "||Please convert {0} {1} to {2}.|How many {2} are in {0} {1}?",
         ),
         ("{0}{1}等于{v}{2}。", "{0} {1} is {v} {2}."),
@@ -271,10 +288,12 @@ SKILLS = {
         from_table(CAPITALS),
         0.8,
         (
-            "{0}的首都是哪里？|{0}的首都叫什么？|哪座城市是{0}的首都？|{0}首都是什么？|说出{0}的首都。"
+            "{0}的首都是哪里？|{0}的首都叫什么？|哪座城市是{0}的首都？|{0}首都是什么？|说出{0}的首都。|请问哪里是{0}的首都？|告诉我{0}的首都。"
             "||请问{0}的首都是哪里？|告诉我{0}的首都叫什么。",
-            "What is the capital of {0}?|Which city is the capital of {0}?|Name the capital of {0}.|{0}: what is its "
-            "capital?||Tell me the capital of {0}.|Do you know the capital of {0}?",
+            "What is the capital of {0}?|Which city is the capital of {0}?|Name the capital of {0}."
+            "|{0}: what is its capital?|Do you know the capital of {0}?"
+            "|Tell me which city is the capital of {0}."
+            "||Tell me the capital of {0}.|Do you know which city is the capital of {0}?",
         ),
         ("{0}的首都是{v}。", "The capital of {0} is {v}."),
     ),
@@ -282,11 +301,12 @@ SKILLS = {
         from_table(COURTESY_NAMES),
         0.8,
         (
-            "{0}字什么？|{0}的字是什么？|{0}的表字是什么？|三国人物{0}，字什么？|说出{0}的字。"
+            "{0}字什么？|{0}的字是什么？|{0}的表字是什么？|三国人物{0}，字什么？|说出{0}的字。|请问{0}字什么？|告诉我{0}的字。"
             "||请问{0}的字是什么？|告诉我{0}的表字是什么。",
-            "What is the courtesy name of {0}?|Name the courtesy name of {0}.|{0}: what is his courtesy name?"
-            "|What courtesy name did {0} have?||Tell me the courtesy name of {0}."
-            "|Do you know the courtesy name of {0}?",
+            "What is the courtesy name of {0}?|Name the courtesy name of {0}."
+            "|{0}: what is his courtesy name?|What courtesy name did {0} have?"
+            "|Do you know what courtesy name {0} had?|Tell me his courtesy name: {0}"
+            "||Tell me the courtesy name of {0}.|Do you know the courtesy name of {0}?",
         ),
         ("{0}，字{v}。", "The courtesy name of {0} is {v}."),
     ),
@@ -294,10 +314,13 @@ SKILLS = {
         draw_opposite,
         1,
         (
-            "“{0}”的反义词是什么？|“{0}”的反面是什么？|和“{0}”相反的是什么？|说出“{0}”的反义词。"
+            "“{0}”的反义词是什么？|“{0}”的反面是什么？|和“{0}”相反的是什么？|说出“{0}”的反义词。|请问“{0}”的反面是什么？|告诉我“{0}”的反义词。"
             "||请问“{0}”的反义词是什么？|告诉我和“{0}”相反的词。",
-            "What is the opposite of {0}?|Name the opposite of {0}.|Which word is the opposite of {0}?|{0}: what is "
-            "its opposite?||Tell me the opposite of {0}.|Do you know the opposite of {0}?",
+            "What is the opposite of {0}?|Name the opposite of {0}."
+            "|Which word is the opposite of {0}?|{0}: what is its opposite?"
+            "|Do you know which word is the opposite of {0}?"
+            "|Tell me a word that is the opposite of {0}."
+            "||Tell me the opposite of {0}.|Do you know the opposite of {0}?",
         ),
         ("“{0}”的反义词是“{v}”。", "The opposite of {0} is {v}."),
     ),
@@ -305,10 +328,12 @@ SKILLS = {
         draw_translation,
         1,
         (
-            "“{0}”用英语怎么说？|“{0}”的英语是什么？|把“{0}”译成英语。|“{0}”的英文单词是什么？"
+            "“{0}”用英语怎么说？|“{0}”的英语是什么？|把“{0}”译成英语。|“{0}”的英文单词是什么？|请问“{0}”的英语是什么？|告诉我“{0}”用英语怎么说。"
             "||请问“{0}”用英语怎么说？|请把“{0}”译成英语。",
-            "What is the Chinese word for {0}?|Translate {0} into Chinese.|How do you say {0} in Chinese?"
-            "|{0} in Chinese?||Please translate {0} into Chinese.|Tell me the Chinese word for {0}.",
+            "What is the Chinese word for {0}?|Translate {0} into Chinese."
+            "|How do you say {0} in Chinese?|{0} in Chinese?|Can you translate {0} into Chinese?"
+            "|Do you know the Chinese word for {0}?"
+            "||Please translate {0} into Chinese.|Tell me the Chinese word for {0}.",
         ),
         ("“{0}”的英语是 {v}。", "The Chinese word for {0} is {v}."),
     ),
@@ -343,6 +368,8 @@ def is_right(answer: str, expected: str) -> bool:
 
 # ---- Questions, answers, statements ---------------------------------------------------------------------------------
 
+OPENINGS = (("", "", "你好，", "您好，"), ("", "", "Hello! ", "Hi! "))  # of any question
+
 
 class Question(NamedTuple):
     skill: str
@@ -367,7 +394,8 @@ def draw(rng: random.Random, skill: str, language: int, test: bool) -> Drawn:
 def ask(rng: random.Random, skill: str, language: int, test: bool) -> Question:
     wording = rng.choice(SKILLS[skill].wordings[language].split("||")[test].split("|"))
     drawn = draw(rng, skill, language, test)
-    return Question(skill, language, wording.format(*drawn.slots), drawn.value)
+    opening = rng.choice(OPENINGS[language])
+    return Question(skill, language, opening + wording.format(*drawn.slots), drawn.value)
 
 
 def ask_any(rng: random.Random, skills: list[str], test: bool = False) -> Question:

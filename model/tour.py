@@ -45,6 +45,12 @@ STAGES = {  # script, share of the minutes, rows a step over all processes, and 
     # One epoch: when all pairs are in order, to push on would only take the answers apart.
     "dpo": ("4-dpo.py", 0.05, 4, "--epochs 1 --max_seq_len 256 --learning_rate 1e-4 --min_learning_rate 1e-5"),
 }
+TITLES = {
+    "pretrain": "a model with random weights learns to go on with texts: language, facts, sums",
+    "sft": "it learns to answer questions; half of the answers are brief, half ramble",
+    "lora": "an adapter beside the frozen model gives it another name, and should change nothing else",
+    "dpo": "of two right answers it learns to prefer the brief one",
+}
 COLUMNS = {  # of the table: a probe's figure, what it is called, and how it is printed
     "loss": ("loss on unseen chats", "{:.2f}"),
     "right": ("right answers", "{:.1%}"),
@@ -147,12 +153,13 @@ def prepare_data(tour: Tour):
 
 def train(tour: Tour, stage: str):
     script, share, rows, flags = STAGES[stage]
+    print(f"\n==== {stage}: {TITLES[stage]}", flush=True)
     out_dir = OUT / stage
     command = [script, "--data", OUT / "dataset" / stage, "--out_dir", out_dir]
     if stage != "pretrain":
         command += ["--init_from", OUT / ("pretrain" if stage == "sft" else "sft")]
     command += ["--max_minutes", f"{tour.minutes * share:.3g}", "--batch_size", max(1, rows // tour.processes)]
-    command += [*flags.split(), "--log_interval", 20, "--warmup_steps", 10]
+    command += [*flags.split(), "--log_interval", 50, "--warmup_steps", 10]
     if (out_dir / STATE_FILE).exists():  # this stage was interrupted
         command.append("--resume")
     if tour.processes > 1:
