@@ -42,7 +42,7 @@ from model.model import CausalLM
 from model.optimizer import MUON_BATCH, GradientBuffer, build_optimizer, learning_rate, optimizer_step
 
 LOSS_CHUNK = 512  # tokens whose logits exist at a time
-GAPS = 1.35  # memory that activations take over what they hold: a freed place seldom suits the next tensor exactly
+GAPS = 1.4  # memory that activations take over what they hold: a freed place seldom suits the next tensor exactly
 MAX_SKIPPED_STEPS = 10  # in a row: then a run with non-finite numbers is stopped
 # (model, batch) -> sum of the loss, scored tokens, sums of metrics: numbers, but for "expert_load" in training.
 LossFunction = Callable[[CausalLM, Batch], tuple[Tensor, int, dict[str, float | Tensor]]]
