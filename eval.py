@@ -262,6 +262,7 @@ def main():
     group.add_argument("--repetition_penalty", type=above_zero, default=1.1, help="1: none")
     group.add_argument("--seed", type=natural, help="the same seed writes the same text")
     args = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that cannot show Chinese
     directory = args.model or newest_model(Path("out"))
     device = choose_device(args.device)
     if args.half_weights and (device.type != "cpu" or args.data):

@@ -3,15 +3,14 @@
     python -m bench.decode_speed --preset small base
     python -m bench.decode_speed --model out/sft
 
-All have the same weights, write greedily with a KV cache, and take turns, call by call; medians are printed, and
-"x transformers" is the median over the turns. A rate in GB/s is the bytes of weights that a token reads, times tokens
-a second; its share is of torch's product of one vector with an 8192 x 8192 matrix, the best in the same run. The share
-of a prompt or batch is of the plain matrix product's rate.
+All have the same weights, write greedily with a KV cache, and take turns, call by call, each in a process of its own;
+medians are printed, and "x transformers" is the median over the turns. A rate in GB/s is the bytes of weights that a
+token reads, times tokens a second; its share is of torch's product of one vector with an 8192 x 8192 matrix, the median
+of the same run. The share of a prompt or batch is of the best plain matrix product in the same run.
 llama.cpp takes part, for dense models, where its wheel is: pip install xllamacpp gguf
 """
 
 import argparse
-import copy
 import importlib.util
 import statistics
 import tempfile
@@ -20,31 +19,32 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from bench.train_speed import cpu_machine, ratio
+from bench.contest import Contest, Turns, ratio
 from model.chat import load_tokenizer
 from model.checkpoint import load_model, save_model
 from model.decoding import lay_out_for_decoding
 from model.flags import HelpFormatter, positive
 from model.generation import generate
 from model.LMConfig import PRESETS, LMConfig
-from model.machine import matmul_rate
 from model.model import CausalLM
 from model.training import run, step_flops
 
 TOKENIZER = Path(__file__).parents[1] / "model/tokenizer"
-Writer = Callable[[list[list[int]], int], list[list[int]]]  # (prompts, tokens) -> what it wrote to each
+Writer = Callable[[list[list[int]], int], list[list[int]] | None]  # (prompts, tokens) -> what it wrote to each
 
 
-def ours(model: CausalLM) -> Writer:
+def jiezi(directory: Path, half_weights: bool = False) -> Writer:
+    model = load_model(directory, torch.device("cpu")).eval()
+    lay_out_for_decoding(model, half_weights)
+
     def write(prompts, n):
         return [list(tokens) for tokens in zip(*generate(model, prompts, n, temperature=0))]
 
     return write
 
 
-def transformers_writer(directory: Path) -> Writer:
+def transformers(directory: Path) -> Writer:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
@@ -89,16 +89,18 @@ def write_gguf(model: CausalLM, path: Path):
     writer.close()
 
 
-def llama_cpp_writer(model: CausalLM, directory: Path) -> Writer:
+def llama_cpp(directory: Path) -> Writer:
     """For one prompt. Its texts are not returned: the server tells characters, not tokens."""
     import xllamacpp
 
-    write_gguf(model, directory / "model.gguf")
+    model = load_model(directory, torch.device("cpu"))
     params = xllamacpp.CommonParams()
-    params.model.path = str(directory / "model.gguf")
     params.n_ctx, params.n_parallel, params.verbosity = model.config.max_position_embeddings, 1, 0
     params.cpuparams.n_threads = torch.get_num_threads()
-    server = xllamacpp.Server(params)
+    with tempfile.TemporaryDirectory() as folder:
+        params.model.path = f"{folder}/model.gguf"
+        write_gguf(model, Path(params.model.path))
+        server = xllamacpp.Server(params)
     options = dict(temperature=0, ignore_eos=True, cache_prompt=False)
 
     def write(prompts, n):
@@ -109,79 +111,65 @@ def llama_cpp_writer(model: CausalLM, directory: Path) -> Writer:
     return write
 
 
-def vector_rate(matrix: Tensor, vector: Tensor) -> float:
-    """Bytes a second that a plain product of matrix and vector reads."""
-    start = time.perf_counter()
-    torch.mv(matrix, vector)
-    return matrix.nbytes / (time.perf_counter() - start)
-
-
-def take_turns(writers: dict[str, Writer], prompts, n: int, rounds: int, limit: Callable[[], float]):
-    """Seconds of each call of each writer, and the best of the machine's limit, measured between them."""
-    seconds, texts, best = {name: [] for name in writers}, {}, 0.0
-    for turn in range(rounds + 1):
-        for name, write in writers.items():
-            start = time.perf_counter()
-            texts[name] = write(prompts, n)
-            if turn:  # the first is a warm-up
-                seconds[name].append(time.perf_counter() - start)
-            time.sleep(0.5)  # llama.cpp's threads wait for more work, busily, after each call
-            best = max(best, limit())
-    if texts["jiezi"] != texts["transformers"]:
-        print("  (jiezi and transformers wrote unlike texts: two tokens were equally probable but for rounding)")
-    return seconds, best
-
-
-def report(name: str, seconds: dict[str, list[float]], writer: str, tokens: int, used: float, best: float, unit: str):
+def report(name: str, turns: Turns, writer: str, tokens: int, used: float, limit: float, unit: str):
     """One line; used is what the call took of the limit, in units of 1e9."""
-    median = statistics.median(seconds[writer])
+    median = statistics.median(turns.seconds[writer])
     print(
         f"{name:14}{writer:24}{tokens / median:9,.1f} tok/s {used / median / 1e9:7.1f} {unit}"
-        f"{used / median / best:8.1%} of {best / 1e9:.1f}{ratio(seconds, 'transformers', writer):7.2f} x transformers",
+        f"{used / median / limit:8.1%} of {limit / 1e9:.1f}"
+        f"{ratio(turns.seconds, 'transformers', writer):7.2f} x transformers",
         flush=True,
     )
 
 
-@torch.inference_mode()
-def measure(name: str, model: CausalLM, args: argparse.Namespace):
-    machine, config = cpu_machine(), model.config
+def measure(name: str, directory: Path, args: argparse.Namespace):
+    model = load_model(directory, torch.device("cpu"))
+    config = model.config
     weights = model.num_parameters() - model.num_idle_parameters()
     weights -= 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    with tempfile.TemporaryDirectory() as folder:
-        save_model(Path(folder) / "model", model, TOKENIZER, is_chat=False)
-        fast, half = copy.deepcopy(model), copy.deepcopy(model)
-        lay_out_for_decoding(fast)
-        writers = {"jiezi": ours(fast), "transformers": transformers_writer(Path(folder) / "model")}
-        alone = {}  # with one prompt
-        if "fbgemm" in torch.backends.quantized.supported_engines:
-            lay_out_for_decoding(half, half_weights=True)
-            alone["jiezi --half_weights"] = ours(half)
-        if config.qk_norm and not config.use_moe and importlib.util.find_spec("xllamacpp"):
-            alone["llama.cpp"] = llama_cpp_writer(model, Path(folder))
+    contestants = {"jiezi": (jiezi, directory), "transformers": (transformers, directory)}
+    if "fbgemm" in torch.backends.quantized.supported_engines:
+        contestants["jiezi --half_weights"] = (jiezi, directory, True)
+    if config.qk_norm and not config.use_moe and importlib.util.find_spec("xllamacpp"):
+        contestants["llama.cpp"] = (llama_cpp, directory)
+    matrix, vector = torch.randn(8192, 8192), torch.randn(8192)
 
-        def prompts(rows: int, length: int) -> list[list[int]]:
+    def vector_rate() -> float:
+        """Bytes a second that a plain product of matrix and vector reads."""
+        start = time.perf_counter()
+        torch.mv(matrix, vector)
+        return matrix.nbytes / (time.perf_counter() - start)
+
+    def flops(length: int) -> float:
+        head = 2 * config.vocab_size * config.hidden_size
+        return step_flops(model, length, length * (length + 1) // 2) / 3 - head * (length - 1)  # asked of the last
+
+    with Contest(contestants) as contest:
+
+        def take_turns(rows: int, length: int, n: int, **options) -> Turns:
             generator = torch.Generator().manual_seed(rows)
-            return torch.randint(16, config.vocab_size, (rows, length), generator=generator).tolist()
+            prompts = torch.randint(16, config.vocab_size, (rows, length), generator=generator).tolist()
+            turns = contest.take_turns(args.rounds, prompts, n, **options)
+            if turns.answers["jiezi"] != turns.answers["transformers"]:
+                print(
+                    "  (jiezi and transformers wrote unlike texts: two tokens were equally probable but for rounding)"
+                )
+            return turns
 
-        matrix, vector = torch.randn(8192, 8192), torch.randn(8192)
-        n, rounds = args.new_tokens, args.rounds
-        seconds, best = take_turns(writers | alone, prompts(1, 8), n, rounds, lambda: vector_rate(matrix, vector))
-        for writer in seconds:
+        n = args.new_tokens
+        turns = take_turns(1, 8, n, limit=vector_rate)
+        for writer in contestants:
             size = 2 if "half" in writer else 4
-            report(name, seconds, writer, n, weights * size * n, best, "GB/s")
-
-        def flops(length: int) -> float:
-            head = 2 * config.vocab_size * config.hidden_size
-            return step_flops(model, length, length * (length + 1) // 2) / 3 - head * (length - 1)  # asked of the last
-
+            report(name, turns, writer, n, weights * size * n, statistics.median(turns.limits), "GB/s")
         length = min(args.prompt_tokens, config.max_position_embeddings - 1)
-        seconds, best = take_turns(writers | alone, prompts(1, length), 1, rounds, lambda: matmul_rate(machine))
-        for writer in seconds:
-            report(f"{name} prompt", seconds, writer, length, flops(length), best, "GFLOP/s")
+        turns = take_turns(1, length, 1)
+        for writer in contestants:
+            report(f"{name} prompt", turns, writer, length, flops(length), max(turns.limits), "GFLOP/s")
         for rows in args.batch_sizes:
-            seconds, best = take_turns(writers, prompts(rows, 8), n, rounds, lambda: matmul_rate(machine))
-            for writer in seconds:
-                report(f"{name} x {rows}", seconds, writer, rows * n, 2 * weights * rows * n, best, "GFLOP/s")
+            turns = take_turns(rows, 8, n, names=("jiezi", "transformers"))
+            for writer in turns.seconds:
+                used = 2 * weights * rows * n
+                report(f"{name} x {rows}", turns, writer, rows * n, used, max(turns.limits), "GFLOP/s")
 
 
 def main():
@@ -190,18 +178,20 @@ def main():
     parser.add_argument("--model", type=Path, help="folder of a model, in place of a preset's random weights")
     parser.add_argument("--new_tokens", type=positive, default=64, help="tokens to write")
     parser.add_argument("--prompt_tokens", type=positive, default=512, help="tokens of the long prompt")
-    parser.add_argument("--batch_sizes", type=positive, nargs="*", default=[1, 2, 4, 8, 16, 32], help="prompts at once")
+    parser.add_argument("--batch_sizes", type=positive, nargs="*", default=[1, 4, 16, 64], help="prompts at once")
     parser.add_argument("--rounds", type=positive, default=5, help="measured calls of each")
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
     if not importlib.util.find_spec("xllamacpp"):
         print("llama.cpp does not take part: pip install xllamacpp gguf")
     if args.model:
-        measure(args.model.name, load_model(args.model, torch.device("cpu")).eval(), args)
+        measure(args.model.name, args.model, args)
         return
     for preset in args.preset:
         torch.manual_seed(0)
-        measure(preset, CausalLM(LMConfig(**PRESETS[preset])).eval(), args)
+        with tempfile.TemporaryDirectory() as folder:
+            save_model(Path(folder), CausalLM(LMConfig(**PRESETS[preset])), TOKENIZER, is_chat=False)
+            measure(preset, Path(folder), args)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bench.contest import Contest
 from bench.memory import resident
-from bench.train_speed import jiezi, made_up_batch, take_turns
+from bench.train_speed import jiezi, made_up_batch
 from model.chat import load_tokenizer, tokenizer_fingerprint
 from model.dataset import Batch, PackedDataset
 from model.flags import HelpFormatter, positive
@@ -65,11 +66,12 @@ def one_text_a_row(rows: int, max_seq_len: int, vocab_size: int) -> Batch:
 
 def step_time(config: LMConfig, batch: Batch, args: argparse.Namespace) -> tuple[CausalLM, float]:
     """Prints and returns the median seconds of a step; the share is of what plain matrix products reach."""
-    seconds, _, peak = take_turns({"": (jiezi, config, batch)}, args.steps)
+    with Contest({"": (jiezi, config, batch)}) as contest:
+        seconds, _, peaks, _ = contest.take_turns(args.steps)
     model, median = CausalLM(config), statistics.median(seconds[""])
-    share = step_flops(model, batch.real_tokens, batch.attention_pairs) / median / peak
+    share = step_flops(model, batch.real_tokens, batch.attention_pairs) / median / max(peaks)
     per_token = median / batch.real_tokens * 1e6
-    print(f"{median:10.3f} s/step{per_token:10,.0f} us/token{share:8.0%} of {peak / 1e9:.0f} GFLOP/s", flush=True)
+    print(f"{median:10.3f} s/step{per_token:10,.0f} us/token{share:8.0%} of {max(peaks) / 1e9:.0f} GFLOP/s", flush=True)
     return model, median
 
 

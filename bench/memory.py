@@ -17,7 +17,8 @@ from itertools import product
 import torch
 import torch.nn.functional as F
 
-from bench.train_speed import cpu_machine, made_up_batch
+from bench.contest import cpu_machine
+from bench.train_speed import made_up_batch
 from model.balance import expert_balance
 from model.dataset import IGNORE
 from model.flags import HelpFormatter, positive

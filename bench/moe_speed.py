@@ -14,7 +14,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from bench.train_speed import jiezi, made_up_batch, measuring_flags, ratio, take_turns
+from bench.contest import Contest, ratio
+from bench.train_speed import jiezi, made_up_batch, measuring_flags
 from model.dataset import Batch
 from model.flags import HelpFormatter, positive
 from model.LMConfig import PRESETS, LMConfig
@@ -42,7 +43,8 @@ def measure(preset: str, args: argparse.Namespace):
     dense, moe = LMConfig(**PRESETS[preset]), LMConfig(**PRESETS[f"{preset}-moe"])
     batch = made_up_batch(args.batch_size, args.max_seq_len, moe.vocab_size)
     contestants = {"dense": (jiezi, dense, batch), "experts": (jiezi, moe, batch), "masked loop": (looped, moe, batch)}
-    seconds, _, _ = take_turns(contestants, args.steps)
+    with Contest(contestants) as contest:
+        seconds = contest.take_turns(args.steps).seconds
     for name, (_, config, _) in contestants.items():
         model, typical = CausalLM(config), median(seconds[name])
         at_work = model.num_parameters() - model.num_idle_parameters()
@@ -58,7 +60,8 @@ def grow(preset: str, args: argparse.Namespace):
         config = LMConfig(**PRESETS[f"{preset}-moe"] | dict(n_routed_experts=n_experts))
         batch = made_up_batch(args.batch_size, args.max_seq_len, config.vocab_size)
         contestants = {"experts": (jiezi, config, batch), "masked loop": (looped, config, batch)}
-        seconds, memory, _ = take_turns(contestants, args.steps)
+        with Contest(contestants) as contest:
+            seconds, memory, *_ = contest.take_turns(args.steps)
         print(
             f"{preset:8}{n_experts:4} experts {CausalLM(config).num_parameters() / 1e6:7.1f} M "
             f"{median(seconds['experts']):7.3f} s/step {memory['experts']:6.2f} GiB, "

@@ -15,19 +15,18 @@ only.
 """
 
 import argparse
-import multiprocessing
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from bench.contest import Contest, ratio
 from model.dataset import IGNORE, Batch, PackedDataset, pack
 from model.flags import HelpFormatter, positive
 from model.LMConfig import PRESETS, LMConfig
-from model.machine import Machine, keep_freed_memory, matmul_rate
+from model.machine import keep_freed_memory
 from model.model import CausalLM
 from model.training import next_token_loss, run, step_flops
 
@@ -98,8 +97,9 @@ def measure(preset: str, args: argparse.Namespace):
     else:
         batch = made_up_batch(args.batch_size, args.max_seq_len, config.vocab_size)
     contestants = {build.__name__: (build, config, batch, args.compile) for build in (jiezi, transformers)}
-    seconds, memory, peak = take_turns(contestants, args.steps)
-    model = CausalLM(config)
+    with Contest(contestants) as contest:
+        seconds, memory, peaks, _ = contest.take_turns(args.steps)
+    model, peak = CausalLM(config), max(peaks)
     flops, tokens = step_flops(model, batch.real_tokens, batch.attention_pairs), batch.real_tokens
     for name, times in seconds.items():
         median = statistics.median(times)
@@ -118,53 +118,6 @@ def measuring_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
     shape = f"{args.batch_size} x {args.max_seq_len} tokens"
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {shape}", flush=True)
     return args
-
-
-def cpu_machine() -> Machine:
-    """This process alone, its memory kept as in training."""
-    keep_freed_memory()
-    return Machine(0, 1, torch.device("cpu"), torch.float32)
-
-
-def take_turns(contestants: dict[str, tuple], steps: int) -> tuple[dict[str, list[float]], dict[str, float], float]:
-    """Seconds of each step and peak memory (GiB) of each contestant, and the best matrix-multiply rate on the way.
-
-    A contestant is (build, argument, ...): build(argument, ...), called in a process of its own, returns its step.
-    """
-    context = multiprocessing.get_context("spawn")
-    pipes, processes = {}, []
-    for name, (build, *arguments) in contestants.items():
-        pipes[name], theirs = context.Pipe()
-        processes.append(context.Process(target=_step_when_asked, args=(theirs, build, arguments), daemon=True))
-        processes[-1].start()
-    machine = cpu_machine()
-    seconds, memory, peaks = {name: [] for name in contestants}, {}, [matmul_rate(machine)]
-    for turn in range(steps + 1):
-        for name, pipe in pipes.items():
-            pipe.send("step")
-            duration, memory[name] = pipe.recv()
-            if turn:  # the first is a warm-up
-                seconds[name].append(duration)
-        peaks.append(matmul_rate(machine))
-    for process in processes:
-        process.terminate()
-    return seconds, memory, max(peaks)
-
-
-def _step_when_asked(pipe, build: Callable, arguments: list):
-    import resource  # not on Windows
-
-    step = build(*arguments)
-    while pipe.recv():
-        start = time.perf_counter()
-        step()
-        seconds = time.perf_counter() - start
-        pipe.send((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20))
-
-
-def ratio(seconds: dict[str, list[float]], slower: str, faster: str) -> float:
-    """How many times as fast `faster` was: the median over the turns."""
-    return statistics.median(a / b for a, b in zip(seconds[slower], seconds[faster]))
 
 
 def main():

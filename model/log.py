@@ -163,7 +163,7 @@ class Meter:
     def record(self, progress, done: float, learning_rate: float, grad_norm: float, metrics: list[str]) -> dict:
         """A line of the log. Speed counts real tokens only; the peak is what plain matrix products reach."""
         window, self.window = self.window, Counter()
-        seconds_left = (time.perf_counter() - self.started) * (1 - done) / max(done - self.done_at_start, 1e-9)
+        seconds_left = (time.perf_counter() - self.started) * max(0, 1 - done) / max(done - self.done_at_start, 1e-9)
         return {
             "step": progress.step,
             "tokens": progress.tokens,

@@ -6,7 +6,7 @@ import re
 import pytest
 from conftest import ROOT
 
-from images import draw
+from images import draw, terminal
 
 PAGES = sorted([*ROOT.glob("README*.md"), *ROOT.glob("docs/*.md")])
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("model/*.py"), *ROOT.glob("bench/*.py"), *ROOT.glob("tests/*.py")]
@@ -50,6 +50,11 @@ def test_every_page_is_there_in_both_languages():
         english = {path.name for path in folder.glob("*_en.md")}
         chinese = {path.name for path in folder.glob("*.md")} - english
         assert {name.replace(".md", "_en.md") for name in chinese} == english
+
+
+def test_the_terminal_picture_holds_what_a_command_printed(tmp_path):
+    terminal.record([["quickstart.py", "--help"]], tmp_path / "terminal.svg")
+    assert "--minutes" in (tmp_path / "terminal.svg").read_text("utf-8")
 
 
 def test_structure_pictures_can_be_drawn(tmp_path, monkeypatch):
