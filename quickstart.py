@@ -28,7 +28,7 @@ Without a command: installs what is missing, trains a small model through all fo
 questions it answers rightly, and chats with it. All files go to out/quickstart; started again, it goes on from where it
 stopped.
 
-  --minutes N           minutes of training, in all (default: 8)
+  --minutes N           minutes of training, in all (default: 9)
   --clean               begin again
   --no-chat             leave when the table stands
 
@@ -177,7 +177,7 @@ def parse_flags(arguments):
     parser = argparse.ArgumentParser(
         prog="quickstart.py", usage=HELP.splitlines()[0][7:], add_help=False, allow_abbrev=False
     )
-    parser.add_argument("--minutes", type=minutes, default=8)
+    parser.add_argument("--minutes", type=minutes, default=9)
     parser.add_argument("--clean", action="store_true")
     parser.add_argument("--no-chat", action="store_true")
     return parser.parse_args(arguments)

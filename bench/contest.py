@@ -50,7 +50,10 @@ class Contest:
         return self
 
     def __exit__(self, *_):
+        for pipe in self.pipes.values():
+            pipe.close()
         for process in self.processes:
+            process.join(timeout=10)
             process.terminate()
 
     def take_turns(
@@ -78,7 +81,10 @@ def _step_when_asked(pipe, build: Callable, arguments: list):
 
     step = build(*arguments)
     while True:
-        arguments = pipe.recv()
+        try:
+            arguments = pipe.recv()
+        except EOFError:  # the contest is over
+            return
         start = time.perf_counter()
         answer = step(*arguments)
         seconds = time.perf_counter() - start
