@@ -155,6 +155,7 @@ def install(python, prefix, names):
         for folder in prefix.glob("**/site-packages/*.dist-info"):
             if not (folder / "RECORD").exists():
                 shutil.rmtree(str(folder))
+    print("\nFirst the packages, some hundred MB into {}; pip says what it does:".format(prefix), flush=True)
     command = [python, "-m", "pip", "install", "--disable-pip-version-check"]
     files = [word for name in names for word in ("-r", name)]
     status, disconnected = run([*command, *files, "-c", CONSTRAINTS], watch=NO_CONNECTION)

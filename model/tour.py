@@ -85,7 +85,8 @@ class Tour:
         """Prints and runs `python COMMAND`, with its standard output in a file if one is given; returns its exit status
         and whether Ctrl-C was pressed, which the command hears too."""
         words, interrupted = [sys.executable, *map(str, command)], False
-        line = subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+        shown = [sys.executable.removeprefix(os.getcwd() + os.sep), *words[1:]]  # as one would type it
+        line = subprocess.list2cmdline(shown) if os.name == "nt" else shlex.join(shown)
         print(f"\n$ {line}" + (f" > {output}" if output else ""), flush=True)
         with open(output, "wb") if output else contextlib.nullcontext() as file:
             process = subprocess.Popen(words, env=self.environment, stdout=file)
@@ -252,6 +253,7 @@ def main():
     if args.clean:
         shutil.rmtree(OUT, ignore_errors=True)
     tour = Tour(args.minutes)
+    print("Corpus and questions, then four stages; after each the same questions are asked.", flush=True)
     tour.once("corpus", lambda: fetch_corpus(tour))
     tour.once("data", lambda: prepare_data(tour))
     for stage in STAGES:

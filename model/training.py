@@ -471,6 +471,7 @@ def describe(args: argparse.Namespace, machine: Machine, model: CausalLM, data: 
     if args.max_steps:
         tokens = min(tokens, args.max_steps * rows * args.max_seq_len * data.real_share)
     minutes = step_flops(model, tokens, 0) / (0.6 * peak * machine.world_size) / 60
+    minutes = min(minutes, args.max_minutes or math.inf)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total = model.num_parameters()
     at_work = f", {total - model.num_idle_parameters():,} at work on a token" if model.config.use_moe else ""
@@ -482,7 +483,7 @@ def describe(args: argparse.Namespace, machine: Machine, model: CausalLM, data: 
         f"matrix products at {peak / 1e9:,.0f} GFLOP/s each",
         f"step     {rows} rows, {rows * args.max_seq_len:,} tokens; about "
         f"{memory_estimate(model, args, machine.dtype.itemsize) / 2**30:.1f} GiB in each process",
-        f"time     about {min(minutes, args.max_minutes or math.inf):,.0f} minutes",
+        f"time     about {minutes:,.{0 if minutes > 10 else 1}f} minutes",
     ]
     if data.truncated or data.dropped:
         lines[1] += f"; {data.truncated:,} samples cut at {args.max_seq_len} tokens, {data.dropped:,} left out"
