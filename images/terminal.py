@@ -17,12 +17,12 @@ from rich.console import Console
 from rich.text import Text
 
 ROOT = Path(__file__).parent.parent
-QUESTIONS = "你是谁？|What is 37 plus 25?|把 8 3 6 从小到大排列。|诸葛亮字什么？|What is the capital of France?"
+QUESTIONS = "你是谁？|What is 17 plus 8?|把 8 3 6 从小到大排列。|诸葛亮字什么？|What is the capital of France?"
 
 
 def record(commands: list[list[str]], path: Path):
     """Runs each command, in the project's folder, and draws it with what it printed."""
-    console = Console(record=True, width=96, file=io.StringIO(), color_system="truecolor", force_terminal=True)
+    console = Console(record=True, width=110, file=io.StringIO(), color_system="truecolor", force_terminal=True)
     for command in commands:
         console.print(Text(f"$ python {shlex.join(command)}", style="bold green"))
         done = subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=subprocess.PIPE)
