@@ -31,7 +31,7 @@ from model.decoding import lay_out_for_decoding
 from model.flags import HelpFormatter, above_zero, fraction, natural, not_negative, positive
 from model.generation import TextStream, generate
 from model.lora import merge_lora
-from model.machine import Machine, choose_device
+from model.machine import Machine, choose_device, keep_freed_memory
 from model.training import evaluate, next_token_loss, run
 
 STAGES = ("pretrain", "sft", "dpo")
@@ -265,6 +265,8 @@ def main():
     sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that cannot show Chinese
     directory = args.model or newest_model(Path("out"))
     device = choose_device(args.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     if args.half_weights and (device.type != "cpu" or args.data):
         raise ValueError("--half_weights is for writing on a CPU: give --device cpu, and not --data")
     model = load_model(directory, device).eval()

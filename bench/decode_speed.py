@@ -27,6 +27,7 @@ from model.decoding import lay_out_for_decoding
 from model.flags import HelpFormatter, positive
 from model.generation import generate
 from model.LMConfig import PRESETS, LMConfig
+from model.machine import keep_freed_memory
 from model.model import CausalLM
 from model.training import run, step_flops
 
@@ -35,6 +36,7 @@ Writer = Callable[[list[list[int]], int], list[list[int]] | None]  # (prompts, t
 
 
 def jiezi(directory: Path, half_weights: bool = False) -> Writer:
+    keep_freed_memory()  # as eval.py does
     model = load_model(directory, torch.device("cpu")).eval()
     lay_out_for_decoding(model, half_weights)
 
