@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from bench.contest import Contest, Turns, ratio
+from bench.contest import TOKENIZER, Contest, Turns, ratio
 from model.chat import load_tokenizer
 from model.checkpoint import load_model, save_model
 from model.decoding import lay_out_for_decoding
@@ -31,7 +31,6 @@ from model.machine import keep_freed_memory
 from model.model import CausalLM
 from model.training import run, step_flops
 
-TOKENIZER = Path(__file__).parents[1] / "model/tokenizer"
 Writer = Callable[[list[list[int]], int], list[list[int]] | None]  # (prompts, tokens) -> what it wrote to each
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench.contest import Contest
+from bench.contest import TOKENIZER, Contest
 from bench.memory import resident
 from bench.train_speed import jiezi, made_up_batch
 from model.chat import load_tokenizer, tokenizer_fingerprint
@@ -36,7 +36,6 @@ from model.model import CausalLM
 from model.training import run, step_flops
 
 ROOT = Path(__file__).resolve().parent.parent
-TOKENIZER = ROOT / "model" / "tokenizer"
 BYTES_OF_TOKEN = 3.3  # of text: the README's corpus has 74 MB and 22.3 M tokens
 
 

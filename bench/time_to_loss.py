@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench.contest import cpu_machine
+from bench.contest import TOKENIZER, cpu_machine
 from model.chat import load_tokenizer, token_bytes
 from model.checkpoint import save_model
 from model.dataset import IGNORE, PackedDataset
@@ -102,7 +102,7 @@ def jiezi(args: argparse.Namespace, **changes) -> tuple[float, str]:
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             torch.nn.init.normal_(parameter, std=residual_std)
     init_from = args.out_dir / "init"
-    save_model(init_from, model, Path("model/tokenizer"), is_chat=False)
+    save_model(init_from, model, TOKENIZER, is_chat=False)
     flags = RECIPE | changes | dict(data=args.data, init_from=init_from, out_dir=out_dir, max_minutes=args.minutes)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "1-pretrain.py"]
     command += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
@@ -134,7 +134,7 @@ def main():
                 show(name, args.minutes, *jiezi(args, **changes))
         return
     model, what = usual_recipe(PackedDataset(args.data, "train", 340), args.peer_minutes)
-    bytes_of_token = torch.from_numpy(token_bytes(load_tokenizer("model/tokenizer")))
+    bytes_of_token = torch.from_numpy(token_bytes(load_tokenizer(TOKENIZER)))
     validation = PackedDataset(args.data, "val", 512)
     result = evaluate(model, next_token_loss, validation, bytes_of_token, cpu_machine(), batch_size=8)
     show("usual recipe", args.peer_minutes, result["val_bits_per_byte"], what)

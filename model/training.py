@@ -128,9 +128,9 @@ def memory_estimate(model: CausalLM, args: argparse.Namespace, bytes_per_number:
     # weight; or, in the backward pass, the gradients inside one layer, and what is computed anew.
     loss = 2 * min(tokens, LOSS_CHUNK) * config.vocab_size + config.vocab_size * config.hidden_size
     backward = 3 * config.intermediate_size + (max(layers) if args.grad_checkpointing else 0)
-    activations = bytes_per_number * (GAPS * tokens * kept + max(loss, GAPS * tokens * backward))
+    activations = bytes_per_number * (tokens * round(GAPS * kept) + max(loss, tokens * round(GAPS * backward)))
     copy = bytes_per_number * weights if bytes_per_number < 4 else 0
-    return 4 * state + copy + int(activations)
+    return 4 * state + copy + activations
 
 
 # ------------------------------------------------------------------------------------------------------------- the loss

@@ -31,7 +31,7 @@ def settings(**changes) -> argparse.Namespace:
 def test_estimate_grows_with_tokens_by_what_the_layers_keep(preset):
     model = make_model(preset)
     rows = [memory_estimate(model, settings(batch_size=n)) for n in (32, 64, 96)]
-    assert 0 < rows[1] - rows[0] == pytest.approx(rows[2] - rows[1], abs=1)  # bytes: they are rounded
+    assert rows[1] - rows[0] == rows[2] - rows[1] > 0
     assert memory_estimate(model, settings(batch_size=16, max_seq_len=1024)) == rows[0]
     assert memory_estimate(model, settings(grad_checkpointing=True)) < 0.5 * rows[0]
 
