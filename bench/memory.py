@@ -77,7 +77,7 @@ def main():
     parser.add_argument("--steps", type=positive, default=3, help="after which the peak is read")
     parser.add_argument("--plain_loss", action="store_true", help="all logits at once, not in chunks")
     args = parser.parse_args()
-    args.learning_rate, args.weight_decay, args.grad_clip = 1e-4, 0.1, 1.0
+    args.learning_rate, args.embedding_factor, args.weight_decay, args.grad_clip = 1e-4, 1.0, 0.1, 1.0
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.steps} steps, float32")
     print("preset      parameters  rows  optimizer  checkpoints   measured  estimated", flush=True)
     choices = product(args.preset, args.batch_size, args.optimizer, (False, True))

@@ -103,23 +103,35 @@ class Muon(torch.optim.Optimizer):
             parameter.addcdiv_(state["mean"], scale, value=-group["lr"] / (1 - beta1**n))
 
 
-def _is_matrix(name: str) -> bool:
-    """Not embedding, head and routers: their rows belong to a token or an expert each, and have a size of their own."""
-    return ".layers." in name and not name.endswith(".mlp.gate.weight")
+def _kind(name: str, parameter: Tensor, tied: bool) -> str:
+    """Which of build_optimizer's groups a parameter belongs to."""
+    if parameter.dim() < 2:
+        return "vectors"
+    if ".layers." in name and not name.endswith(".mlp.gate.weight"):
+        return "matrices"
+    # Rows that belong to a token or an expert each, and have a size of their own.
+    return "embedding" if "embed_tokens" in name and not tied else "tables"
 
 
 def build_optimizer(model: CausalLM, args: argparse.Namespace) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101) or Muon. Only matrices decay: shrinking a norm's weight would regularise nothing."""
-    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    matrices = [p for name, p in trainable.items() if p.dim() > 1 and _is_matrix(name)]
-    tables = [p for name, p in trainable.items() if p.dim() > 1 and not _is_matrix(name)]
-    vectors = [p for p in trainable.values() if p.dim() <= 1]
+    """AdamW (arXiv 1711.05101) or Muon. Vectors do not decay: shrinking a norm's weight would regularise nothing.
+
+    An embedding that is not also the head may learn faster: its rows move only where their tokens occur.
+    """
+    parameters = {"matrices": [], "embedding": [], "tables": [], "vectors": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameters[_kind(name, parameter, model.config.tie_word_embeddings)].append(parameter)
     groups = [
-        {"params": matrices, "weight_decay": args.weight_decay, "matrices": True},
-        {"params": tables, "weight_decay": args.weight_decay, "matrices": False},
-        {"params": vectors, "weight_decay": 0.0, "matrices": False},
+        {
+            "params": members,
+            "matrices": kind == "matrices",
+            "weight_decay": 0.0 if kind == "vectors" else args.weight_decay,
+            "rate_factor": args.embedding_factor if kind == "embedding" else 1.0,
+        }
+        for kind, members in parameters.items()
+        if members
     ]
-    groups = [group for group in groups if group["params"]]
     if args.optimizer == "muon":
         return Muon(groups, lr=args.learning_rate)
     return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)

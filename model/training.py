@@ -363,7 +363,7 @@ def train(args: argparse.Namespace, machine: Machine, model: CausalLM, loss_fn: 
     with StopRequest() as stop:
         while (done := progress.done(args, len(train_set))) < 1:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(args, progress.step, done)
+                group["lr"] = group["rate_factor"] * learning_rate(args, progress.step, done)
 
             meter.start_step()
             random_state = torch.get_rng_state()

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -350,6 +351,22 @@ def test_only_matrices_decay(optimizer, monkeypatch):
     for name, parameter in model.named_parameters():
         factor = 1 if "norm" in name else 1 - 0.1 * 0.5
         torch.testing.assert_close(parameter.detach(), before[name] * factor, msg=name)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_embedding_factor_is_for_an_embedding_that_is_not_also_the_head(data, tmp_path, optimizer, tied):
+    flags = [*ONCE, "--optimizer", optimizer, "--max_steps", 1, "--weight_decay", 0, "--learning_rate", 1e-3]
+    updates = []
+    for factor in (1, 5):
+        torch.manual_seed(0)
+        model = CausalLM(replace(SMALL, tie_word_embeddings=tied))
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        observe(data, tmp_path / f"{factor}", *flags, "--embedding_factor", factor, model=model)
+        updates.append({name: parameter.detach() - before[name] for name, parameter in model.named_parameters()})
+    for name, update in updates[0].items():
+        expected = 5 * update if "embed_tokens" in name and not tied else update
+        torch.testing.assert_close(updates[1][name], expected, atol=1e-6, rtol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (160, 48), (48, 160)], ids=str)
