@@ -5,12 +5,13 @@
 
 All have the same weights, write greedily with a KV cache, and take turns, call by call, each in a process of its own;
 medians are printed, and "x transformers" is the median over the turns. A rate in GB/s is the bytes of weights that a
-token reads, times tokens a second; its share is of torch's product of one vector with an 8192 x 8192 matrix, the median
-of the same run. The share of a prompt or batch is of the best plain matrix product in the same run.
+token reads, times tokens a second. Shares are of a limit measured in the same run: for one text and for batches torch's
+product of as many vectors with an 8192 x 8192 matrix, the median; for a prompt the best plain matrix product.
 llama.cpp takes part, for dense models, where its wheel is: pip install xllamacpp gguf
 """
 
 import argparse
+import functools
 import importlib.util
 import statistics
 import tempfile
@@ -133,13 +134,14 @@ def measure(name: str, directory: Path, args: argparse.Namespace):
         contestants["jiezi --half_weights"] = (jiezi, directory, True)
     if config.qk_norm and not config.use_moe and importlib.util.find_spec("xllamacpp"):
         contestants["llama.cpp"] = (llama_cpp, directory)
-    matrix, vector = torch.randn(8192, 8192), torch.randn(8192)
+    matrix = torch.randn(8192, 8192)
 
-    def vector_rate() -> float:
-        """Bytes a second that a plain product of matrix and vector reads."""
+    def product_rate(rows: int) -> float:
+        """Products of a vector with the matrix a second, of `rows` vectors at once, in numbers of the matrix."""
+        vectors = torch.randn(rows, 8192)
         start = time.perf_counter()
-        torch.mv(matrix, vector)
-        return matrix.nbytes / (time.perf_counter() - start)
+        torch.mv(matrix, vectors[0]) if rows == 1 else vectors @ matrix
+        return rows * matrix.numel() / (time.perf_counter() - start)
 
     def flops(length: int) -> float:
         head = 2 * config.vocab_size * config.hidden_size
@@ -158,7 +160,7 @@ def measure(name: str, directory: Path, args: argparse.Namespace):
             return turns
 
         n = args.new_tokens
-        turns = take_turns(1, 8, n, limit=vector_rate)
+        turns = take_turns(1, 8, n, limit=lambda: 4 * product_rate(1))
         for writer in contestants:
             size = 2 if "half" in writer else 4
             report(name, turns, writer, n, weights * size * n, statistics.median(turns.limits), "GB/s")
@@ -167,10 +169,13 @@ def measure(name: str, directory: Path, args: argparse.Namespace):
         for writer in contestants:
             report(f"{name} prompt", turns, writer, length, flops(length), max(turns.limits), "GFLOP/s")
         for rows in args.batch_sizes:
-            turns = take_turns(rows, 8, n, names=("jiezi", "transformers"))
+            limit = functools.partial(product_rate, rows)
+            turns = take_turns(rows, 8, n, names=("jiezi", "transformers"), limit=limit)
             for writer in turns.seconds:
                 used = 2 * weights * rows * n
-                report(f"{name} x {rows}", turns, writer, rows * n, used, max(turns.limits), "GFLOP/s")
+                report(
+                    f"{name} x {rows}", turns, writer, rows * n, used, 2 * statistics.median(turns.limits), "GFLOP/s"
+                )
 
 
 def main():

@@ -13,6 +13,7 @@ corpus   prepared data of random tokens in texts of natural length, as much as t
 
 import argparse
 import json
+import math
 import multiprocessing
 import statistics
 import subprocess
@@ -133,7 +134,14 @@ def plot(panels: dict[str, tuple[str, dict[str, list[tuple[float, float]]]]], pa
     for axes, (title, (label, lines)) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels.items()):
         for name, points in lines.items():
             axes.loglog(*zip(*points), marker="o", ms=4, label=name)
-        axes.set(xlabel=title, ylabel=label)
+        numbers, values = zip(*(point for points in lines.values() for point in points))
+        lowest, highest = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+        axes.set(xlabel=title, ylabel=label, ylim=(10.0**lowest, 10.0**highest))  # whole decades: each has its tick
+        ticks = sorted(set(numbers))
+        axes.set_xticks(ticks, [f"{number:.3g}" if number < 100 else f"{number}" for number in ticks], size=8)
+        axes.set_xticks([], minor=True)
+        axes.yaxis.set_major_formatter("{x:,g}")
+        axes.yaxis.set_minor_formatter("")
         axes.grid(alpha=0.3, which="both")
         axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -193,8 +193,9 @@ PRESETS |= {
     "base-moe": PRESETS["base"] | dict(use_moe=True, moe_intermediate_size=512),
 }
 
-# Flags that were measured to pretrain a size better than the defaults of 1-pretrain.py.
+# Flags that were measured to pretrain a size better than the defaults of 1-pretrain.py; docs/loss.md has the runs.
 TRAINING_FLAGS = {
-    "mini": dict(optimizer="muon", learning_rate=6e-3, min_learning_rate=6e-5, warmup_steps=20),
+    preset: dict(optimizer="muon", learning_rate=rate, min_learning_rate=rate / 100, warmup_steps=20)
+    for preset, rate in {"tiny": 1e-2, "mini": 6e-3, "small": 4e-3, "base": 3e-3}.items()
 }
-TRAINING_FLAGS["mini-moe"] = TRAINING_FLAGS["mini"]
+TRAINING_FLAGS |= {f"{preset}-moe": flags for preset, flags in TRAINING_FLAGS.items()}

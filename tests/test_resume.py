@@ -23,7 +23,8 @@ from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
 from model.training import next_token_loss
 
-SMALL = "--preset tiny --max_seq_len 64 --learning_rate 1e-3 --warmup_steps 3 --eval_rows 2 --log_interval 1".split()
+SMALL = "--preset tiny --max_seq_len 64 --eval_rows 2 --log_interval 1".split()
+SMALL += "--optimizer adamw --learning_rate 1e-3 --warmup_steps 3".split()
 # 27 rows, 6 a step: an epoch is 5 steps, the last one of 3 rows and one pass, which makes 9 passes.
 # Saved after steps 3 and 6, ended after step 8, in the second epoch.
 RUN = [*SMALL, *"--max_seq_len 128 --batch_size 3 --accumulation_steps 2 --epochs 3 --max_steps 8".split()]
