@@ -117,7 +117,7 @@ def report(name: str, turns: Turns, writer: str, tokens: int, used: float, limit
     """One line; used is what the call took of the limit, in units of 1e9."""
     median = statistics.median(turns.seconds[writer])
     print(
-        f"{name:14}{writer:24}{tokens / median:9,.1f} tok/s {used / median / 1e9:7.1f} {unit}"
+        f"{name:18}{writer:24}{tokens / median:9,.1f} tok/s {used / median / 1e9:7.1f} {unit}"
         f"{used / median / limit:8.1%} of {limit / 1e9:.1f}"
         f"{ratio(turns.seconds, 'transformers', writer):7.2f} x transformers",
         flush=True,

@@ -48,10 +48,12 @@ RECIPE = dict(
     warmup_steps=10,
     batch_size=2,
 )
+ADAMW = dict(optimizer="adamw", learning_rate=4e-3, min_learning_rate=4e-5)
+TIED = dict(tie_word_embeddings=True)
 # What is changed in turn: flags of 1-pretrain.py, fields of LMConfig, or the standard deviation of the first weights of
 # the output projections.
 ABLATIONS = {
-    "AdamW": dict(optimizer="adamw", learning_rate=4e-3, min_learning_rate=4e-5),
+    "AdamW": ADAMW,
     "embedding no faster than the rest": dict(embedding_factor=1.0),
     "embedding 3 times as fast": dict(embedding_factor=3.0),
     "learning rate 3e-3": dict(learning_rate=3e-3, min_learning_rate=3e-5),
@@ -64,9 +66,9 @@ ABLATIONS = {
     "RoPE base 1,000": dict(rope_theta=1_000.0),
     "output projections not 0 at first": dict(residual_std=0.014),
     "shape: 384 x 2": dict(hidden_size=384, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=6),
-    "shape: 320 x 5, tied, as the usual": USUAL | dict(tie_word_embeddings=True),
-    "the same with AdamW": USUAL
-    | dict(tie_word_embeddings=True, optimizer="adamw", learning_rate=4e-3, min_learning_rate=4e-5),
+    "shape: 320 x 5, tied, as the usual": USUAL | TIED,
+    "the same with AdamW": USUAL | TIED | ADAMW,
+    "and 4,096 tokens a step": USUAL | TIED | ADAMW | dict(batch_size=4),
 }
 
 
