@@ -137,11 +137,14 @@ def measure(name: str, directory: Path, args: argparse.Namespace):
     matrix = torch.randn(8192, 8192)
 
     def product_rate(rows: int) -> float:
-        """Products of a vector with the matrix a second, of `rows` vectors at once, in numbers of the matrix."""
+        """Operations a second of a plain product of `rows` vectors with the matrix: 2 for each of its numbers."""
         vectors = torch.randn(rows, 8192)
         start = time.perf_counter()
-        torch.mv(matrix, vectors[0]) if rows == 1 else vectors @ matrix
-        return rows * matrix.numel() / (time.perf_counter() - start)
+        if rows == 1:
+            torch.mv(matrix, vectors[0])
+        else:
+            torch.mm(vectors, matrix)
+        return 2 * rows * matrix.numel() / (time.perf_counter() - start)
 
     def flops(length: int) -> float:
         head = 2 * config.vocab_size * config.hidden_size
@@ -160,7 +163,7 @@ def measure(name: str, directory: Path, args: argparse.Namespace):
             return turns
 
         n = args.new_tokens
-        turns = take_turns(1, 8, n, limit=lambda: 4 * product_rate(1))
+        turns = take_turns(1, 8, n, limit=lambda: 2 * product_rate(1))  # in bytes: 4 for each number
         for writer in contestants:
             size = 2 if "half" in writer else 4
             report(name, turns, writer, n, weights * size * n, statistics.median(turns.limits), "GB/s")
@@ -173,9 +176,7 @@ def measure(name: str, directory: Path, args: argparse.Namespace):
             turns = take_turns(rows, 8, n, names=("jiezi", "transformers"), limit=limit)
             for writer in turns.seconds:
                 used = 2 * weights * rows * n
-                report(
-                    f"{name} x {rows}", turns, writer, rows * n, used, 2 * statistics.median(turns.limits), "GFLOP/s"
-                )
+                report(f"{name} x {rows}", turns, writer, rows * n, used, statistics.median(turns.limits), "GFLOP/s")
 
 
 def main():

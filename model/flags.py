@@ -65,7 +65,7 @@ def parse_flags(description: str, stage_flags: dict[str, dict] | None = None, **
     group.add_argument("--learning_rate", type=above_zero, default=1e-4, help="after the warm-up")
     group.add_argument("--min_learning_rate", type=not_negative, default=1e-5, help="at the end of the cosine")
     group.add_argument(
-        "--embedding_factor", type=above_zero, default=1.0, help="times both: the rate of an embedding that is no head"
+        "--embedding_factor", type=above_zero, default=1.0, help="how much faster an embedding learns, unless tied"
     )
     group.add_argument("--warmup_steps", type=natural, default=100, help="steps of linear rise")
     group.add_argument("--weight_decay", type=not_negative, default=0.1, help="of the matrices")
