@@ -12,7 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from model import cpu
 from model.LMConfig import LMConfig
+
+
+def by_hand(x: Tensor) -> bool:
+    """Whether the passes of model/cpu.py are the fast ones."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
 
 
 class RMSNorm(nn.Module):
@@ -24,6 +30,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if by_hand(x):
+            return cpu.Norm.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)  # of one type: the fused kernel
 
 
@@ -36,6 +44,8 @@ def rope_tables(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tens
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns each pair (x[i], x[i + D/2]) by its angle. x: (B, T, heads, D)."""
+    if by_hand(x):
+        return cpu.Rotation.apply(x, cos, sin)
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
@@ -59,18 +69,17 @@ def document_mask(position_ids: Tensor) -> list[int] | Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: list[int] | Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(D)) v for q (B, N, T, D) and k, v (B, K, S, D); mask as in Decoder.forward."""
-    if not isinstance(mask, list):
-        if q.shape[2] == 1:  # heads that share keys are then as many queries of one head: no key is copied
-            B, N, _, D = q.shape
-            grouped = q.reshape(B, k.shape[1], -1, D)  # (B, K, N / K, D)
-            return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).view(B, N, 1, D)
-        causal = mask is None
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
     B, N, T, D = q.shape
-    # One row of B * T tokens, cut into documents.
-    documents = zip(*(x.transpose(0, 1).reshape(1, -1, B * T, D).split(mask, dim=2) for x in (q, k, v)))
-    parts = [F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True) for qkv in documents]
-    return torch.cat(parts, dim=2).view(N, B, T, D).transpose(0, 1)
+    K = k.shape[1]
+    if isinstance(mask, list):  # lengths of documents
+        q = q.view(B, K, -1, T, D).permute(1, 0, 3, 2, 4).flatten(1, 2).contiguous()  # (K, B * T, N / K, D)
+        k, v = (x.transpose(0, 1).flatten(1, 2) for x in (k * D**-0.5, v))  # (K, B * T, D)
+        out = cpu.DocumentAttention.apply(q, k, v, mask).view(K, B, T, -1, D)
+        return out.permute(1, 0, 3, 2, 4).flatten(1, 2)
+    if T == 1:  # heads that share keys are then as many queries of one head: no key is copied
+        grouped = q.reshape(B, K, -1, D)  # (B, K, N / K, D)
+        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).view(B, N, 1, D)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
 
 
 class Attention(nn.Module):
