@@ -74,10 +74,11 @@ class DocumentAttention(torch.autograd.Function):
     @staticmethod
     @float32_forward
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-        out = torch.empty_like(q)
+        parts = []
         for begin, start, end in _blocks(lengths):
             p = _probabilities(q[:, start:end], k[:, begin:end])
-            torch.bmm(p, v[:, begin:end], out=_rows(out[:, start:end]))
+            parts.append(p @ v[:, begin:end])
+        out = torch.cat(parts, dim=1).view_as(q)
         ctx.save_for_backward(q, k, v, out)
         ctx.lengths = lengths
         return out
@@ -87,17 +88,17 @@ class DocumentAttention(torch.autograd.Function):
     def backward(ctx, d_out: Tensor):
         q, k, v, out = ctx.saved_tensors
         d_out = d_out.contiguous()
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        dq, dk, dv = [], torch.zeros_like(k), torch.zeros_like(v)
         mean = (d_out * out).sum(-1, keepdim=True)  # (K, T, G, 1): of dp, weighted with p
         for begin, start, end in _blocks(ctx.lengths):
             queries, d_rows = _rows(q[:, start:end]), _rows(d_out[:, start:end])
             p = _probabilities(q[:, start:end], k[:, begin:end])
             dv[:, begin:end].baddbmm_(p.mT, d_rows)
-            dp = torch.bmm(d_rows, v[:, begin:end].mT)
+            dp = d_rows @ v[:, begin:end].mT
             d_scores = dp.sub_(_rows(mean[:, start:end])).mul_(p)
-            torch.bmm(d_scores, k[:, begin:end], out=_rows(dq[:, start:end]))
+            dq.append(d_scores @ k[:, begin:end])
             dk[:, begin:end].baddbmm_(d_scores.mT, queries)
-        return dq, dk, dv, None
+        return torch.cat(dq, dim=1).view_as(q), dk, dv, None
 
 
 def _blocks(lengths: list[int]) -> Iterator[tuple[int, int, int]]:
@@ -116,7 +117,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def _probabilities(q: Tensor, k: Tensor) -> Tensor:
     """Of a document's queries q (K, t, G, D), which are its last, for all its keys k (K, s, D): (K, t * G, s)."""
-    scores = torch.bmm(_rows(q), k.mT)
+    scores = _rows(q) @ k.mT
     t = q.shape[1]
     scores.view(len(q), t, -1, k.shape[1])[..., -t:] += FUTURE[:t, None, :t]
     return scores.softmax(-1)

@@ -64,7 +64,7 @@ def keep_freed_memory():
     it anew, page by page, takes a tenth of a CPU's training step."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation has a mapping of its own
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap shrinks when this many bytes are free at its end
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
 
 
 def start_machine(args: argparse.Namespace) -> Machine:

@@ -7,11 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TOKENIZER
+from torch.nn.functional import scaled_dot_product_attention as attention
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from model import cpu
 from model.checkpoint import load_model, save_model
 from model.LMConfig import PRESETS, LMConfig
-from model.model import CausalLM
+from model.model import CausalLM, apply_rope, rope_tables
 
 TINY = LMConfig(**PRESETS["tiny"])
 ODD_SIZES = dict(  # head_dim is not hidden_size / heads, one key-value head, two matrices for input and output
@@ -165,6 +167,68 @@ def test_the_two_ways_to_mask_are_both_taken(monkeypatch):
     mask = document_mask(positions)
     assert mask.shape == (1, 1, 26, 26)
     assert mask.sum() == sum(n * (n + 1) // 2 for n in [*DOCUMENTS, 3])
+
+
+def random_doubles(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def test_the_norm_by_hand_is_torchs():
+    torch.manual_seed(0)
+    x, weight = random_doubles(2, 3, 8), random_doubles(8)
+    torch.testing.assert_close(cpu.Norm.apply(x, weight, 0.1), F.rms_norm(x, (8,), weight, 0.1))
+    assert torch.autograd.gradcheck(cpu.Norm.apply, (x, weight, 0.1))
+
+
+def test_the_rotation_by_hand_is_apply_rope(monkeypatch):
+    torch.manual_seed(0)
+    cos, sin = rope_tables(torch.arange(5)[None], 8, 100.0)
+    x = random_doubles(2, 5, 3, 8)
+    by_hand = cpu.Rotation.apply(x, cos, sin)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(by_hand, apply_rope(x, cos, sin))
+    assert torch.autograd.gradcheck(cpu.Rotation.apply, (x, cos.double(), sin.double()))
+
+
+@pytest.mark.parametrize("lengths", [[9], [1, 4, 3, 5], [4, 4]])
+@pytest.mark.parametrize(("kv_heads", "group"), [(2, 3), (1, 4), (3, 1)])
+def test_attention_by_hand_is_torchs_in_each_document(lengths, kv_heads, group, monkeypatch):
+    monkeypatch.setattr(cpu, "BLOCK", 4)
+    torch.manual_seed(0)
+    tokens = sum(lengths)
+    q, k, v = (random_doubles(kv_heads, tokens, *shape) for shape in ((group, 6), (6,), (6,)))
+    out = cpu.DocumentAttention.apply(q, k, v, lengths)
+    for a, b, c, d in zip(*(x.split(lengths, dim=1) for x in (out, q, k, v))):
+        for head in range(group):
+            torch.testing.assert_close(a[:, :, head], attention(b[:, :, head], c, d, is_causal=True, scale=1.0))
+    assert torch.autograd.gradcheck(lambda q, k, v: cpu.DocumentAttention.apply(q, k, v, lengths), (q, k, v))
+
+
+@pytest.mark.parametrize("length", [cpu.BLOCK - 1, cpu.BLOCK, 2 * cpu.BLOCK + 5])
+def test_long_documents_have_the_same_gradients_by_hand_as_by_torch(length, monkeypatch):
+    ids, positions = packed([random_ids(1, n)[0] for n in (length, 20, length)], 2 * length + 20)
+    gradients = []
+    for compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
+        model = random_model(TINY)
+        hidden = model.model(ids, positions)
+        hidden.tanh().sum().backward()
+        gradients.append([hidden] + [p.grad for p in model.model.parameters()])
+    for a, b in zip(*gradients):
+        assert (a - b).norm() <= 1e-5 * a.norm()
+
+
+def test_under_autocast_attention_and_norms_by_hand_stay_in_float32():
+    model, (ids, positions) = random_model(TINY), packed([random_ids(1, n)[0] for n in DOCUMENTS], 26)
+    exact = model(ids, positions)
+    seen = []
+    model.model.layers[0].self_attn.o_proj.register_forward_hook(lambda _, inputs, out: seen.extend([*inputs, out]))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(ids, positions)
+    assert [x.dtype for x in seen] == [torch.float32, torch.bfloat16]
+    assert (logits - exact).norm() < 0.05 * exact.norm()
+    logits.sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 @torch.no_grad()
