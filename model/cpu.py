@@ -89,7 +89,8 @@ class DocumentAttention(torch.autograd.Function):
         q, k, v, out = ctx.saved_tensors
         d_out = d_out.contiguous()
         dq, dk, dv = [], torch.zeros_like(k), torch.zeros_like(v)
-        mean = (d_out * out).sum(-1, keepdim=True)  # (K, T, G, 1): of dp, weighted with p
+        # The softmax's gradient is p (dp - mean), with mean = sum_j p_ij dp_ij = d_out_i . out_i.
+        mean = (d_out * out).sum(-1, keepdim=True)  # (K, T, G, 1)
         for begin, start, end in _blocks(ctx.lengths):
             queries, d_rows = _rows(q[:, start:end]), _rows(d_out[:, start:end])
             p = _probabilities(q[:, start:end], k[:, begin:end])

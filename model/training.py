@@ -42,7 +42,7 @@ from model.model import CausalLM
 from model.optimizer import MUON_BATCH, GradientBuffer, build_optimizer, learning_rate, optimizer_step
 
 LOSS_CHUNK = 512  # tokens whose logits exist at a time
-GAPS = 1.4  # memory that activations take over what they hold: a freed place seldom suits the next tensor exactly
+GAPS = 1.45  # memory that activations take over what they hold: a freed place seldom suits the next tensor exactly
 MAX_SKIPPED_STEPS = 10  # in a row: then a run with non-finite numbers is stopped
 # (model, batch) -> sum of the loss, scored tokens, sums of metrics: numbers, but for "expert_load" in training.
 LossFunction = Callable[[CausalLM, Batch], tuple[Tensor, int, dict[str, float | Tensor]]]
@@ -110,9 +110,9 @@ def memory_estimate(model: CausalLM, args: argparse.Namespace, bytes_per_number:
                 sizes[parameter.shape] += parameter.numel()
         state += 4 * min(max(sizes.values(), default=0), MUON_BATCH) - sizes.total()
 
-    # What each layer keeps of a token: what the norms read and scaled, and what each matrix product and nonlinearity
-    # read; of the attention also what it gave.
-    attention = 5 * config.hidden_size + 5 * heads + 4 * kv_heads
+    # What each layer keeps of a token: what the norms, each matrix product and each nonlinearity read; of the attention
+    # also what it gave.
+    attention = 3 * config.hidden_size + 4 * heads + 3 * kv_heads
     dense = config.hidden_size + 4 * config.intermediate_size
     layers = [attention + dense] * config.num_hidden_layers
     if config.use_moe:  # the copies of what goes into the experts, and twice what comes out; their insides
@@ -120,8 +120,8 @@ def memory_estimate(model: CausalLM, args: argparse.Namespace, bytes_per_number:
         experts = config.hidden_size * (1 + 3 * visits) + 4 * width * (visits + config.n_shared_experts)
         n_experts = config.num_hidden_layers - config.first_k_dense_replace
         layers[-n_experts:] = [attention + experts] * n_experts
-    # With checkpoints its input, and three times as much lost around it: it stays where all else comes and goes.
-    kept = 4 * config.hidden_size * len(layers) if args.grad_checkpointing else sum(layers)
+    # With checkpoints its input, and twice as much lost around it: it stays where all else comes and goes.
+    kept = 3 * config.hidden_size * len(layers) if args.grad_checkpointing else sum(layers)
     kept += 3 * config.hidden_size  # the last norm, and the gradient of what it gave
 
     # Beside it, at the end of the forward pass a chunk of logits and of its gradients, and the gradient of the head's
