@@ -12,7 +12,7 @@ from torch import Tensor
 BLOCK = 96  # queries; longer blocks multiply more pairs that are then masked, shorter ones make too small products
 FUTURE = torch.full((BLOCK, BLOCK), -math.inf).triu(1)  # added to the scores of a block with itself
 
-# Under autocast, whose products on a CPU without bfloat16 units take a hundred times as long.
+# Also under autocast, whose products take a hundred times as long on a CPU without units for bfloat16.
 float32_forward = torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
 float32_backward = torch.amp.custom_bwd(device_type="cpu")
 
