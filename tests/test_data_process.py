@@ -681,6 +681,7 @@ def test_a_full_disk_and_an_interrupt_leave_the_previous_output():
     while not (waiting := list(Path().glob(f".out.{stopped.pid}.*"))) and time.time() < deadline:
         time.sleep(0.05)
     assert waiting
+    time.sleep(0.5)  # Python acts on a signal that comes just before open() blocks only when open() returns: never
     stopped.send_signal(signal.SIGINT)
 
     _, error = full.communicate(timeout=60)
