@@ -13,12 +13,15 @@ style is whatever makes that number fall.
 
 from pathlib import Path
 
+from base.cli import run
 from model.checkpoint import load_model
-from model.flags import parse_flags
 from model.LMConfig import PRESETS, LMConfig
-from model.machine import start_machine
 from model.model import CausalLM
-from model.training import next_token_loss, run, train
+from training.flags import parse_flags
+from training.loop import train
+from training.loss import next_token_loss
+from training.machine import start_machine
+from training.packing import open_data
 
 
 def main():
@@ -33,11 +36,12 @@ def main():
         min_learning_rate=1e-5,
     )
     machine = start_machine(args)
+    train_set, val_set = open_data(args, "pretrain", "sft")
     if args.init_from:  # go on with other data from a model that exists
         model = load_model(args.init_from)
     else:
         model = CausalLM(LMConfig(**PRESETS[args.preset]) if args.preset else LMConfig())
-    train(args, machine, model, next_token_loss)
+    train(args, machine, model, train_set, val_set, next_token_loss)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,13 @@ texts are, and do not see each other. (InstructGPT, arXiv 2203.02155, step 1.)
 
 from pathlib import Path
 
+from base.cli import run
 from model.checkpoint import load_model
-from model.flags import parse_flags
-from model.machine import start_machine
-from model.training import next_token_loss, run, train
+from training.flags import parse_flags
+from training.loop import train
+from training.loss import next_token_loss
+from training.machine import start_machine
+from training.packing import open_data
 
 
 def main():
@@ -34,8 +37,10 @@ def main():
         weight_decay=0.01,
     )
     machine = start_machine(args)
+    train_set, val_set = open_data(args, "sft")
     model = load_model(args.init_from)
-    train(args, machine, model, next_token_loss)  # the labels of all but the assistant's tokens are IGNORE
+    # The labels of all but the assistant's tokens are IGNORE, so the loss can be 1-pretrain.py's.
+    train(args, machine, model, train_set, val_set, next_token_loss)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,14 @@ many adapters. B starts at zero: step 0 is the base model exactly (arXiv 2106.09
 
 from pathlib import Path
 
+from base.cli import run
 from model.checkpoint import load_adapter, load_model, save_model
-from model.flags import parse_flags
-from model.lora import LORA_FLAGS, apply_lora, merge_lora
-from model.machine import start_machine
-from model.training import next_token_loss, run, train
+from model.lora import apply_lora, merge_lora
+from training.flags import LORA_FLAGS, parse_flags
+from training.loop import train
+from training.loss import next_token_loss
+from training.machine import start_machine
+from training.packing import open_data
 
 
 def main():
@@ -39,13 +42,14 @@ def main():
         model = load_model(args.init_from)
         load_adapter(model, args.out_dir, args.init_from)
         merge_lora(model)
-        save_model(args.merge, model, args.init_from, is_chat=True)
+        save_model(args.merge, model, args.init_from)
         print(f"{args.init_from} with the adapter of {args.out_dir}, merged -> {args.merge}")
         return
     machine = start_machine(args)
+    train_set, val_set = open_data(args, "sft", "pretrain")
     model = load_model(args.init_from)
     apply_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
-    train(args, machine, model, next_token_loss)
+    train(args, machine, model, train_set, val_set, next_token_loss)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ reference never changes, so its log-probabilities are computed once and kept in 
     python 4-dpo.py --lora_rank 8                    trains an adapter in place of the whole model
 """
 
+import argparse
 import hashlib
 import json
 from pathlib import Path
@@ -20,14 +21,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.balance import expert_balance
-from model.checkpoint import load_model, weights_fingerprint, write_file
-from model.dataset import IGNORE, Batch, PackedDataset
-from model.flags import above_zero, fraction, not_negative, parse_flags
-from model.lora import LORA_FLAGS, apply_lora
-from model.machine import Machine, start_machine
+from base.cli import above_zero, fraction, not_negative, run
+from base.files import write_file
+from model.checkpoint import load_model, weights_fingerprint
+from model.lora import apply_lora
 from model.model import CausalLM
-from model.training import fingerprint, run, train
+from training.balance import expert_balance
+from training.flags import LORA_FLAGS, parse_flags
+from training.loop import train
+from training.machine import Machine, start_machine
+from training.packing import IGNORE, Batch, PackedDataset, open_data
+
+METRICS = ("accuracy", "reward_margin", "reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected")
 
 
 def answer_log_probs(model: CausalLM, batch: Batch, routing: list | None = None) -> tuple[Tensor, Tensor]:
@@ -56,14 +61,14 @@ def preference_loss(chosen: Tensor, rejected: Tensor, beta: float, kind: str, la
 
 
 @torch.no_grad()
-def reference_log_probs(model: CausalLM, data: PackedDataset, machine: Machine, args) -> Tensor:
+def reference_log_probs(model: CausalLM, data: PackedDataset, machine: Machine, args: argparse.Namespace) -> Tensor:
     """ln p_ref of every answer of the split, (documents,); read from a file if an earlier run has left it there."""
-    key = [weights_fingerprint(args.init_from), fingerprint(data), args.max_seq_len, str(machine.dtype)]
+    key = [weights_fingerprint(args.init_from), data.prepared.fingerprint, args.max_seq_len, str(machine.dtype)]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     path = args.out_dir.parent / "dpo-reference" / f"{data.split}-{name}.bin"
     if path.exists():
         return torch.from_numpy(np.fromfile(path, np.float32)).to(machine.device)
-    log_probs = torch.zeros(data.meta["splits"][data.split]["documents"], device=machine.device)
+    log_probs = torch.zeros(len(data.prepared.offsets) - 1, device=machine.device)
     rows = np.arange(len(data))
     for start in range(machine.rank * args.batch_size, len(rows), machine.world_size * args.batch_size):
         batch = data.batch(rows[start : start + args.batch_size]).to(machine.device)
@@ -101,19 +106,20 @@ def main():
         lora_rank=0,
     )
     machine = start_machine(args)
+    train_set, val_set = open_data(args, "dpo")
     model = load_model(args.init_from, machine.device)
-    splits = [PackedDataset(args.data, split, args.max_seq_len) for split in ("train", "val")]
-    references = {data.split: reference_log_probs(model, data, machine, args) for data in splits}
+    references = {data.split: reference_log_probs(model, data, machine, args) for data in (train_set, val_set)}
     if args.lora_rank:
         apply_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
 
     def dpo_loss(model: CausalLM, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]:
         routing = []
         log_probs, lengths = answer_log_probs(model, batch, routing)  # (C,)
-        ratios = log_probs - references[batch.split][batch.documents]
+        ratios = log_probs - references[batch.split][batch.documents]  # (C,): ln(p / p_ref)
         if args.length_normalized or args.loss == "ipo":
             ratios = ratios / lengths
-        chosen, rejected = ratios[0::2], ratios[1::2]  # (P,)
+        chosen = ratios[0::2]  # (P,)
+        rejected = ratios[1::2]
         losses = preference_loss(chosen, rejected, args.beta, args.loss, args.label_smoothing)
         losses = losses - args.sft_weight * log_probs[0::2] / lengths[0::2]
         balance, metrics = expert_balance(model, batch, routing, torch.full_like(lengths, 0.5))  # two chats a pair
@@ -127,7 +133,7 @@ def main():
         }
         return losses.sum() + balance, len(losses), {name: value.detach() for name, value in metrics.items()}
 
-    train(args, machine, model, dpo_loss)
+    train(args, machine, model, train_set, val_set, dpo_loss, METRICS)
 
 
 if __name__ == "__main__":

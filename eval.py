@@ -12,7 +12,7 @@
 """
 
 import argparse
-import csv
+import functools
 import json
 import math
 import sys
@@ -20,19 +20,24 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import jsonlines
+import pandas as pd
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 
-from data_process import each_record, text_of
-from model.chat import BOS, EOS, IM_END, encode, encode_chat, load_tokenizer, token_bytes
-from model.checkpoint import finish_replacing, is_chat_model, load_adapter, load_model
-from model.dataset import PackedDataset
-from model.decoding import lay_out_for_decoding
-from model.flags import HelpFormatter, above_zero, fraction, natural, not_negative, positive
-from model.generation import TextStream, generate
+from base.cli import HelpFormatter, UserError, above_zero, fraction, natural, not_negative, positive, run
+from base.files import finish_replacing
+from corpus.records import BadRecord, each_record, prompt_of, text_of
+from engine.decoding import lay_out_for_decoding
+from engine.generation import TextStream, generate
+from model.chat import BOS, EOS, IM_END, encode, encode_chat, load_tokenizer, tokenizer_fingerprint
+from model.checkpoint import load_adapter, load_model
 from model.lora import merge_lora
-from model.machine import Machine, choose_device, keep_freed_memory
-from model.training import evaluate, next_token_loss, run
+from model.model import CausalLM
+from training.loss import evaluate, next_token_loss
+from training.machine import Machine, choose_device, keep_freed_memory
+from training.packing import PackedDataset
 
 STAGES = ("pretrain", "sft", "dpo")
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # flags that go to generation.sample
@@ -47,17 +52,17 @@ HELP = """/clear           forget the conversation
 class Writer:
     """A model, its tokenizer and how to sample from it."""
 
-    def __init__(self, model, tokenizer, is_chat: bool, args: argparse.Namespace):
-        self.model, self.tokenizer, self.is_chat, self.args = model, tokenizer, is_chat, args
+    def __init__(self, model: CausalLM, tokenizer: Tokenizer, args: argparse.Namespace):
+        self.model, self.tokenizer, self.args = model, tokenizer, args
         self.context = model.config.max_position_embeddings
 
-    def prompt_ids(self, messages: list[dict]) -> list[int]:
+    def prompt_ids(self, messages: list[dict], tools: list | None = None) -> list[int]:
         """The tokens to go on from. A chat that fills the context loses its oldest turns, but for the system prompt."""
-        if not self.is_chat:
+        if not self.model.is_chat:
             return [BOS, *encode(self.tokenizer, messages[-1]["content"])]
         room = max(self.context - self.args.max_new_tokens, self.context // 2)
         while True:
-            ids, _ = encode_chat(self.tokenizer, messages, add_generation_prompt=True)
+            ids, _ = encode_chat(self.tokenizer, messages, tools, add_generation_prompt=True)
             oldest = next((i for i, message in enumerate(messages[:-1]) if message["role"] != "system"), None)
             if len(ids) <= room or oldest is None:
                 return ids
@@ -91,7 +96,11 @@ class Writer:
 
 def converse(writer: Writer, messages: list[dict]):
     """Reads lines and answers until /exit or Ctrl-D; a base model continues each line instead."""
-    print("Type, or /help." if writer.is_chat else "A base model continues texts: type the beginning of one, or /help.")
+    print(
+        "Type, or /help."
+        if writer.model.is_chat
+        else "A base model continues texts: type the beginning of one, or /help."
+    )
     while True:
         try:
             line = as_utf8(input("\n> ")).strip()
@@ -116,7 +125,7 @@ def converse(writer: Writer, messages: list[dict]):
             elif command.startswith("/"):
                 print(HELP)
             elif line:
-                if not writer.is_chat:
+                if not writer.model.is_chat:
                     print(line, end="")
                 question = [*messages, {"role": "user", "content": line}]
                 messages = [*question, {"role": "assistant", "content": writer.write(question)}]
@@ -127,57 +136,67 @@ def converse(writer: Writer, messages: list[dict]):
 def answer_batch(writer: Writer, file: str, system: list[dict]):
     """Answers every {"prompt"} or {"messages"} of a jsonl file; prints one {…, "answer"} a line, in the same order."""
 
-    def with_chat(record: dict) -> tuple[dict, list[dict]]:
-        return record, record.get("messages") or [*system, {"role": "user", "content": text_of(record, "prompt")}]
+    def prompt(record: dict) -> tuple[dict, list[int]]:
+        messages, tools = prompt_of(record)
+        if not messages:
+            raise BadRecord(f"neither prompt nor messages; there is {', '.join(map(str, record))}")
+        if messages[0]["role"] != "system":
+            messages = [*system, *messages]
+        return record, writer.prompt_ids(messages, tools)
 
-    records = list(each_record(file, "prompt", with_chat))
+    records = list(each_record(file, "prompt", prompt))
+    output = jsonlines.Writer(sys.stdout, flush=True, dumps=functools.partial(json.dumps, ensure_ascii=False))
     for start in range(0, len(records), writer.args.batch_size):
         part = records[start : start + writer.args.batch_size]
         answers: list[list[int]] = [[] for _ in part]
-        for step in writer.tokens([writer.prompt_ids(chat) for _, chat in part]):
+        for step in writer.tokens([ids for _, ids in part]):
             for answer, token_id in zip(answers, step):
                 if token_id is not None:
                     answer.append(token_id)
         for (record, _), answer in zip(part, answers):
             stream = TextStream(writer.tokenizer)
             text = "".join(map(stream.add, answer)) + stream.end()
-            print(json.dumps(record | {"answer": text}, ensure_ascii=False), flush=True)
+            output.write(record | {"answer": text})
 
 
 @torch.inference_mode()
-def perplexity(model, tokenizer, file: str, text_field: str) -> dict:
+def perplexity(model: CausalLM, tokenizer: Tokenizer, file: str, text_field: str) -> dict:
     """Mean loss a token in nats, its exponential, and bits per UTF-8 byte, over every text of the file.
 
     A text longer than the context is read in pieces; the first tokens of a piece are told without those before it.
     """
     device, context = model.model.embed_tokens.weight.device, model.config.max_position_embeddings
-    loss, tokens, texts, size = 0.0, 0, 0, 0
+    loss = 0.0
+    tokens = texts = size = 0
     for text in each_record(file, text_field, lambda record: text_of(record, text_field)):
         ids = torch.tensor([BOS, *encode(tokenizer, text), EOS], device=device)
         for start in range(0, len(ids) - 1, context):
             piece = ids[start : start + context + 1]
             logits = model(piece[None, :-1])[0]  # (T, V)
             loss += F.cross_entropy(logits.float(), piece[1:], reduction="sum").item()
-        texts, tokens, size = texts + 1, tokens + len(ids) - 1, size + len(text.encode())
+        texts += 1
+        tokens += len(ids) - 1
+        size += len(text.encode())
     if not size:
-        raise ValueError(f"{file} holds no text")
+        raise UserError(f"{file} holds no text")
     bits = loss / math.log(2) / size
     figures = {"loss": loss / tokens, "perplexity": math.exp(loss / tokens), "bits_per_byte": bits}
     return figures | {"texts": texts, "tokens": tokens, "bytes": size}
 
 
-def validation(model, tokenizer, folder: Path, max_seq_len: int) -> dict:
+def validation(model: CausalLM, directory: Path, folder: Path, max_seq_len: int) -> dict:
     """What 1-pretrain.py and 2-sft.py report as their validation loss, of any model on any prepared folder."""
     data = PackedDataset(folder, "val", max_seq_len)
     if data.group == 2:
-        raise ValueError(f"{folder} holds preference pairs; 4-dpo.py reports their loss")
+        raise UserError(f"{folder} holds preference pairs; 4-dpo.py reports their loss")
+    if data.prepared.meta["tokenizer_sha256"] != tokenizer_fingerprint(directory):
+        raise UserError(f"{folder} was made with another tokenizer than the one in {directory}; make the data anew")
     machine = Machine(0, 1, model.lm_head.weight.device, torch.float32)
-    bytes_of_token = torch.from_numpy(token_bytes(tokenizer)).to(machine.device)
-    return evaluate(model, next_token_loss, data, bytes_of_token, machine, batch_size=8)
+    return evaluate(model, next_token_loss, data, machine, batch_size=8)
 
 
 @torch.inference_mode()
-def choice(model, tokenizer, is_chat: bool, file: str) -> dict:
+def choice(model: CausalLM, tokenizer: Tokenizer, file: str) -> dict:
     """Accuracy on four-choice questions, by the log-likelihood of each option's text a byte, as the answer.
 
     A row has question, A, B, C, D and answer (C-Eval), in any case (CMMLU writes Question and Answer). A small model
@@ -185,18 +204,12 @@ def choice(model, tokenizer, is_chat: bool, file: str) -> dict:
     (____) of the question, or at its end. The interval is Wilson's, of 95 %.
     """
     device = model.model.embed_tokens.weight.device
-    with open(file, encoding="utf-8-sig", newline="") as stream:
-        rows = [{key.lower(): value for key, value in row.items() if key} for row in csv.DictReader(stream)]
-    if not rows:
-        raise ValueError(f"{file} holds no questions")
+    questions = read_questions(file)
     right = 0
-    for number, row in enumerate(rows, 1):
-        missing = [name for name in ("question", "a", "b", "c", "d", "answer") if not row.get(name)]
-        if missing:
-            raise ValueError(f"{file}: question {number} has no {missing[0]}")
+    for row in questions:
         scores = []
         for option in "abcd":
-            if is_chat:
+            if model.is_chat:
                 messages = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row[option]}]
                 ids, mask = encode_chat(tokenizer, messages)
                 n_answer = sum(mask)
@@ -204,16 +217,50 @@ def choice(model, tokenizer, is_chat: bool, file: str) -> dict:
             else:
                 before_blank = row["question"].partition("____")[0]
                 answer = encode(tokenizer, row[option])
-                n_answer, ids = len(answer), [BOS, *encode(tokenizer, before_blank), *answer]
+                n_answer = len(answer)
+                ids = [BOS, *encode(tokenizer, before_blank), *answer]
             ids = torch.tensor(ids[-model.config.max_position_embeddings :], device=device)
             log_probs = model(ids[None, :-1])[0].log_softmax(-1)  # (T, V)
             score = log_probs[-n_answer:].gather(1, ids[-n_answer:, None]).sum().item()
             scores.append(score / len(row[option].encode()))
-        right += "abcd"[max(range(4), key=scores.__getitem__)] == row["answer"].strip().lower()
-    n, p, z = len(rows), right / len(rows), 1.96
-    centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    low, high = ((centre + sign * spread) / (1 + z * z / n) for sign in (-1, 1))
-    return {"questions": n, "accuracy": p, "low": low, "high": high, "chance": 0.25}
+        if not all(map(math.isfinite, scores)):
+            raise UserError("the model gives no numbers: its weights are not finite")
+        best = max(range(4), key=scores.__getitem__)
+        right += "abcd"[best] == row["answer"]
+    low, high = wilson_interval(right, len(questions))
+    accuracy = right / len(questions)
+    return {"questions": len(questions), "accuracy": accuracy, "low": low, "high": high, "chance": 0.25}
+
+
+def read_questions(file: str) -> list[dict[str, str]]:
+    """The rows of a CSV file, with their columns' names and the answer's letter in small letters."""
+    try:
+        table = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file") from None
+    except ValueError as error:  # pandas' own errors, and those of the encoding
+        raise UserError(f"{file} cannot be read as CSV in UTF-8: {error}") from None
+    table.columns = table.columns.str.lower()
+    if table.empty:
+        raise UserError(f"{file} holds no questions")
+    questions = table.to_dict("records")
+    for number, row in enumerate(questions, 1):
+        missing = [name for name in ("question", "a", "b", "c", "d", "answer") if not row.get(name)]
+        if missing:
+            raise UserError(f"{file}: question {number} has no {missing[0]}")
+        row["answer"] = row["answer"].strip().lower()
+        if row["answer"] not in "abcd":
+            raise UserError(f"{file}: question {number} has the answer {row['answer']!r}, which is none of A, B, C, D")
+    return questions
+
+
+def wilson_interval(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Of a share: 95 % of such intervals hold the true one (Wilson 1927)."""
+    p = right / n
+    centre = p + z * z / (2 * n)
+    spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return (centre - spread) / scale, (centre + spread) / scale
 
 
 def as_utf8(text: str) -> str:
@@ -226,7 +273,7 @@ def newest_model(out: Path) -> Path:
         finish_replacing(out / stage)
     models = [out / stage for stage in STAGES if (out / stage / "model.safetensors").exists()]
     if not models:
-        raise FileNotFoundError(f"no model under {out}/; train one with: python 1-pretrain.py, or give --model DIR")
+        raise UserError(f"no model under {out}/; train one with: python 1-pretrain.py, or give --model DIR")
     return max(models, key=lambda directory: (directory / "model.safetensors").stat().st_mtime)
 
 
@@ -268,28 +315,28 @@ def main():
     if device.type == "cpu":
         keep_freed_memory()
     if args.half_weights and (device.type != "cpu" or args.data):
-        raise ValueError("--half_weights is for writing on a CPU: give --device cpu, and not --data")
+        raise UserError("--half_weights is for writing on a CPU: give --device cpu, and not --data")
     model = load_model(directory, device).eval()
     n_parameters = model.num_parameters()
     if args.lora:
         load_adapter(model, args.lora, directory)
         merge_lora(model)
     if device.type == "cpu" and not args.data:  # whose loss needs the layers as they were trained
-        lay_out_for_decoding(model, args.half_weights)
-    tokenizer, is_chat = load_tokenizer(directory), is_chat_model(directory)
-    writer = Writer(model, tokenizer, is_chat, args)
+        model = lay_out_for_decoding(model, args.half_weights)
+    tokenizer = load_tokenizer(directory)
+    writer = Writer(model, tokenizer, args)
     system = [{"role": "system", "content": args.system}] if args.system else []
     figures = None
     if args.perplexity:
         figures = perplexity(model, tokenizer, args.perplexity, args.text_field)
     elif args.data:
-        figures = validation(model, tokenizer, args.data, args.max_seq_len)
+        figures = validation(model, directory, args.data, args.max_seq_len)
     elif args.choice:
-        figures = choice(model, tokenizer, is_chat, args.choice)
+        figures = choice(model, tokenizer, args.choice)
     elif args.batch:
         answer_batch(writer, args.batch, system)
     elif args.prompt is not None:
-        if not is_chat:
+        if not model.is_chat:
             print(args.prompt, end="")
         writer.write([*system, {"role": "user", "content": as_utf8(args.prompt)}])
     else:

@@ -1,6 +1,6 @@
 """One command to start with: makes an environment, installs what is missing, trains a small model, and chats with it.
 
-The demonstration itself is model/tour.py, which this starts in the environment; `python quickstart.py test` lints and
+The demonstration itself is demo/tour.py, which this starts in the environment; `python quickstart.py test` lints and
 tests instead. Needs only Python's standard library; runs on Linux, macOS and Windows. The environment is the virtual
 environment that is active; else `.venv` in this folder; else this Python, if it has all packages already; else a new
 `.venv`.
@@ -189,7 +189,7 @@ def tour(arguments):
     parse_flags(arguments)
     python, prefix = find_environment([CORE])
     install(python, prefix, [CORE])
-    return run([python, "-m", "model.tour", *arguments])[0]
+    return run([python, "-m", "demo.tour", *arguments])[0]
 
 
 def test(pytest_arguments):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from model.machine import Machine, keep_freed_memory, matmul_rate
+from training.machine import Machine, keep_freed_memory, matmul_rate
 
 TOKENIZER = Path(__file__).parents[1] / "model/tokenizer"  # of all models measured
 PAUSE = 0.3  # seconds between calls: threads wait busily for more work for a while

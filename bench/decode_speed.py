@@ -21,16 +21,16 @@ from pathlib import Path
 
 import torch
 
+from base.cli import HelpFormatter, positive, run
 from bench.contest import TOKENIZER, Contest, Turns, ratio
+from engine.decoding import lay_out_for_decoding
+from engine.generation import generate
 from model.chat import load_tokenizer
 from model.checkpoint import load_model, save_model
-from model.decoding import lay_out_for_decoding
-from model.flags import HelpFormatter, positive
-from model.generation import generate
 from model.LMConfig import PRESETS, LMConfig
-from model.machine import keep_freed_memory
 from model.model import CausalLM
-from model.training import run, step_flops
+from training.cost import step_flops
+from training.machine import keep_freed_memory
 
 Writer = Callable[[list[list[int]], int], list[list[int]] | None]  # (prompts, tokens) -> what it wrote to each
 
@@ -38,7 +38,7 @@ Writer = Callable[[list[list[int]], int], list[list[int]] | None]  # (prompts, t
 def jiezi(directory: Path, half_weights: bool = False) -> Writer:
     keep_freed_memory()  # as eval.py does
     model = load_model(directory, torch.device("cpu")).eval()
-    lay_out_for_decoding(model, half_weights)
+    model = lay_out_for_decoding(model, half_weights)
 
     def write(prompts, n):
         return [list(tokens) for tokens in zip(*generate(model, prompts, n, temperature=0))]
@@ -197,7 +197,7 @@ def main():
     for preset in args.preset:
         torch.manual_seed(0)
         with tempfile.TemporaryDirectory() as folder:
-            save_model(Path(folder), CausalLM(LMConfig(**PRESETS[preset])), TOKENIZER, is_chat=False)
+            save_model(Path(folder), CausalLM(LMConfig(**PRESETS[preset])), TOKENIZER)
             measure(preset, Path(folder), args)
 
 

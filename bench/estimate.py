@@ -12,10 +12,10 @@ import argparse
 
 import torch
 
-from model.flags import HelpFormatter, above_zero, fraction, positive
+from base.cli import HelpFormatter, above_zero, fraction, positive, run
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
-from model.training import memory_estimate, run, step_flops
+from training.cost import memory_estimate, step_flops
 
 # Dense matrix products a second in 16 bits with sums in 32, in 10^12, and GB of memory: NVIDIA's data sheets, and for
 # the RTX cards its white papers of GA102 and AD102. The GTX 1650 has no tensor cores: 896 cores x 1.665 GHz x 2 x 2.

@@ -12,7 +12,6 @@ corpus   prepared data of random tokens in texts of natural length, as much as t
 """
 
 import argparse
-import json
 import math
 import multiprocessing
 import statistics
@@ -26,15 +25,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from base.cli import HelpFormatter, positive, run
 from bench.contest import TOKENIZER, Contest
 from bench.memory import resident
 from bench.train_speed import jiezi, made_up_batch
-from model.chat import load_tokenizer, tokenizer_fingerprint
-from model.dataset import Batch, PackedDataset
-from model.flags import HelpFormatter, positive
+from corpus.prepared import writing_prepared
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
-from model.training import run, step_flops
+from training.cost import step_flops
+from training.packing import Batch, PackedDataset
 
 ROOT = Path(__file__).resolve().parent.parent
 BYTES_OF_TOKEN = 3.3  # of text: the README's corpus has 74 MB and 22.3 M tokens
@@ -76,20 +75,16 @@ def step_time(config: LMConfig, batch: Batch, args: argparse.Namespace) -> tuple
 
 
 def write_corpus(folder: Path, megabytes: float):
-    """Prepared data as data_process.py writes them, of as many random tokens as text of so many MB has."""
+    """Prepared data of as many random tokens as text of so many MB has."""
     generator = np.random.default_rng(0)
-    folder.mkdir(parents=True)
-    for split, tokens in (("train", megabytes * 1e6 / BYTES_OF_TOKEN), ("val", 50_000)):
-        lengths = np.clip(generator.lognormal(5.43, 0.5, int(tokens / 250)), 16, None).astype(np.int64)
-        np.concatenate(([0], lengths.cumsum())).tofile(folder / f"{split}.idx")
-        block = generator.integers(16, 6400, 2**20).astype(np.uint16)
-        with open(folder / f"{split}.bin", "wb") as file:
-            for start in range(0, lengths.sum(), len(block)):
-                block[: lengths.sum() - start].tofile(file)
-    meta = {"format_version": 1, "kind": "pretrain", "dtype": "uint16", "tokenizer": str(TOKENIZER), "files": {}}
-    meta |= {"tokenizer_sha256": tokenizer_fingerprint(TOKENIZER)}
-    meta |= {"vocab_size": load_tokenizer(TOKENIZER).get_vocab_size()}
-    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    tokens_of = {"train": megabytes * 1e6 / BYTES_OF_TOKEN, "val": 50_000}
+    with writing_prepared(folder, "pretrain", TOKENIZER) as writer:
+        block = generator.integers(16, 6400, 2**20).astype(writer.dtype)
+        for split, tokens in tokens_of.items():
+            lengths = np.clip(generator.lognormal(5.43, 0.5, int(tokens / 250)), 16, None).astype(np.int64)
+            starts = lengths.cumsum() % (len(block) - lengths.max())  # in the block
+            for start, length in zip(starts.tolist(), lengths.tolist()):
+                writer.add(split, [(block[start : start + length].tobytes(), b"")])
 
 
 def open_corpus(folder: Path, args: argparse.Namespace) -> dict:

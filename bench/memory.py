@@ -1,4 +1,4 @@
-"""Peak memory of a training step on a CPU, beside what model/training.py estimates.
+"""Peak memory of a training step on a CPU, beside what training/cost.py estimates.
 
     python -m bench.memory                                    all presets, AdamW, Muon, with and without checkpoints
     python -m bench.memory --preset small --batch_size 1 8 32
@@ -15,24 +15,24 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 
 import torch
-import torch.nn.functional as F
 
+from base.cli import HelpFormatter, positive, run
 from bench.contest import cpu_machine
 from bench.train_speed import made_up_batch
-from model.balance import expert_balance
-from model.dataset import IGNORE
-from model.flags import HelpFormatter, positive
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
-from model.optimizer import GradientBuffer, build_optimizer, optimizer_step
-from model.training import memory_estimate, next_token_loss, run
+from training.balance import expert_balance
+from training.cost import memory_estimate
+from training.loss import next_token_loss, plain_cross_entropy_sum
+from training.optimizer import GradientBuffer, build_optimizer, optimizer_step
+from training.packing import IGNORE
 
 
 def plain_loss(model: CausalLM, batch):
     """next_token_loss with all logits at once."""
     routing = []
-    logits = F.linear(model.model(batch.input_ids, batch.position_ids, routing=routing), model.lm_head.weight)
-    loss_sum = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="sum", ignore_index=IGNORE)
+    hidden = model.model(batch.input_ids, batch.position_ids, routing=routing)
+    loss_sum = plain_cross_entropy_sum(hidden, model.lm_head.weight, batch.labels)
     return loss_sum + expert_balance(model, batch, routing)[0], int((batch.labels != IGNORE).sum()), {}
 
 
@@ -43,12 +43,12 @@ def resident(field: str) -> int:
 
 
 def train(config: LMConfig, args: argparse.Namespace) -> CausalLM:
-    """A few steps as model/training.py takes them."""
+    """A few steps as training/loop.py takes them."""
     torch.manual_seed(0)
     model = CausalLM(config)
     model.model.gradient_checkpointing = args.grad_checkpointing
     optimizer = build_optimizer(model, args)
-    buffer = GradientBuffer(list(model.parameters()))
+    buffer = GradientBuffer(list(model.parameters()), metrics={})
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     batch = made_up_batch(args.batch_size, args.max_seq_len, config.vocab_size)
     for _ in range(args.steps):

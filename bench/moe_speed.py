@@ -14,13 +14,12 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from base.cli import HelpFormatter, positive, run
 from bench.contest import Contest, ratio
 from bench.train_speed import jiezi, made_up_batch, measuring_flags
-from model.dataset import Batch
-from model.flags import HelpFormatter, positive
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM, MoEFeedForward
-from model.training import run
+from training.packing import Batch
 
 
 def masked_loop(layer: MoEFeedForward, tokens: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:

@@ -7,6 +7,10 @@
 The usual recipe: transformers' Llama, a text a row, cut and padded to 340 tokens, 8 rows a step, AdamW, a cosine from
 5e-4. Ours: 1-pretrain.py in two processes with the flags below. Both models have about 8 M parameters and start from
 random weights; seconds are those of training; both are validated alike, on the whole validation split.
+
+The first answer is for the usual recipe's own shape: how many seconds Jiezi needs to its loss. The schedule has to fit
+the time, so the time is halved, each time in a run of its own, until the loss is missed, and then the last two times
+are brought within a fifth of each other. The second is for a shape of as many weights that was chosen for a minute.
 """
 
 import argparse
@@ -20,14 +24,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from base.cli import HelpFormatter, above_zero, run
 from bench.contest import TOKENIZER, cpu_machine
-from model.chat import load_tokenizer, token_bytes
 from model.checkpoint import save_model
-from model.dataset import IGNORE, PackedDataset
-from model.flags import HelpFormatter, above_zero
-from model.LMConfig import LMConfig
+from model.LMConfig import TRAINING_FLAGS, LMConfig
 from model.model import CausalLM
-from model.training import evaluate, next_token_loss, run
+from training.loss import evaluate, next_token_loss
+from training.packing import IGNORE, PackedDataset
 
 USUAL = dict(hidden_size=320, intermediate_size=880, num_hidden_layers=5, num_attention_heads=5, num_key_value_heads=5)
 # As many weights, arranged for few operations a token: an embedding is looked up, so where it is not the head's matrix
@@ -50,6 +53,7 @@ RECIPE = dict(
 )
 ADAMW = dict(optimizer="adamw", learning_rate=4e-3, min_learning_rate=4e-5)
 TIED = dict(tie_word_embeddings=True)
+SAME_SHAPE = USUAL | TIED | TRAINING_FLAGS["mini"] | dict(embedding_factor=1.0, batch_size=4, residual_std=None)
 # What is changed in turn: flags of 1-pretrain.py, fields of LMConfig, or the standard deviation of the first weights of
 # the output projections.
 ABLATIONS = {
@@ -103,7 +107,7 @@ def usual_recipe(data: PackedDataset, minutes: float, rows: int = 8, rate: float
     return ours, f"{steps:,} steps, {real:,} tokens, {speed}"
 
 
-def jiezi(args: argparse.Namespace, **changes) -> tuple[float, str]:
+def jiezi(args: argparse.Namespace, minutes: float, **changes) -> tuple[float, str]:
     """Runs 1-pretrain.py with RECIPE and `changes`; returns bits per byte, and what it did."""
     out_dir = args.out_dir / "run"
     residual_std = changes.pop("residual_std", 0.0)
@@ -111,18 +115,39 @@ def jiezi(args: argparse.Namespace, **changes) -> tuple[float, str]:
     torch.manual_seed(0)
     model = CausalLM(LMConfig(**OURS | fields))
     for name, parameter in model.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
+        if residual_std is not None and name.endswith(("o_proj.weight", "down_proj.weight")):
             torch.nn.init.normal_(parameter, std=residual_std)
     init_from = args.out_dir / "init"
-    save_model(init_from, model, TOKENIZER, is_chat=False)
-    flags = RECIPE | changes | dict(data=args.data, init_from=init_from, out_dir=out_dir, max_minutes=args.minutes)
+    save_model(init_from, model, TOKENIZER)
+    flags = RECIPE | changes | dict(data=args.data, init_from=init_from, out_dir=out_dir, max_minutes=minutes)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "1-pretrain.py"]
     command += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     command += ["--epochs", "1000", "--eval_interval", "1000000", "--save_interval", "1000000", "--eval_rows", "2"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     last = json.loads((out_dir / "metrics.jsonl").read_text().splitlines()[-1])
-    speed = last["tokens"] / (60 * args.minutes)
+    speed = last["tokens"] / (60 * minutes)
     return last["val_bits_per_byte"], f"{last['step']:,} steps, {last['tokens']:,} tokens, {speed:,.0f} tok/s"
+
+
+def seconds_to_reach(target: float, args: argparse.Namespace, show) -> float:
+    """The shortest time, of those tried, after which the usual recipe's shape is at `target` bits per byte."""
+
+    def reaches(minutes: float) -> bool:
+        bits_per_byte, what = jiezi(args, minutes, **SAME_SHAPE)
+        show("jiezi, the same shape", minutes, bits_per_byte, what)
+        return bits_per_byte <= target
+
+    reached = args.peer_minutes
+    while reaches(reached / 2):
+        reached /= 2
+    missed = reached / 2
+    while reached > 1.2 * missed:
+        between = (reached * missed) ** 0.5
+        if reaches(between):
+            reached = between
+        else:
+            missed = between
+    return 60 * reached
 
 
 def main():
@@ -139,17 +164,21 @@ def main():
     def show(name: str, minutes: float, bits_per_byte: float, what: str):
         print(f"{name:36}{60 * minutes:5.0f} s  {bits_per_byte:.3f} bits/byte  {what}", flush=True)
 
-    show("jiezi", args.minutes, *jiezi(args))
     if args.ablations:
+        show("jiezi", args.minutes, *jiezi(args, args.minutes))
         for name, changes in ABLATIONS.items():
             if any(word in name for word in args.only):
-                show(name, args.minutes, *jiezi(args, **changes))
+                show(name, args.minutes, *jiezi(args, args.minutes, **changes))
         return
     model, what = usual_recipe(PackedDataset(args.data, "train", 340), args.peer_minutes)
-    bytes_of_token = torch.from_numpy(token_bytes(load_tokenizer(TOKENIZER)))
     validation = PackedDataset(args.data, "val", 512)
-    result = evaluate(model, next_token_loss, validation, bytes_of_token, cpu_machine(), batch_size=8)
-    show("usual recipe", args.peer_minutes, result["val_bits_per_byte"], what)
+    result = evaluate(model, next_token_loss, validation, cpu_machine(), batch_size=8)
+    target = result["val_bits_per_byte"]
+    show("usual recipe", args.peer_minutes, target, what)
+    seconds = seconds_to_reach(target, args, show)
+    ratio = 60 * args.peer_minutes / seconds
+    print(f"the same shape is at {target:.3f} after {seconds:.0f} s: {ratio:.1f} times as fast", flush=True)
+    show("jiezi, a shape for a minute", args.minutes, *jiezi(args, args.minutes))
 
 
 if __name__ == "__main__":

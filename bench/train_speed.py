@@ -22,13 +22,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from base.cli import HelpFormatter, positive, run
 from bench.contest import Contest, ratio
-from model.dataset import IGNORE, Batch, PackedDataset, pack
-from model.flags import HelpFormatter, positive
 from model.LMConfig import PRESETS, LMConfig
-from model.machine import keep_freed_memory
 from model.model import CausalLM
-from model.training import next_token_loss, run, step_flops
+from training.cost import step_flops
+from training.loss import next_token_loss
+from training.machine import keep_freed_memory
+from training.packing import IGNORE, Batch, PackedDataset, pack
 
 
 def made_up_batch(rows: int, max_seq_len: int, vocab_size: int) -> Batch:

@@ -14,14 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from base.cli import HelpFormatter, positive, run
 from data_process import each_record, text_of
+from engine.decoding import lay_out_for_decoding
+from engine.generation import generate
 from model.chat import BOS, EOS, IM_END, encode, encode_chat, load_tokenizer
-from model.checkpoint import is_chat_model, load_model
-from model.decoding import lay_out_for_decoding
-from model.flags import HelpFormatter, positive
-from model.generation import generate
+from model.checkpoint import load_model
 from model.model import CausalLM
-from model.training import run
 
 ROWS = 50  # prompts at a time
 
@@ -48,8 +47,7 @@ def rounded(model: CausalLM, to_format: Callable[[Tensor], Tensor]) -> CausalLM:
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.weight.copy_(to_format(module.weight))
-    lay_out_for_decoding(model)
-    return model
+    return lay_out_for_decoding(model)
 
 
 def main():
@@ -62,7 +60,7 @@ def main():
     model, tokenizer = load_model(args.model, torch.device("cpu")).eval(), load_tokenizer(args.model)
     prompts = []
     for text, _ in zip(each_record(args.texts, "text", lambda record: text_of(record, "text")), range(args.prompts)):
-        if is_chat_model(args.model):
+        if model.is_chat:
             message = {"role": "user", "content": text[:20]}
             prompts.append(encode_chat(tokenizer, [message], add_generation_prompt=True)[0])
         else:

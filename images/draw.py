@@ -1,9 +1,17 @@
-"""Draws LLM-structure.png and LLM-structure-moe.png from real models, so that no number in them can be out of date.
+"""Draws LLM-structure.png and LLM-structure-moe.png from real models, and rooms.png from the real imports, so that
+nothing in them can be out of date.
 
 python -m images.draw
 """
 
 import argparse
+import ast
+import importlib
+import pkgutil
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -14,6 +22,31 @@ from torch import nn
 
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM, MoEFeedForward
+
+ROOT = Path(__file__).parent.parent
+ROOMS = "scripts demo training engine corpus model base".split()  # each may import those behind it
+ROOM_COLORS = dict(zip(ROOMS, "#d9d9d9 #fbb4ae #fdd0a2 #decbe4 #ccebc5 #9ecae1 #ffffcc".split()))
+WAY = {  # of a token: under each script, the stations, and what comes out of them
+    "data_process.py: from files to tokens": (
+        ("", "a file: jsonl, json, csv, parquet, txt, md"),
+        ("corpus.files.read_records", "records, one at a time"),
+        ("corpus.cleaning.clean", "its text, or Dropped"),
+        ("corpus.kinds.tokenize_texts model.chat.encode_chat", "ids; of a chat also which are trained"),
+        ("corpus.prepared.PreparedWriter.add", "train.bin: uint16 (tokens,)"),
+    ),
+    "1-pretrain.py …: from tokens to weights": (
+        ("training.packing.PackedDataset.batch", "input_ids and labels (B, T)"),
+        ("model.model.Decoder", "hidden states (B, T, H)"),
+        ("training.loss.next_token_loss", "the sum of -ln p: a scalar"),
+        ("training.loop.Run.update", "weights that are a step better"),
+        ("training.state.Checkpointer.save", "out/pretrain: model.safetensors …"),
+    ),
+    "eval.py: from weights to words": (
+        ("model.checkpoint.load_model", "a CausalLM"),
+        ("engine.generation.generate", "a token for each prompt (B,)"),
+        ("engine.generation.TextStream", "text, whole characters"),
+    ),
+}
 
 WEIGHTS, PLAIN, DATA = "#9ecae1", "#fdd0a2", "#d9d9d9"  # boxes: with parameters, without any, and what flows
 LINE = "#808080"  # can be seen on white and on black
@@ -130,6 +163,81 @@ def draw(config: LMConfig, name: str, path: Path):
     figure.savefig(path, dpi=110)
 
 
+def imported_names(path: Path) -> Iterator[str]:
+    """The modules that a file's import statements name, each as often as it is named."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def count_imports() -> Counter[tuple[str, str]]:
+    """How many import statements of one room's files name another room: (importer, imported) -> number."""
+    counts, scripts = Counter(), {path.stem for path in ROOT.glob("*.py")}
+    for room in ROOMS:
+        for path in ROOT.glob("*.py" if room == "scripts" else f"{room}/*.py"):
+            for name in imported_names(path):
+                other = name.partition(".")[0]
+                other = "scripts" if other in scripts else other
+                if other in ROOMS and other != room:
+                    counts[room, other] += 1
+    return counts
+
+
+def draw_imports(axes: Axes):
+    """Rooms on a diagonal: a line to the right and down for each import, with the number of statements at its bend."""
+    places = {room: (2.7 * i, 1.15 * i) for i, room in enumerate(ROOMS)}
+    for (importer, imported), number in count_imports().items():
+        (x, y), (corner, end) = places[importer], places[imported]
+        side = 1 if corner > x else -1
+        axes.plot([x + side * WIDTH / 2, corner], [y, y], color=LINE, lw=1)
+        axes.annotate("", (corner, end - side * HEIGHT / 2), (corner, y), arrowprops=ARROW)
+        circle = dict(boxstyle="circle,pad=0.25", facecolor=ROOM_COLORS[imported], edgecolor=LINE)
+        axes.text(corner, y, f"{number}", ha="center", va="center", fontsize=7.5, color="black", bbox=circle)
+    for room, (x, y) in places.items():
+        scripts = " ".join(sorted(path.stem for path in ROOT.glob("*.py")))
+        sentence = scripts if room == "scripts" else importlib.import_module(room).__doc__
+        text = "\n".join(textwrap.wrap(f"{room}: {re.split(': |[.] ', sentence)[0]}", 34))
+        corner = (x - WIDTH / 2, y - HEIGHT / 2)
+        axes.add_patch(Rectangle(corner, WIDTH, HEIGHT, facecolor=ROOM_COLORS[room], edgecolor=LINE))
+        axes.text(x, y, text, ha="center", va="center", fontsize=7.5, linespacing=1.1, color="black")
+    words = "who imports whom: to the right from the importer,\nthen down; at the bend stands how many\nimport statements do so"
+    axes.text(-WIDTH / 2, 5.6, words, fontsize=9, color=LINE, weight="bold", linespacing=1.4)
+    axes.set(xlim=(-2.8, 19), ylim=(7.4, -0.6), aspect="equal")
+    axes.axis("off")
+
+
+def draw_way(axes: Axes):
+    """A column for each script, from the top down, and how one leads to the next."""
+    last = 0  # box of the column before
+    for i, (title, stations) in enumerate(WAY.items()):
+        x, boxes = 7 * i, []
+        for names, result in stations:
+            for name in names.split():
+                pkgutil.resolve_name(name)  # AttributeError where there is no such function any more
+            text = names.replace(" ", " or\n") + f"\n{result}"
+            boxes.append((text.strip(), ROOM_COLORS[names.partition(".")[0] or "scripts"]))
+        column(axes, x, "", boxes)
+        axes.text(x, -0.3, title, ha="center", fontsize=9, color=LINE, weight="bold")
+        if i:
+            bottom, top, middle = last + HEIGHT / 2, HEIGHT / 2, x - 3.5
+            axes.plot([x - 7 + WIDTH / 2, middle, middle], [bottom, bottom, top], color=LINE, lw=1)
+            axes.annotate("", (x - WIDTH / 2, top), (middle, top), arrowprops=ARROW)
+        last = len(boxes) - 1
+    axes.set(xlim=(-2.8, 19), ylim=(4.9, -0.9), aspect="equal")
+    axes.axis("off")
+
+
+def draw_rooms(path: Path):
+    figure = Figure(figsize=(11, 7.2), layout="constrained")
+    figure.patch.set_alpha(0)
+    imports, way = figure.subplots(2, 1, height_ratios=(8, 5.8))
+    draw_imports(imports)
+    draw_way(way)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="small", help="a dense size; its -moe form is drawn too")
@@ -138,6 +246,7 @@ def main():
     with torch.device("meta"):  # shapes without numbers
         for preset, name in ((args.preset, "LLM-structure.png"), (f"{args.preset}-moe", "LLM-structure-moe.png")):
             draw(LMConfig(**PRESETS[preset]), preset, args.output / name)
+    draw_rooms(args.output / "rooms.png")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ the size from the checkpoint. The names are Hugging Face's, so that its document
 
 from dataclasses import dataclass, fields
 
+from base.cli import UserError
+
 
 @dataclass
 class LMConfig:
@@ -50,18 +52,18 @@ class LMConfig:
                 continue
             if value < 0 or (value == 0 and field.name not in may_be_zero):
                 least = "at least 0" if field.name in may_be_zero else "above 0"
-                raise ValueError(f"{field.name} must be {least}, not {value}")
+                raise UserError(f"{field.name} must be {least}, not {value}")
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
-                raise ValueError(
+                raise UserError(
                     f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
                     f"({self.num_attention_heads}), or head_dim must be given"
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.head_dim % 2:
-            raise ValueError(f"head_dim ({self.head_dim}) must be even: RoPE turns pairs of numbers")
+            raise UserError(f"head_dim ({self.head_dim}) must be even: RoPE turns pairs of numbers")
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
+            raise UserError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
                 f"({self.num_key_value_heads}): each key-value head serves equally many query heads"
             )
@@ -72,21 +74,21 @@ class LMConfig:
 
     def _check_moe(self):
         if self.num_experts_per_tok > self.n_routed_experts:
-            raise ValueError(
+            raise UserError(
                 f"num_experts_per_tok ({self.num_experts_per_tok}) must be at most n_routed_experts "
                 f"({self.n_routed_experts}): a token cannot visit more experts than there are"
             )
         if self.n_routed_experts < 2:
-            raise ValueError("n_routed_experts must be at least 2: with one there is nothing to route")
+            raise UserError("n_routed_experts must be at least 2: with one there is nothing to route")
         if self.first_k_dense_replace >= self.num_hidden_layers:
-            raise ValueError(
+            raise UserError(
                 f"first_k_dense_replace ({self.first_k_dense_replace}) must be below num_hidden_layers "
                 f"({self.num_hidden_layers}): no layer would have experts"
             )
         if self.scoring_func not in ("softmax", "sigmoid"):
-            raise ValueError(f'scoring_func must be "softmax" or "sigmoid", not "{self.scoring_func}"')
+            raise UserError(f'scoring_func must be "softmax" or "sigmoid", not "{self.scoring_func}"')
         if self.scoring_func == "softmax" and self.qk_norm:
-            raise ValueError(
+            raise UserError(
                 'scoring_func "softmax" needs qk_norm False: the model is saved as a Qwen2-MoE, which has no QK-norm; '
                 'use "sigmoid" to have both'
             )
@@ -138,20 +140,20 @@ class LMConfig:
 
     @classmethod
     def from_hf(cls, hf: dict) -> "LMConfig":
-        """The inverse of to_hf. ValueError for an architecture or a RoPE variant that model.py does not compute."""
+        """The inverse of to_hf. UserError for an architecture or a RoPE variant that model.py does not compute."""
         model_type = hf.get("model_type")
         if model_type not in _MODEL_TYPES:
             known = ", ".join(f'"{name}"' for name in _MODEL_TYPES)
-            raise ValueError(f'model_type "{model_type}" is not supported; {known} are')
+            raise UserError(f'model_type "{model_type}" is not supported; {known} are')
         rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
-            raise ValueError(f'rope_type "{kind}" is not supported; only "default" is')
+            raise UserError(f'rope_type "{kind}" is not supported; only "default" is')
         if hf.get("hidden_act", "silu") != "silu":
-            raise ValueError(f'hidden_act "{hf["hidden_act"]}" is not supported; only "silu" is')
+            raise UserError(f'hidden_act "{hf["hidden_act"]}" is not supported; only "silu" is')
         use_moe = model_type in ("glm4_moe", "qwen2_moe")
         if use_moe and not set(_MOE_FIELDS) <= hf.keys():
-            raise ValueError(f'of "{model_type}" only models that Jiezi saved are supported')
+            raise UserError(f'of "{model_type}" only models that Jiezi saved are supported')
         names = _SHARED_FIELDS + (_MOE_FIELDS if use_moe else [])
         return cls(
             **{name: hf[name] for name in names if hf.get(name) is not None},

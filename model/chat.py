@@ -13,7 +13,6 @@ no one has to search for the answer afterwards. The format is ChatML as Qwen wri
 `tokenizer/chat_template.jinja` says the same to transformers; a test holds the two equal.
 """
 
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -21,6 +20,10 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from base.cli import UserError
+from base.files import sha256
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tokenizer.model")
 SPECIAL_TOKENS = (  # a token's id is its place here; BYTE_PIECES follow
     "<unk>",
     "<|begin_of_text|>",
@@ -43,24 +46,24 @@ BOS, EOS, IM_START, IM_END = 1, 2, 3, 4
 THINK, TOOL_CALL, TOOL_RESPONSE, TOOLS = 5, 7, 9, 11  # the closing token's id is one more
 
 
-def load_tokenizer(directory):
-    """The tokenizer in `directory` as a `tokenizers.Tokenizer` that takes control tokens in a text for plain text.
+def load_tokenizer(directory: str | Path) -> Tokenizer:
+    """The tokenizer in `directory`, which takes control tokens in a text for plain text.
 
-    FileNotFoundError when there is none, ValueError when it is broken or is not one of ours; the message is one line.
+    UserError when there is none, or when it is broken or is not one of ours.
     """
     path = Path(directory) / "tokenizer.json"
     if not path.is_file():
-        raise FileNotFoundError(
+        raise UserError(
             f"{path} is missing: give a folder with a tokenizer, such as model/tokenizer, "
             "or train one with `python data_process.py tokenizer INPUT --output DIR`"
         )
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises a bare Exception
-        raise ValueError(f"{path} cannot be read ({error}): restore it, or train the tokenizer anew") from None
+        raise UserError(f"{path} cannot be read ({error}): restore it, or train the tokenizer anew") from None
     for token_id, token in enumerate(SPECIAL_TOKENS):
         if tokenizer.token_to_id(token) != token_id:
-            raise ValueError(
+            raise UserError(
                 f"{path}: {token} should have the id {token_id}, not {tokenizer.token_to_id(token)}: "
                 "train the tokenizer with `python data_process.py tokenizer INPUT --output DIR`"
             )
@@ -68,12 +71,12 @@ def load_tokenizer(directory):
     return tokenizer
 
 
-def encode(tokenizer, text):
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """`text` as a list of ids, with no bos or eos, and with no control token whatever the text says."""
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def token_pieces(tokenizer):
+def token_pieces(tokenizer: Tokenizer) -> list[bytes]:
     """The UTF-8 bytes that each id stands for: a list of V bytes objects, empty for control tokens.
 
     Joined over an encoded text they are the text; one piece alone may be a part of a character.
@@ -87,33 +90,36 @@ def token_pieces(tokenizer):
     return pieces
 
 
-def token_bytes(tokenizer):
+def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
     """How many UTF-8 bytes of text each id stands for, as an int64 array (V,): what bits per byte are divided by."""
     return np.array([len(piece) for piece in token_pieces(tokenizer)])
 
 
-def tokenizer_fingerprint(directory):
+def tokenizer_fingerprint(directory: str | Path) -> str:
     """SHA-256 of the folder's tokenizer.json, in hexadecimal: equal fingerprints mean equal ids."""
-    return hashlib.sha256((Path(directory) / "tokenizer.json").read_bytes()).hexdigest()
+    return sha256(Path(directory) / "tokenizer.json")
 
 
-def to_json(value):
+def to_json(value: object) -> str:
     """JSON as the chat template writes it; a string passes, for tool arguments often come as JSON already."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def encode_chat(tokenizer, messages, tools=None, add_generation_prompt=False):
+def encode_chat(
+    tokenizer: Tokenizer, messages: list[dict], tools: list | None = None, add_generation_prompt: bool = False
+) -> tuple[list[int], list[int]]:
     """Encode a chat; returns (ids, mask), two lists of one length.
 
     messages: dicts with "role" (system, user, assistant, tool) and "content" (text or None); an assistant's may have
         "reasoning_content" and "tool_calls". A system message stands first. tools: a list of JSON schemas.
     mask: 1 on what the assistant writes, its <|im_end|> included, and 0 elsewhere.
     add_generation_prompt: end with the assistant's header, for a model to go on from.
-    ValueError for a role that is not known.
+    UserError for a role that is not known.
     """
-    ids, mask = [BOS], [0]
+    ids = [BOS]
+    mask = [0]
 
-    def add(*segments, trained=0):  # a segment is a control token's id, or text
+    def add(*segments: int | str, trained: int = 0):  # a segment is a control token's id, or text
         for segment in segments:
             new = [segment] if isinstance(segment, int) else encode(tokenizer, segment)
             ids.extend(new)
@@ -150,7 +156,7 @@ def encode_chat(tokenizer, messages, tools=None, add_generation_prompt=False):
             if i + 1 == len(messages) or messages[i + 1]["role"] != "tool":
                 add(IM_END, "\n")
         else:
-            raise ValueError(f'message {i}: role must be system, user, assistant or tool, not "{role}"')
+            raise UserError(f'message {i}: role must be system, user, assistant or tool, not "{role}"')
     if add_generation_prompt:
         add(IM_START, "assistant\n")
     return ids, mask

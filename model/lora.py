@@ -11,18 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from base.cli import UserError
 from model.model import CausalLM
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 TARGETS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
-LORA_FLAGS = {  # for the stages that can train an adapter: name -> options of argparse's add_argument
-    "--lora_rank": dict(type=int, help="rank r of the adapters"),
-    "--lora_alpha": dict(type=float, help="weight of the adapters, divided by the rank; without it, 2 r"),
-    "--lora_dropout": dict(type=float, default=0.0, help="share of an adapter's inputs set to 0 in training"),
-    "--lora_targets": dict(
-        nargs="+", metavar="NAME", help="layers that get an adapter; without it, all (with experts, those of attention)"
-    ),
-}
 
 
 class LoRALinear(nn.Linear):
@@ -65,16 +58,16 @@ def apply_lora(
     """Freezes the model and puts an adapter on every layer whose name ends in one of `targets`; without alpha, 2 r.
 
     Without targets, on all projections; in a model with experts on those of attention alone, since transformers and
-    PEFT hold the experts in one tensor and would drop their adapters without a word. ValueError for a target that no
+    PEFT hold the experts in one tensor and would drop their adapters without a word. UserError for a target that no
     layer has, or that such a model cannot export.
     """
     if r < 1:
-        raise ValueError(f"--lora_rank must be at least 1, not {r}")
+        raise UserError(f"the rank of an adapter must be at least 1, not {r}")
     if has_lora(model):
-        raise ValueError("the model has adapters already; merge them first")
+        raise UserError("the model has adapters already; merge them first")
     targets = targets or (ATTENTION if model.config.use_moe else TARGETS)
     if model.config.use_moe and (beyond := sorted(set(targets) - set(ATTENTION))):
-        raise ValueError(
+        raise UserError(
             f"no adapter for {', '.join(beyond)} in a model with experts: PEFT would not find it in transformers' "
             f"fused experts; adapt {', '.join(ATTENTION)}"
         )
@@ -86,17 +79,17 @@ def apply_lora(
     missing = set(targets) - {name.rpartition(".")[2] for name in found}
     if missing or not found:
         known = sorted({name.rpartition(".")[2] for name in linears})
-        raise ValueError(f"no layer is called {', '.join(sorted(missing))}; there are {', '.join(known)}")
+        raise UserError(f"no layer is called {', '.join(sorted(missing))}; there are {', '.join(known)}")
     model.requires_grad_(False)
     for name, linear in found.items():
         model.set_submodule(name, LoRALinear(linear, r, alpha or 2 * r, dropout))
 
 
 def merge_lora(model: CausalLM):
-    """Makes the adapters part of the weights. ValueError when there are none, so that nothing is merged twice."""
+    """Makes the adapters part of the weights. UserError when there are none, so that nothing is merged twice."""
     layers = lora_layers(model)
     if not layers:
-        raise ValueError("the model has no adapters to merge")
+        raise UserError("the model has no adapters to merge")
     for name, layer in layers.items():
         model.set_submodule(name, layer.merged())
 
@@ -124,14 +117,14 @@ def to_peft(model: CausalLM) -> tuple[dict[str, Tensor], dict]:
 
 
 def from_peft(model: CausalLM, tensors: dict[str, Tensor], config: dict):
-    """Applies an adapter in PEFT's form. ValueError for what LoRALinear cannot do, or for tensors that do not fit."""
+    """Applies an adapter in PEFT's form. UserError for what LoRALinear cannot do, or for tensors that do not fit."""
     for name, plain in (("peft_type", "LORA"), ("bias", "none"), ("use_dora", False), ("use_rslora", False)):
         if config.get(name, plain) != plain:
-            raise ValueError(f'adapter_config.json has {name} "{config[name]}"; only "{plain}" is supported')
+            raise UserError(f'adapter_config.json has {name} "{config[name]}"; only "{plain}" is supported')
     apply_lora(model, config["r"], config["lora_alpha"], config["lora_dropout"], tuple(config["target_modules"]))
     expected, _ = to_peft(model)
     for name in sorted(expected.keys() | tensors.keys()):
         there, here = tensors.get(name), expected.get(name)
         if there is None or here is None or there.shape != here.shape:
-            raise ValueError(f"the adapter does not fit the model at {name}")
+            raise UserError(f"the adapter does not fit the model at {name}")
         here.copy_(there)

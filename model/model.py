@@ -12,17 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model import cpu
+from model.chat import IM_END
 from model.LMConfig import LMConfig
-
-
-def by_hand(x: Tensor) -> bool:
-    """Whether the passes of model/cpu.py are the fast ones, and exact: not where sums would be kept in 16 bits."""
-    return x.device.type == "cpu" and x.dtype.itemsize > 2 and not torch.compiler.is_compiling()
+from model.operators import Mask, apply_rope, attend, document_mask, rms_norm, rope_tables
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight (arXiv 1910.07467, eq. 4), over the last dimension."""
+    """x / rms(x) * weight over the last dimension (arXiv 1910.07467, eq. 4)."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -30,56 +26,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if by_hand(x):
-            return cpu.Norm.apply(x, self.weight, self.eps)
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)  # of one type: the fused kernel
-
-
-def rope_tables(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position's angles (RoFormer, arXiv 2104.09864, eq. 15), each (B, T, 1, D/2) in fp32."""
-    exponents = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim  # (D/2,)
-    angles = position_ids[..., None, None].float() * theta**-exponents
-    return angles.cos(), angles.sin()
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns each pair (x[i], x[i + D/2]) by its angle. x: (B, T, heads, D)."""
-    if by_hand(x):
-        return cpu.Rotation.apply(x, cos, sin)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-
-
-def document_mask(position_ids: Tensor) -> list[int] | Tensor:
-    """What keeps attention inside each document of packed rows; a document begins wherever position_ids is 0.
-
-    On a CPU the lengths of the documents, rows laid end to end: attend() then multiplies no masked pair at all, which
-    makes attention twice as fast. Elsewhere, and under torch.compile, a boolean mask (B, 1, T, T).
-    """
-    B, T = position_ids.shape
-    begins = position_ids == 0
-    if by_hand(position_ids):
-        begins[:, 0] = True
-        starts = begins.flatten().nonzero().flatten().tolist()
-        return [end - start for start, end in zip(starts, starts[1:] + [B * T])]
-    document = begins.cumsum(-1)
-    causal = torch.ones(T, T, dtype=torch.bool, device=position_ids.device).tril()
-    return ((document[:, :, None] == document[:, None, :]) & causal)[:, None]
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: list[int] | Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v for q (B, N, T, D) and k, v (B, K, S, D); mask as in Decoder.forward."""
-    B, N, T, D = q.shape
-    K = k.shape[1]
-    if isinstance(mask, list):  # lengths of documents
-        q = q.view(B, K, -1, T, D).permute(1, 0, 3, 2, 4).flatten(1, 2).contiguous()  # (K, B * T, N / K, D)
-        k, v = (x.transpose(0, 1).flatten(1, 2) for x in (k * D**-0.5, v))  # (K, B * T, D)
-        out = cpu.DocumentAttention.apply(q, k, v, mask).view(K, B, T, -1, D)
-        return out.permute(1, 0, 3, 2, 4).flatten(1, 2)
-    if T == 1:  # heads that share keys are then as many queries of one head: no key is copied
-        grouped = q.reshape(B, K, -1, D)  # (B, K, N / K, D)
-        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).view(B, N, 1, D)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -100,15 +47,20 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask, cache=None) -> Tensor:
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, cache=None) -> Tensor:
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, N, D)
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, K, D)
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)  # (B, T, N, D), (B, T, K, D)
-        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (B, N, T, D), (B, K, T, D)
+            q = self.q_norm(q)
+            k = self.k_norm(k)
+        q = apply_rope(q, *rope).transpose(1, 2)  # (B, N, T, D)
+        k = apply_rope(k, *rope).transpose(1, 2)  # (B, K, T, D)
+        v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(self.layer_idx, k, v)  # (B, K, S, D)
-        return self.o_proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))
+        out = attend(q, k, v, mask)  # (B, N, T, D)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -160,10 +112,10 @@ class MoEFeedForward(nn.Module):
 
     def __init__(self, config: LMConfig):
         super().__init__()
-        size, n_shared = config.moe_intermediate_size, config.n_shared_experts
+        H, size = config.hidden_size, config.moe_intermediate_size
         self.gate = Router(config)
-        self.experts = nn.ModuleList(FeedForward(config.hidden_size, size) for _ in range(config.n_routed_experts))
-        self.shared_experts = FeedForward(config.hidden_size, n_shared * size) if n_shared else None
+        self.experts = nn.ModuleList(FeedForward(H, size) for _ in range(config.n_routed_experts))
+        self.shared_experts = FeedForward(H, config.n_shared_experts * size) if config.n_shared_experts else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """x (B, T, H) -> the same shape, and the router's scores (B * T, E) and choices (B * T, k)."""
@@ -204,7 +156,7 @@ class DecoderLayer(nn.Module):
         else:
             self.mlp = FeedForward(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask, cache=None):
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, cache=None):
         """x (B, T, H) -> the same shape, and what the router did (MoEFeedForward.forward) or None."""
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
         normed = self.post_attention_layernorm(x)
@@ -229,7 +181,7 @@ class Decoder(nn.Module):
         self,
         input_ids: Tensor,
         position_ids: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Mask = None,
         cache=None,
         routing: list | None = None,
     ) -> Tensor:
@@ -240,7 +192,8 @@ class Decoder(nn.Module):
         mask: (B, 1, T, S) boolean, True where a query may look; replaces the causal or document mask.
         routing: a list that gets each router's scores (B * T, E) and choices (B * T, k), for the balance of experts.
         """
-        T, past = input_ids.shape[1], 0 if cache is None else cache.length
+        T = input_ids.shape[1]
+        past = 0 if cache is None else cache.length
         if position_ids is None:
             position_ids = torch.arange(past, past + T, device=input_ids.device)[None]  # (1, T)
             if past and T > 1 and mask is None:  # a query sees the cached tokens and those before it
@@ -256,6 +209,8 @@ class Decoder(nn.Module):
                 x, routed = layer(x, rope, mask, cache)
             if routed is not None and routing is not None:
                 routing.append(routed)
+        if cache is not None:
+            cache.advance(T)
         return self.norm(x)
 
 
@@ -265,6 +220,7 @@ class CausalLM(nn.Module):
     def __init__(self, config: LMConfig):
         super().__init__()
         self.config = config
+        self.stop_token_ids = [config.eos_token_id]  # what ends a text; a chat model also stops at <|im_end|>
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -282,6 +238,11 @@ class CausalLM(nn.Module):
     def forward(self, input_ids: Tensor, position_ids: Tensor | None = None, mask: Tensor | None = None, cache=None):
         """Logits (B, T, V); the arguments are Decoder.forward's. Training uses the hidden states (next_token_loss)."""
         return self.lm_head(self.model(input_ids, position_ids, mask, cache))
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether it was trained to answer, and to stop at the end of its turn."""
+        return IM_END in self.stop_token_ids
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())

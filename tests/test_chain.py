@@ -7,13 +7,12 @@ import runpy
 import sys
 
 import pytest
-from conftest import ROOT, TOKENIZER, write_data
-from test_dpo import make_pairs
+from helpers import ROOT, TOKENIZER, make_pairs, write_data
 
-from model import training
 from model.chat import IM_END, load_tokenizer
 from model.checkpoint import load_model
-from model.dataset import IGNORE, PackedDataset
+from training import loop
+from training.packing import IGNORE, PackedDataset
 
 SHORT = ["--max_steps", 3, "--max_seq_len", 256, "--batch_size", 2, "--eval_rows", 2, "--warmup_steps", 1]
 
@@ -34,7 +33,7 @@ def chain(data, chat_data, tmp_path_factory):
         ("4-dpo.py", "--init_from", out / "sft", "--data", pairs, "--out_dir", out / "dpo"),
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "matmul_rate", functools.partial(training.matmul_rate, size=64))
+        patch.setattr(loop, "matmul_rate", functools.partial(loop.matmul_rate, size=64))
         for script, *flags in stages:
             patch.setattr(sys, "argv", [script, *map(str, flags), *map(str, SHORT)])
             runpy.run_path(str(ROOT / script), run_name="__main__")

@@ -12,8 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TIMEOUT, make_text
-from test_docs import PAGES, inline_code
+from helpers import PAGES, ROOT, TIMEOUT, inline_code, make_text
 
 # What follows these words, up to the next flag, are files of the reader's; write_inputs makes one to put there.
 INPUTS = dict.fromkeys(["clean", "tokenizer", "pretrain", "--val", "--perplexity"], "texts.jsonl")

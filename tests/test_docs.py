@@ -4,11 +4,10 @@ import ast
 import re
 
 import pytest
-from conftest import ROOT
+from helpers import PAGES, ROOT, inline_code
 
 from images import draw, terminal
 
-PAGES = sorted([*ROOT.glob("README*.md"), *ROOT.glob("docs/*.md")])
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("model/*.py"), *ROOT.glob("bench/*.py"), *ROOT.glob("tests/*.py")]
 WORDS = set(re.findall(r"[A-Za-z_]\w*", "\n".join(path.read_text("utf-8") for path in SOURCES)))
 FILES = {path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*") if ".venv" not in path.parts}
@@ -24,10 +23,6 @@ OF_OTHERS = {
 }
 OF_TORCHRUN = {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr"}
 NAME = re.compile(r"_?[a-z]+(?:_[a-z0-9]+)+|(?:[A-Z][a-z0-9]+){2,}\w*|[A-Z]{2,}(?:_[A-Z]+)+")
-
-
-def inline_code(text: str) -> list[str]:
-    return re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)

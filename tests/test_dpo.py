@@ -7,23 +7,13 @@ import runpy
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TOKENIZER, write_data
+from helpers import ROOT, make_pairs, write_data
 
-from model.chat import IM_END, encode_chat, load_tokenizer
+from model.chat import IM_END
 from model.checkpoint import load_model
-from model.dataset import IGNORE, PackedDataset
+from training.packing import IGNORE, PackedDataset
 
 DPO = runpy.run_path(str(ROOT / "4-dpo.py"))
-
-
-def make_pairs(number: int) -> list:
-    """Chats with masks, chosen and rejected in turn: the polite answer is the chosen one."""
-    tokenizer, chats = load_tokenizer(TOKENIZER), []
-    for i in range(number):
-        question = {"role": "user", "content": f"{i % 7} 加 {i} 等于几？"}
-        for answer in (f"您好，等于 {i % 7 + i}。", f"{i % 7 + i}，别烦我。" + "哼。" * (i % 5)):
-            chats.append(encode_chat(tokenizer, [question, {"role": "assistant", "content": answer}]))
-    return chats
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TIMEOUT, TOKENIZER
+from helpers import ROOT, TIMEOUT, TOKENIZER
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from model.checkpoint import save_model
@@ -36,7 +36,7 @@ def make_model(directory, is_chat: bool, seed: int = 0):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("base"), is_chat=False)
+    return make_model(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

@@ -7,14 +7,14 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 
 from bench import contest, estimate, growth
-from model import optimizer
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
-from model.optimizer import GradientBuffer, build_optimizer
-from model.training import memory_estimate
+from training import optimizer
+from training.cost import memory_estimate
+from training.optimizer import GradientBuffer, build_optimizer
 
 
 def make_model(preset: str = "tiny") -> CausalLM:

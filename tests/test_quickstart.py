@@ -4,7 +4,7 @@ import ast
 import re
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, requires
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
 
 import pytest
@@ -80,6 +80,24 @@ def project(tmp_path, monkeypatch):
     monkeypatch.setattr(quickstart, "answers", lambda python, *arguments: True)
     monkeypatch.setattr(quickstart, "run", lambda command, watch=None: commands.append(command) or (0, False))
     return tmp_path, commands
+
+
+@pytest.mark.parametrize("requirements", [quickstart.CORE, quickstart.TEST])
+def test_nothing_is_required_that_nothing_imports(requirements):
+    sources = [path for path in ROOT.rglob("*.py") if ".venv" not in path.parts]
+    if requirements == quickstart.CORE:  # is not there for the tests
+        sources = [path for path in sources if path.relative_to(ROOT).parts[0] != "tests"]
+    imported = set()
+    for path in sources:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module.partition(".")[0])
+    used = {canonicalize_name(name) for module in imported for name in packages_distributions().get(module, ())}
+    programs = {"pytest", "ruff"}  # are started, by quickstart.py
+    required = {canonicalize_name(requirement.name) for requirement in read_requirements(requirements)}
+    assert required <= used | programs, required - used - programs
 
 
 def test_packages_are_installed_once_until_a_requirement_file_changes(project):

@@ -1,0 +1,1 @@
+"""What every room needs: files that are whole, and the command line. Standard library only; imports no other room."""

@@ -1,0 +1,110 @@
+"""The command line: a user's mistakes, how a script ends, types of numbers, cores, and commands as one types them."""
+
+import argparse
+import math
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """Something that the user can mend; the message is one line that says what, where, and what to do."""
+
+
+def run(main: Callable[[], None], aftermath: str = ""):
+    """Calls main(). A user's mistake ends in one line and exit status 2, a failure of the machine in one line and 1.
+
+    Anything else is a bug, and keeps its traceback. `aftermath` says what a failure has left behind.
+    """
+    aftermath = aftermath and f"; {aftermath}"
+    try:
+        main()
+    except UserError as error:
+        _exit(str(error), 2)
+    except BrokenPipeError:  # what reads our words, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at the end fails again
+    except (OSError, FloatingPointError) as error:
+        where = f"{error.filename}: " if getattr(error, "filename", None) else ""
+        _exit(f"{where}{getattr(error, 'strerror', None) or error}{aftermath}", 1)
+    except KeyboardInterrupt:  # a training run answers it by itself while it takes steps
+        _exit(f"interrupted{aftermath}", 130)
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        advice = "lower --batch_size and raise --accumulation_steps as much, or add --grad_checkpointing"
+        _exit(f"out of memory: {advice} ({str(error).splitlines()[0]})", 1)
+
+
+def _exit(message: str, status: int):
+    if sys.flags.dev_mode:  # python -X dev shows the traceback
+        raise
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    return int(text)
+
+
+def natural(text: str) -> int:
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, not {text}")
+    return int(text)
+
+
+def not_negative(text: str) -> float:
+    if not 0 <= float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"must be at least 0, not {text}")
+    return float(text)
+
+
+def above_zero(text: str) -> float:
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
+    return float(text)
+
+
+def fraction(text: str) -> float:
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 1, not {text}")
+    return float(text)
+
+
+def available_cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def join_words(words: list[str]) -> str:
+    """One line that the system's shell takes apart into these words again."""
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+def python_command() -> str:
+    """How to type the Python that runs this: `python`, or its path where that word means another one or none."""
+    found = shutil.which("python")  # compared by folder: in a virtual environment both are links to another's Python
+    if found and Path(found).absolute().parent == Path(sys.executable).absolute().parent:
+        return "python"
+    return sys.executable.removeprefix(os.getcwd() + os.sep)
+
+
+def command_line() -> str:
+    """The command that started this script, to be typed again."""
+    words = [python_command()]
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        processes = ["--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"]]
+        words = ["torchrun", *processes]
+        if python_command() != "python":  # then torchrun is not on the PATH either
+            words = [python_command(), "-m", "torch.distributed.run", *processes]
+    return join_words([*words, *sys.argv])

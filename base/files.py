@@ -1,0 +1,100 @@
+"""Files that are written whole or not at all, JSON, and SHA-256."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from base.cli import UserError
+
+UMASK = os.umask(0o077)
+os.umask(UMASK)  # the only way to read it is to set it
+
+
+def write_file(path: Path, write: Callable[[Path], object]):
+    """Calls write(temporary_path) and renames the result to `path`. OSError, and the old file stays, if that fails."""
+    temporary = path.with_name(f".{path.name}.new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())  # the content must reach the disk before the name does
+        temporary.chmod(0o666 & ~UMASK)  # safetensors makes files that only their owner can read
+        os.replace(temporary, path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"cannot write {path} ({reason}); what was saved before is untouched") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: object):
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    # Half a surrogate pair, as in the sample of a bad record, has no UTF-8: it is written as the escape that it was.
+    write_file(path, lambda temporary: temporary.write_text(text, "utf-8", errors="backslashreplace"))
+
+
+def read_json(path: Path) -> dict:
+    """The object in a file of JSON. UserError, naming the file, where it holds anything else."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object")
+    return value
+
+
+@contextlib.contextmanager
+def replacing_directory(directory: Path) -> Iterator[Path]:
+    """A new, empty neighbour of `directory`, which takes its place if the block ends well, and else goes away."""
+    directory = directory.absolute()  # so that "." has a name
+    new = directory.with_name(f".{directory.name}.{os.getpid()}.new")
+    try:
+        new.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be written ({error.strerror})") from None
+    try:
+        yield new
+        replace_directory(directory, new)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def replace_directory(directory: Path, written: Path, keep_old: bool = False):
+    """Puts `written` in the place of `directory`; what stood there goes, or is kept as `<directory>.old`.
+
+    Between the two renames there is no `directory` for a moment; a kill there is mended by finish_replacing.
+    """
+    old = directory.with_name(f"{directory.name}.old" if keep_old else f".{directory.name}.old")
+    shutil.rmtree(_new(directory), ignore_errors=True)
+    written.rename(_new(directory))  # this name says that it is whole
+    if directory.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        directory.rename(old)
+    finish_replacing(directory)
+    if not keep_old:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def finish_replacing(directory: Path):
+    """The last step of replace_directory; whoever reads `directory` takes it too, in case of a kill before it."""
+    with contextlib.suppress(FileNotFoundError):  # another process may be as quick
+        if not directory.exists():
+            _new(directory).rename(directory)
+
+
+def _new(directory: Path) -> Path:
+    return directory.with_name(f".{directory.name}.new")
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,69 @@
+"""The cleaning rules: each takes a text and returns it, changed or not, or None to drop it."""
+
+import argparse
+import re
+import unicodedata
+import zlib
+from collections import Counter
+from collections.abc import Callable
+
+
+class Dropped(Exception):
+    """A record that a rule drops; the arguments are the rule's name and the beginning of the text."""
+
+
+# Control characters but for tab and what str.splitlines cuts at; soft hyphens, invisible marks, byte order marks.
+CONTROL = re.compile("[\0-\x08\x0e-\x1b\x1f\x7f-\x84\x86-\x9f\xad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
+
+
+def nfc(text: str) -> str:
+    """Unicode's canonical composition: one way to write é, not two."""
+    return unicodedata.normalize("NFC", text)
+
+
+def control(text: str) -> str:
+    """Takes out control characters, soft hyphens, invisible direction marks and byte order marks."""
+    return CONTROL.sub("", text)
+
+
+def whitespace(text: str) -> str:
+    r"""Every kind of line end becomes \n; blanks at line ends, ideographic indents and repeated blank lines go."""
+    text = "\n".join([line.rstrip().lstrip("\u3000") for line in text.splitlines()])
+    while "\n\n\n" in text:
+        text = text.replace("\n\n\n", "\n\n")
+    return text.strip("\n")
+
+
+def length(text: str) -> str | None:
+    """Drops texts of less than 10 characters."""
+    return text if len(text) >= 10 else None
+
+
+def readable(text: str) -> str | None:
+    """Drops texts of which, blanks aside, more than half is neither letter nor digit nor Han character."""
+    return text if len(re.findall(r"[^\w\s]", text)) <= 0.5 * sum(map(len, text.split())) else None
+
+
+def repetition(text: str) -> str | None:
+    """Drops texts that zlib shrinks to less than a fifth; prose shrinks to about a half."""
+    probes = (text[i : i + 8] for i in range(0, len(text), len(text) // 8 + 1))
+    if all(text.count(probe) < 4 for probe in probes):  # so nothing is repeated that often: spare the slow way
+        return text
+    data = text.encode()
+    return text if len(zlib.compress(data, 1)) >= 0.2 * len(data) else None
+
+
+Rules = dict[str, Callable[[str], str | None]]
+TEXT_RULES: Rules = {rule.__name__: rule for rule in (nfc, control, whitespace, length, readable, repetition)}
+CHAT_RULES: Rules = {rule.__name__: rule for rule in (nfc, control)}  # no more, for blanks have a meaning in code
+
+
+def clean(text: str, rules: Rules, args: argparse.Namespace, changed: Counter) -> str:
+    """The text after all rules, in their order, but for args.skip_rules; Dropped if one of them drops it."""
+    for name, rule in rules.items():
+        if name not in args.skip_rules:
+            before, text = text, rule(text)
+            if text is None:
+                raise Dropped(name, before[:80])
+            changed[name] += text != before
+    return text

@@ -1,0 +1,163 @@
+"""What each command of data_process.py makes of a record: one table, so that a new kind of data is a new entry."""
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from base.cli import UserError
+from corpus.cleaning import CHAT_RULES, TEXT_RULES, Dropped, clean
+from corpus.duplicates import hash64
+from corpus.records import Messages, chat_of, pair_of, text_of
+from model import chat
+
+
+class Document(NamedTuple):
+    place: int  # of its record in the file
+    key: int  # 64-bit hash of the content
+    parts: list[tuple[bytes, bytes]]  # token ids and loss mask of each sequence; (text, b"") where there are no tokens
+    size: int  # UTF-8 bytes of text
+    sample: str  # the text, or for a chat a question; only its beginning leaves the worker, for the report
+    bands: list[int] = []  # hashes, of which near duplicates share one
+
+
+class Kind(NamedTuple):
+    """How a record becomes a document, and what is to know of the prepared folder."""
+
+    read: Callable[[int, dict, argparse.Namespace, Counter], Document]  # Dropped or BadRecord where it cannot
+    rules: tuple[str, ...]  # that may drop or change it, in the report's order
+    tokenize: Callable[[list[Document], argparse.Namespace], list[Document]] | None = None  # of a whole batch
+    titles: tuple[str, ...] = ()  # of the sequences that a record becomes, which stay together; none: not prepared
+    masked: bool = False  # whether only some tokens are trained
+
+
+class Encoder(NamedTuple):
+    tokenizer: Tokenizer
+    encode: Callable[[str], list[int]]  # for much text
+    sizes: np.ndarray  # UTF-8 bytes of each id, (V,)
+    dtype: np.dtype  # of ids on disk
+
+
+@cache
+def load_encoder(directory: str) -> Encoder:
+    """The tokenizer in a folder; UserError where there is none.
+
+    SentencePiece gives the same ids as tokenizers in half the time or less, so it is used if the folder has its file.
+    """
+    tokenizer = chat.load_tokenizer(directory)
+    size = tokenizer.get_vocab_size()
+    dtype = np.dtype("<u2" if size <= 2**16 else "<u4")
+    sizes = chat.token_bytes(tokenizer)
+    model_file = Path(directory) / "tokenizer.model"
+    if not model_file.is_file():
+        return Encoder(tokenizer, partial(chat.encode, tokenizer), sizes, dtype)
+    import sentencepiece
+
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_proto=model_file.read_bytes())
+    except RuntimeError as error:
+        raise UserError(f"{model_file} is broken: restore or delete it ({error})") from None
+    pieces = [model.id_to_piece(token_id) for token_id in range(len(model))]
+    if pieces != [tokenizer.id_to_token(token_id) for token_id in range(size)]:
+        raise UserError(f"{model_file} and tokenizer.json differ: delete the former, or restore both")
+    return Encoder(tokenizer, model.encode, sizes, dtype)
+
+
+def read_text_record(place: int, record: dict, args: argparse.Namespace, changed: Counter) -> Document:
+    """The document of a record with a text, not tokenized yet."""
+    text = text_of(record, args.text_field)
+    text.encode()  # raises UnicodeEncodeError, before the rules meet a lone surrogate
+    text = clean(text, TEXT_RULES, args, changed)
+    data = text.encode()
+    return Document(place, hash64(data), [(data, b"")], len(data), text)
+
+
+def read_json_record(place: int, record: dict, args: argparse.Namespace, changed: Counter) -> Document:
+    """The same, but the content is the whole record as a line of JSON, with the text cleaned."""
+    document = read_text_record(place, record, args, changed)
+    line = json.dumps({**record, args.text_field: document.sample}, ensure_ascii=False, default=str) + "\n"
+    return document._replace(parts=[(line.encode(), b"")])
+
+
+def tokenize_texts(documents: list[Document], args: argparse.Namespace) -> list[Document]:
+    encoder = load_encoder(args.tokenizer)
+    tokenized = []
+    for document in documents:
+        ids = [chat.BOS]
+        for piece in cut(document.sample, 2**16):  # encoding takes some 100 bytes a character
+            ids += encoder.encode(piece)
+        ids.append(chat.EOS)
+        tokenized.append(document._replace(parts=[(np.array(ids, encoder.dtype).tobytes(), b"")]))
+    return tokenized
+
+
+def cut(text: str, size: int) -> Iterator[str]:
+    """Pieces of at most `size` characters, cut at a line end where there is one, for no token spans one."""
+    start = 0
+    while start < len(text):
+        end = start + size
+        if end < len(text):
+            end = text.rfind("\n", start, end) + 1 or end
+        yield text[start:end]
+        start = end
+
+
+def read_chat_record(place: int, record: dict, args: argparse.Namespace, changed: Counter) -> Document:
+    messages, tools = chat_of(record)
+    return _chat_document(place, [messages], 0, tools, args, changed)
+
+
+def read_pair_record(place: int, record: dict, args: argparse.Namespace, changed: Counter) -> Document:
+    """The document of a preference pair: two chats, of which only the answers that differ are trained."""
+    chosen, rejected, shared, tools = pair_of(record)
+    return _chat_document(place, [chosen, rejected], shared, tools, args, changed)
+
+
+def _chat_document(
+    place: int, chats: list[Messages], shared: int, tools: list | None, args: argparse.Namespace, changed: Counter
+) -> Document:
+    encoder = load_encoder(args.tokenizer)
+    for messages in chats:
+        for message in messages:
+            for field in {"content", "reasoning_content"} & message.keys():
+                message[field] = clean(message[field], CHAT_RULES, args, changed)
+    questions = [message["content"] for message in chats[0] if message["role"] == "user"]
+    sample = questions[0][:80] if questions else ""
+    if len(chats) == 2 and chats[0] == chats[1]:
+        raise Dropped("same_answer", sample)
+    # Of the content, not of its tokens: the split into train and val does not change with the tokenizer.
+    key = hash64(json.dumps([chats, tools], ensure_ascii=False).encode())
+    prompt = []  # ids of what the chats share, up to the answer
+    if shared:
+        prompt, _ = chat.encode_chat(encoder.tokenizer, chats[0][:shared], tools, add_generation_prompt=True)
+    parts = []
+    size = 0
+    for messages in chats:
+        ids, mask = chat.encode_chat(encoder.tokenizer, messages, tools)
+        mask[: len(prompt)] = [0] * len(prompt)
+        if not any(trained and token != chat.IM_END for token, trained in zip(ids, mask, strict=True)):
+            raise Dropped("no_answer", sample)
+        if args.max_tokens and len(ids) > args.max_tokens:
+            raise Dropped("too_long", sample)
+        tokens = np.array(ids, encoder.dtype)
+        parts.append((tokens.tobytes(), bytes(mask)))
+        size += int(encoder.sizes[tokens].sum())
+    return Document(place, key, parts, size, sample)
+
+
+TEXT_NAMES = (*TEXT_RULES, "exact_duplicate", "near_duplicate")
+CHAT_NAMES = (*CHAT_RULES, "no_answer", "too_long", "exact_duplicate")
+PAIR_NAMES = (*CHAT_RULES, "same_answer", "no_answer", "too_long", "exact_duplicate")
+KINDS = {
+    "clean": Kind(read_json_record, TEXT_NAMES),
+    "tokenizer": Kind(read_text_record, TEXT_NAMES),
+    "pretrain": Kind(read_text_record, TEXT_NAMES, tokenize_texts, titles=("document",)),
+    "sft": Kind(read_chat_record, CHAT_NAMES, titles=("chat",), masked=True),
+    "dpo": Kind(read_pair_record, PAIR_NAMES, titles=("chosen", "rejected"), masked=True),
+}

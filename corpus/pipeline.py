@@ -1,0 +1,176 @@
+"""Files -> documents: this process reads batches, workers make documents of them, this process takes out duplicates.
+
+The results come in the order of the input, so the output does not depend on the number of workers; and memory does not
+grow with the corpus, but for the index of duplicates.
+"""
+
+import argparse
+import json
+import multiprocessing
+import signal
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from base.cli import UserError
+from corpus.cleaning import Dropped
+from corpus.duplicates import HashSet, band_hashes
+from corpus.files import RecordBatch, find_files, read_batches
+from corpus.kinds import KINDS, Document
+from corpus.records import BadRecord, parse
+
+
+class Result(NamedTuple):
+    batch: RecordBatch  # without its records
+    count: int  # of its records
+    documents: list[Document]
+    bad: list[tuple[int, str]]  # place, reason
+    dropped: list[tuple[str, int, str]]  # rule, place, sample
+    changed: Counter  # rule -> how many texts it changed
+
+
+def work(args: argparse.Namespace, batch: RecordBatch) -> Result:
+    """Makes documents of the records of a batch, in a worker process."""
+    kind = KINDS[args.command]
+    documents, bad, dropped = [], [], []
+    changed = Counter()
+    for place, record in batch.records:
+        try:
+            documents.append(kind.read(place, parse(record), args, changed))
+        except Dropped as drop:
+            rule, sample = drop.args
+            dropped.append((rule, place, sample))
+        except UnicodeEncodeError as error:  # a lone surrogate: as JSON's \ud800, or from the reader
+            bad.append((place, f"character {error.start + 1} is not UTF-8 (GBK, maybe?), or half a surrogate pair"))
+        except BadRecord as error:
+            bad.append((place, str(error)))
+    # What follows goes over the whole batch step by step: a fifth faster than text by text, for the processor's caches.
+    if kind.tokenize:
+        documents = kind.tokenize(documents, args)
+    if documents and "near_duplicate" in set(kind.rules) - set(args.skip_rules):
+        bands = band_hashes([document.sample for document in documents])
+        documents = [document._replace(bands=hashes) for document, hashes in zip(documents, bands, strict=True)]
+    documents = [document._replace(sample=document.sample[:80]) for document in documents]
+    return Result(batch._replace(records=[]), len(batch.records), documents, bad, dropped, changed)
+
+
+def in_order(function: Callable, tasks: Iterable, workers: int) -> Iterator:
+    """map(function, tasks) on `workers` processes, with few tasks under way at a time, so that memory stays flat.
+
+    OSError if one of the processes dies.
+    """
+    if workers == 1:
+        yield from map(function, tasks)
+        return
+    context = multiprocessing.get_context("spawn")  # the method that Windows, macOS and Linux share
+    ignore_ctrl_c = (signal.SIGINT, signal.SIG_IGN)  # this process answers it for all
+    pool = ProcessPoolExecutor(workers, context, signal.signal, ignore_ctrl_c)
+    pending = deque()
+    try:
+        for task in tasks:
+            pending.append(pool.submit(function, task))
+            if len(pending) > 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool:
+        raise OSError("a worker process died, maybe for want of memory: try --workers 1") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class Report:
+    """What became of the records, and the hashes of the documents that were kept."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.skipped = args.skip_rules
+        self.max_bad_fraction = args.max_bad_fraction
+        self.records = Counter()  # by file
+        self.kept = 0
+        self.bad = 0
+        self.bad_examples: list[str] = []
+        self.rules = {name: {"changed": 0, "dropped": 0, "example": None} for name in KINDS[args.command].rules}
+        self.exact, self.near = HashSet(), HashSet()
+
+    def without_duplicates(self, result: Result) -> Iterator[Document]:
+        """Counts what a worker found, and yields the documents that are not like an earlier one."""
+        path = result.batch.path
+        dropped = list(result.dropped)
+        self.records[path] += result.count
+        self.bad += len(result.bad)
+        self.bad_examples += [f"{path}:{place}: {reason}" for place, reason in result.bad]
+        del self.bad_examples[5:]
+        if self.records.total() >= 1000:
+            self.check_bad()
+        for document in result.documents:
+            if rule := self.duplicate_rule(document):
+                dropped.append((rule, document.place, document.sample))
+            else:
+                self.kept += 1
+                yield document
+        for rule, place, sample in dropped:
+            self.rules[rule]["dropped"] += 1
+            self.rules[rule]["example"] = self.rules[rule]["example"] or f"{path}:{place}: {sample}"
+        for rule, count in result.changed.items():
+            self.rules[rule]["changed"] += count
+
+    def check_bad(self):
+        """UserError if too many records are bad."""
+        if self.bad > self.max_bad_fraction * self.records.total():
+            raise UserError(
+                f"{self.bad_examples[0]} (this and more, {self.bad} of {self.records.total()} records, are bad: "
+                f"mend them, or allow for them with --max_bad_fraction, now {self.max_bad_fraction})"
+            )
+
+    def duplicate_rule(self, document: Document) -> str | None:
+        """The rule that drops a document as like an earlier one; or None, and then it is remembered."""
+        if "exact_duplicate" not in self.skipped:
+            if document.key in self.exact:
+                return "exact_duplicate"
+            self.exact.add(document.key)
+        if any(band in self.near for band in document.bands):
+            return "near_duplicate"
+        for band in document.bands:
+            self.near.add(band)
+        return None
+
+    def as_dict(self) -> dict:
+        counts = {"records": self.records.total(), "kept": self.kept, "bad": self.bad}
+        return {**counts, "bad_examples": self.bad_examples, "skipped_rules": self.skipped, "rules": self.rules}
+
+    def __str__(self) -> str:
+        lines = [f"{self.records.total():,} records, {self.kept:,} kept, {self.bad:,} bad", *self.bad_examples]
+        lines.append(f"{'rule':16} {'changed':>9} {'dropped':>9}  an example of what was dropped")
+        for name, rule in self.rules.items():
+            example = json.dumps(rule["example"], ensure_ascii=False) if rule["example"] else ""
+            lines.append(f"{name:16} {rule['changed']:9,} {rule['dropped']:9,}  {example}".rstrip())
+        index = 8 * (len(self.exact.table) + len(self.near.table))
+        lines.append(f"index of duplicates: {index / 1e6:.1f} MB")
+        return "\n".join(lines)
+
+
+def read_documents(args: argparse.Namespace, inputs: list[str], report: Report) -> Iterator[Document]:
+    """Yields the documents of all inputs that no rule drops, in order; shows the progress, and fills the report."""
+    files = find_files(inputs)
+    kept_before = report.kept
+    shown = time.monotonic()
+    total = sum(path.stat().st_size for path in files)
+    results = in_order(partial(work, args), read_batches(files, args.text_field), args.workers)
+    with tqdm(total=total, desc=args.command, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+        for result in results:
+            yield from report.without_duplicates(result)
+            bar.update(result.batch.position - bar.n)
+            if bar.disable and time.monotonic() > shown + 10:  # no terminal: a line at times
+                print(f"{args.command}: read {result.batch.position >> 20} of {total >> 20} MiB", file=sys.stderr)
+                shown = time.monotonic()
+    report.check_bad()
+    if report.kept == kept_before:
+        print(report, file=sys.stderr)
+        raise UserError(f"{', '.join(inputs)}: no document is left; the report above says what became of the records")

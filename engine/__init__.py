@@ -1,0 +1,1 @@
+"""How a model writes: the cache, sampling, streaming, the layout for CPUs. Imports base and model."""

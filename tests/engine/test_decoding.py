@@ -1,0 +1,99 @@
+"""The layout for decoding: the same model, in float32 and nearly so in float16, and how eval.py asks for it."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import TOKENIZER, greedy, prompt, sharp_model
+
+from engine.decoding import FEW_ROWS, HalfProduct, Product, lay_out_for_decoding
+from model.checkpoint import save_model
+from model.LMConfig import PRESETS, LMConfig
+
+SIZES = {"num_hidden_layers": 2, "max_position_embeddings": 64}
+CONFIGS = {
+    "llama": PRESETS["tiny"] | SIZES | {"qk_norm": False},
+    "qk_norm": PRESETS["tiny"] | SIZES,
+    "as many keys as queries": PRESETS["tiny"] | SIZES | {"num_key_value_heads": 3},
+    "untied": PRESETS["tiny"] | SIZES | {"tie_word_embeddings": False},
+    "inner sizes that no part divides": PRESETS["tiny"] | SIZES | {"intermediate_size": 254},
+    "sigmoid experts": PRESETS["tiny-moe"] | SIZES,
+    "softmax experts": PRESETS["tiny-moe"] | SIZES | {"scoring_func": "softmax"},
+}
+needs_fbgemm = pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="needs FBGEMM")
+
+
+def models(name: str, half_weights: bool = False):
+    """A model, and the same laid out. Norms that are not 1, so that a forgotten weight shows."""
+    model = sharp_model(LMConfig(**CONFIGS[name]))
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "norm" in parameter_name:
+                parameter.uniform_(0.5, 1.5)
+    laid_out = copy.deepcopy(model)
+    lay_out_for_decoding(laid_out, half_weights)
+    return model, laid_out
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_layout_changes_no_logit_and_no_text(name):
+    model, laid_out = models(name)
+    for rows, length in ((1, 1), (3, 4), (2, FEW_ROWS)):
+        ids = torch.tensor([prompt(length, seed) for seed in range(rows)])
+        expected = model(ids)
+        torch.testing.assert_close(laid_out(ids), expected, atol=1e-4 * expected.std().item(), rtol=1e-4)
+    prompts = [prompt(length, seed=length) for length in (5, 12, 1)]
+    expected = greedy(model, prompts, 20)
+    assert len({*sum(expected, [])}) > 6, "too dull to tell anything"
+    assert greedy(laid_out, prompts, 20) == expected
+    assert [greedy(laid_out, [one], 20)[0] for one in prompts] == expected
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 5), (1, FEW_ROWS), (1, FEW_ROWS + 1), (0, 1)], ids=str)
+@pytest.mark.parametrize("product", [Product, pytest.param(HalfProduct, marks=needs_fbgemm)])
+def test_a_product_is_that_of_its_layers_side_by_side(shape, product):
+    layers = [torch.nn.Linear(64, n_out, bias=False) for n_out in (24, 8)]
+    with torch.inference_mode():
+        x = torch.randn(*shape, 64)
+        exact = torch.cat([layer(x) for layer in layers], dim=-1)
+        # A weight is off by at most 2^-11 of itself in float16.
+        bound = torch.cat([x.abs() @ layer.weight.abs().t() for layer in layers], dim=-1) / 2**11 + 1e-5
+        atol = 1e-5 if product is Product else bound
+        assert ((product(*layers)(x) - exact).abs() <= atol).all()
+
+
+@needs_fbgemm
+@pytest.mark.parametrize("name", ["qk_norm", "sigmoid experts"])
+def test_half_weights_are_those_of_float16_and_nothing_else_is(name):
+    model, halved = models(name, half_weights=True)
+    with torch.no_grad():
+        untied = torch.nn.Parameter(model.lm_head.weight.half().float())  # an embedding is looked up, not multiplied
+        for parameter_name, parameter in model.named_parameters():
+            if "_proj" in parameter_name:
+                parameter.copy_(parameter.half())
+        model.lm_head.weight = untied
+        ids = torch.tensor([prompt(20)])
+        expected = model(ids)
+        torch.testing.assert_close(halved(ids), expected, atol=1e-4 * expected.std().item(), rtol=1e-4)
+
+
+def test_half_weights_without_the_product_for_them_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.backends, "quantized", SimpleNamespace(supported_engines=["qnnpack"]))
+    with pytest.raises(ValueError, match="no product with float16 weights.*--half_weights"):
+        lay_out_for_decoding(sharp_model(LMConfig(**CONFIGS["llama"])), half_weights=True)
+
+
+@needs_fbgemm
+def test_eval_writes_with_half_weights(tmp_path, run_here):
+    model, _ = models("qk_norm")
+    save_model(tmp_path / "model", model, TOKENIZER)
+    command = ("eval.py", "--model", tmp_path / "model", "--device", "cpu", "--prompt", "天", "--temperature", 0)
+    command += ("--max_new_tokens", 8)
+    assert run_here(*command, "--half_weights").out == run_here(*command).out
+
+
+def test_half_weights_are_for_a_cpu_and_for_writing(tmp_path, run_here):
+    result = run_here("eval.py", "--half_weights", "--model", tmp_path, "--data", tmp_path, "--device", "cpu")
+    assert "--half_weights is for writing on a CPU" in result.error_line(2)

@@ -1,0 +1,224 @@
+"""Saving: a kill or a full disk at any moment leaves the old checkpoint or the new one, whole."""
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT, SHORT_RUN, TIMEOUT, TOKENIZER, Processes, saved_progress, snapshot, steps_of
+from safetensors.torch import save_file
+
+from model import checkpoint
+from model.checkpoint import load_model, load_tensors, save_model, save_tensors
+from model.LMConfig import PRESETS, LMConfig
+from model.model import CausalLM
+from training.state import STATE_FILE
+
+TINY = LMConfig(**PRESETS["tiny"])
+
+# ------------------------------------------------------------------------------------------------------ kill, full disk
+
+
+def save_and_be_killed(folder: Path, kills: int):
+    """Forks a child that saves without end, kills it at a random moment, and reads what it left; again and again.
+
+    Every save writes one number into all weights, so that a file of two saves, or of half a one, shows.
+    """
+    model, rng = CausalLM(TINY), random.Random(0)
+
+    def save(number: int):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(number)
+        state = {f"weight.{name}": parameter.data for name, parameter in model.named_parameters()}
+        save_tensors(folder / STATE_FILE, state, info=json.dumps({"number": number}))
+        save_model(folder, model, TOKENIZER)
+
+    save(0)
+    started = time.perf_counter()
+    save(1)
+    duration = time.perf_counter() - started
+    last, last_model, torn = 1, 1, 0
+    for _ in range(kills):
+        child = os.fork()
+        if child == 0:
+            number = last
+            while True:
+                number += 1
+                save(number)
+        time.sleep(rng.uniform(0, 2 * duration))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        torn += any(folder.rglob(".*.new"))
+        state, texts = load_tensors(folder / STATE_FILE)
+        info = json.loads(texts["info"])
+        numbers = {value.item() for tensor in state.values() for value in (tensor.min(), tensor.max())}
+        assert numbers == {info["number"]}, f"the state holds {numbers}"
+        weights = {value.item() for p in load_model(folder).parameters() for value in (p.min(), p.max())}
+        assert len(weights) == 1, f"the model holds {weights}"
+        assert last_model <= (last_model := weights.pop()) <= info["number"], "an older model came back"
+        assert last <= (last := info["number"]), "an older state came back"
+    print(json.dumps({"torn": torn, "last": last}))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a child that it has forked")
+@pytest.mark.parametrize("kills", [12, pytest.param(300, marks=pytest.mark.slow)])
+def test_killed_while_saving_leaves_the_old_or_the_new_one_whole(kills, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    (result,) = Processes(tmp_path / "logs", save_and_be_killed, tmp_path / "out", kills).wait()
+    assert result.status == 0, result.err
+    report = json.loads(result.out)
+    assert report["torn"] > 0, "no kill came while a file was being written"
+    assert report["last"] > 1, "no save came to its end"
+    AutoTokenizer.from_pretrained(tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert len({value.item() for p in model.parameters() for value in (p.min(), p.max())}) == 1
+
+
+@pytest.fixture
+def trained(data, run_here, tmp_path):
+    """The flags of a run of one step that has ended, without --resume; it is in tmp_path / "out"."""
+    flags = ["--data", data, "--out_dir", tmp_path / "out", "--preset", "tiny", "--max_seq_len", "32"]
+    flags += ["--batch_size", "2", "--eval_rows", "1"]
+    assert run_here("1-pretrain.py", *flags, "--max_steps", "1").status == 0
+    return flags
+
+
+@pytest.mark.parametrize("fails", ["state.safetensors", "model.safetensors"])
+def test_a_disk_that_fills_up_leaves_the_earlier_checkpoint(fails, trained, run_here, tmp_path, monkeypatch):
+    def full_disk(tensors, path, metadata=None):
+        save_file(tensors, path, metadata)
+        if Path(path).name.startswith(fails):
+            Path(path).write_bytes(Path(path).read_bytes()[:1000])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    before = snapshot(tmp_path / "out")
+    error = run_here("1-pretrain.py", *trained, "--max_steps", "2", "--resume").error_line(status=1)
+    assert fails in error
+    assert "No space left" in error
+    after = snapshot(tmp_path / "out")
+    assert before.keys() == after.keys(), "something was left lying about"
+    assert after[Path("model.safetensors")] == before[Path("model.safetensors")]
+    if fails == "state.safetensors":
+        assert after == before
+    monkeypatch.undo()
+    assert run_here("1-pretrain.py", *trained, "--max_steps", "2", "--resume").status == 0, "it cannot go on"
+
+
+def test_a_kill_between_the_two_renames_is_mended_by_whoever_comes_next(trained, run_here, tmp_path, monkeypatch):
+    rename = Path.rename
+
+    def killed_at_the_second(path, target):
+        if path.name == ".out.new":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", killed_at_the_second)
+    assert run_here("1-pretrain.py", *trained, "--max_steps", "2").status == 130
+    monkeypatch.undo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.new", "out.old"]
+    assert run_here("1-pretrain.py", *trained, "--max_steps", "3", "--resume").status == 0
+    assert saved_progress(tmp_path / "out")["step"] == 3
+    (tmp_path / "out").rename(tmp_path / ".out.new")
+    load_model(tmp_path / "out")
+
+
+def limit_file_size():
+    import resource  # not on Windows
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit for the size of a file")
+def test_a_file_that_the_system_refuses_leaves_the_earlier_checkpoint(trained, start, tmp_path):
+    before = snapshot(tmp_path / "out")
+    (result,) = start("1-pretrain.py", *trained, "--max_steps", "1", patch=limit_file_size).wait()
+    assert "cannot write" in result.error_line(status=1)
+    assert snapshot(tmp_path / "out") == before
+
+
+# --------------------------------------------------------------------------------------- other people's files, launchers
+
+
+@pytest.mark.parametrize("name", ["out", "out.old"])
+def test_a_folder_that_no_run_has_made_is_not_put_away(name, data, run_here, tmp_path):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis.md").write_text("years of work")
+    flags = ["--data", data, "--out_dir", tmp_path / "out", "--preset", "tiny", "--max_steps", "1"]
+    error = run_here("1-pretrain.py", *flags).error_line(status=2)
+    assert f"{name} holds something else than a run" in error
+    assert (tmp_path / name / "thesis.md").read_text() == "years of work"
+
+
+def test_a_run_does_not_replace_the_model_that_it_starts_from(chat_data, base_dir, run_here):
+    before = snapshot(base_dir)
+    result = run_here("2-sft.py", "--data", chat_data, "--init_from", base_dir, "--out_dir", base_dir)
+    assert "--init_from" in result.error_line(status=2)
+    assert snapshot(base_dir) == before
+
+
+def test_resume_auto_begins_and_goes_on(data, run_here, tmp_path):
+    flags = ["--data", data, "--out_dir", tmp_path / "out", "--preset", "tiny", "--max_seq_len", "32"]
+    flags += ["--batch_size", "2", "--eval_rows", "1", "--resume", "auto"]
+    for steps in (1, 3):
+        assert run_here("1-pretrain.py", *flags, "--max_steps", steps).status == 0
+        assert saved_progress(tmp_path / "out")["step"] == steps
+    assert not (tmp_path / "out.old").exists(), "the second run began anew"
+
+
+def test_a_restart_by_torchrun_does_not_begin_anew_unasked(data, run_here, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    result = run_here("1-pretrain.py", "--data", data, "--out_dir", tmp_path / "out", "--preset", "tiny")
+    assert "--resume auto" in result.error_line(status=2)
+
+
+KILLED_ONCE = """
+import os, runpy, signal, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+from helpers import hurry, signal_in_pass
+hurry()
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    signal_in_pass(5, signal.SIGKILL)
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+def test_one_command_serves_the_first_start_and_every_restart(data, tmp_path):
+    """The process is killed in its third step; torchrun starts the same command again, which goes on from the save."""
+    paths = {"root": str(ROOT), "tests": str(ROOT / "tests"), "script": str(ROOT / "1-pretrain.py")}
+    (tmp_path / "killed.py").write_text(KILLED_ONCE.format(**paths), "utf-8")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--max_restarts",
+        "1",
+        tmp_path / "killed.py",
+    ]
+    command += [
+        "--data",
+        data,
+        "--out_dir",
+        tmp_path / "out",
+        *SHORT_RUN,
+        "--batch_size",
+        "2",
+        "--accumulation_steps",
+        "2",
+    ]
+    command += ["--save_interval", "1", "--max_steps", "4", "--resume", "auto"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+    assert result.returncode == 0, result.stderr
+    assert saved_progress(tmp_path / "out")["step"] == 4
+    assert steps_of(tmp_path / "out") == [0, 1, 2, 3, 4]

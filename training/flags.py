@@ -1,0 +1,73 @@
+"""The flags that all stages share."""
+
+import argparse
+from pathlib import Path
+
+from base.cli import HelpFormatter, above_zero, natural, not_negative, positive
+from model.LMConfig import PRESETS, TRAINING_FLAGS
+
+LORA_FLAGS = {  # for the stages that can train an adapter: name -> options of argparse's add_argument
+    "--lora_rank": dict(type=int, help="rank r of the adapters"),
+    "--lora_alpha": dict(type=float, help="weight of the adapters, divided by the rank; without it, 2 r"),
+    "--lora_dropout": dict(type=float, default=0.0, help="share of an adapter's inputs set to 0 in training"),
+    "--lora_targets": dict(
+        nargs="+", metavar="NAME", help="layers that get an adapter; without it, all (with experts, those of attention)"
+    ),
+}
+
+
+def parse_flags(description: str, stage_flags: dict[str, dict] | None = None, **stage_defaults) -> argparse.Namespace:
+    """The flags of every stage and those of one: name -> options of argparse's add_argument.
+
+    Values measured for a preset replace the stage's defaults; the command line replaces both.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+    group = parser.add_argument_group("what")
+    group.add_argument("--data", type=Path, help="folder made by data_process.py")
+    group.add_argument("--init_from", type=Path, help="model to start from; without it, random weights")
+    group.add_argument("--out_dir", type=Path, help="where the model goes")
+    group.add_argument(
+        "--resume",
+        nargs="?",
+        const="must",
+        choices=["must", "auto"],
+        help="go on exactly where the run in --out_dir stopped; auto: if there is one, else begin",
+    )
+    group.add_argument("--preset", choices=PRESETS, help="a size from model/LMConfig.py; without it, its defaults")
+    group.add_argument("--seed", type=natural, default=0, help="of the first weights and of the order of the samples")
+    group = parser.add_argument_group("how long: what comes first ends the run, and the cosine with it")
+    group.add_argument("--epochs", type=positive, default=1, help="passes over the data")
+    group.add_argument("--max_steps", type=positive, help="optimizer steps")
+    group.add_argument("--max_minutes", type=above_zero, help="minutes of training")
+    group = parser.add_argument_group("a step")
+    group.add_argument("--batch_size", type=positive, default=8, help="rows per process in a forward and backward pass")
+    group.add_argument("--accumulation_steps", type=positive, default=1, help="such passes in an optimizer step")
+    group.add_argument("--max_seq_len", type=positive, default=512, help="tokens in a row")
+    group.add_argument("--learning_rate", type=above_zero, default=1e-4, help="after the warm-up")
+    group.add_argument("--min_learning_rate", type=not_negative, default=1e-5, help="at the end of the cosine")
+    group.add_argument(
+        "--embedding_factor", type=above_zero, default=1.0, help="how much faster an embedding learns, unless tied"
+    )
+    group.add_argument("--warmup_steps", type=natural, default=100, help="steps of linear rise")
+    group.add_argument("--weight_decay", type=not_negative, default=0.1, help="of the matrices")
+    group.add_argument("--grad_clip", type=above_zero, default=1.0, help="largest norm of the gradient")
+    group.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw", help="update rule")
+    group = parser.add_argument_group("the machine")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    group.add_argument(
+        "--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="of matrix products"
+    )
+    group.add_argument("--compile", action="store_true", help="torch.compile: starts slower, runs faster on a GPU")
+    group.add_argument("--grad_checkpointing", action="store_true", help="much less memory for a third more work")
+    group = parser.add_argument_group("what is shown and kept")
+    group.add_argument("--log_interval", type=positive, default=10, help="steps between two lines of the log")
+    group.add_argument("--eval_interval", type=positive, default=200, help="steps between two validations")
+    group.add_argument("--eval_rows", type=positive, default=64, help="rows of a validation; the last one takes all")
+    group.add_argument("--save_interval", type=positive, default=200, help="steps between two checkpoints")
+    group.add_argument("--wandb", choices=["disabled", "offline", "online"], default="disabled", help="tracking")
+    group = parser.add_argument_group("this stage")
+    for name, options in (stage_flags or {}).items():
+        group.add_argument(name, **options)
+    parser.set_defaults(**stage_defaults)
+    parser.set_defaults(**TRAINING_FLAGS.get(parser.parse_known_args()[0].preset, {}))
+    return parser.parse_args()

@@ -1,0 +1,206 @@
+"""The update: Muon and AdamW, the learning rate, and one buffer for all gradients."""
+
+import argparse
+import math
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from model.model import CausalLM
+from training.machine import Machine
+
+MUON_BATCH = 2**23  # numbers whose update is computed at a time: several copies of them exist then
+
+
+@torch.no_grad()
+def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Makes all singular values of each matrix (n, rows, columns) roughly 1, by Newton-Schulz iteration.
+
+    The polynomial's coefficients are Keller Jordan's (Muon, 2024): they lift small singular values in few steps and
+    leave all between about 0.7 and 1.2. In float32 on a CPU, where bfloat16 products can be a hundred times slower.
+    """
+    x = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices  # the products below are of the short side
+    if x.device.type == "cuda":
+        x = x.bfloat16()
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        a = x @ x.mT
+        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, b, x, beta=3.4445)
+    return (x.mT if matrices.shape[1] > matrices.shape[2] else x).to(matrices.dtype)
+
+
+def _orthogonalize_together(matrices: Tensor) -> Tensor:
+    """orthogonalize() by all processes, a share of the matrices each: alone it took each a quarter of a `mini` step."""
+    if not dist.is_initialized():
+        return orthogonalize(matrices)
+    rank, processes = dist.get_rank(), dist.get_world_size()
+    share = slice(len(matrices) * rank // processes, len(matrices) * (rank + 1) // processes)
+    result = torch.zeros_like(matrices)
+    result[share] = orthogonalize(matrices[share])
+    dist.all_reduce(result)  # the others' matrices are 0 here
+    return result
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is orthogonalized, for the matrices of the layers; Adam for embedding, head and norms.
+
+    Scaled as in arXiv 2502.16982, eq. 4, so that an update is of the size of Adam's and both share a learning rate.
+    Matrices of one shape are updated in batches.
+    """
+
+    def __init__(self, groups: list[dict], lr: float, momentum: float = 0.95, betas=(0.9, 0.95), eps: float = 1e-8):
+        super().__init__(groups, dict(lr=lr, momentum=momentum, betas=betas, eps=eps, weight_decay=0.0, matrices=False))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            if group["matrices"]:
+                self._muon(group)
+            else:
+                self._adam(group)
+
+    def _muon(self, group: dict):
+        by_shape: dict[torch.Size, list[Tensor]] = {}
+        for parameter in group["params"]:
+            by_shape.setdefault(parameter.shape, []).append(parameter)
+        for shape, parameters in by_shape.items():
+            n = max(1, MUON_BATCH // shape.numel())
+            for start in range(0, len(parameters), n):
+                self._update(parameters[start : start + n], group)
+
+    def _update(self, parameters: list[Tensor], group: dict):
+        """Of matrices of one shape."""
+        updates = []
+        for parameter in parameters:
+            state, gradient = self.state[parameter], parameter.grad
+            momentum = state.setdefault("momentum", torch.zeros_like(parameter))
+            momentum.lerp_(gradient, 1 - group["momentum"])
+            updates.append(gradient.lerp(momentum, group["momentum"]))  # Nesterov
+        size = -group["lr"] * 0.2 * max(parameters[0].shape) ** 0.5
+        for parameter, update in zip(parameters, _orthogonalize_together(torch.stack(updates))):
+            # An expert that no token visited stays: whatever is left of its momentum would give a whole update.
+            parameter.addcmul_(update, parameter.grad.any().to(update.dtype), value=size)
+
+    def _adam(self, group: dict):
+        for parameter in group["params"]:
+            state, (beta1, beta2) = self.state[parameter], group["betas"]
+            if not state:
+                state |= {
+                    "step": torch.zeros(()),
+                    "mean": torch.zeros_like(parameter),
+                    "square": torch.zeros_like(parameter),
+                }
+            state["step"] += 1
+            n = state["step"].item()
+            state["mean"].lerp_(parameter.grad, 1 - beta1)
+            state["square"].mul_(beta2).addcmul_(parameter.grad, parameter.grad, value=1 - beta2)
+            scale = (state["square"] / (1 - beta2**n)).sqrt_().add_(group["eps"])
+            parameter.addcdiv_(state["mean"], scale, value=-group["lr"] / (1 - beta1**n))
+
+
+def _kind(name: str, parameter: Tensor, tied: bool) -> str:
+    """Which of build_optimizer's groups a parameter belongs to."""
+    if parameter.dim() < 2:
+        return "vectors"
+    if ".layers." in name and not name.endswith(".mlp.gate.weight"):
+        return "matrices"
+    # Rows that belong to a token or an expert each, and have a size of their own.
+    return "embedding" if "embed_tokens" in name and not tied else "tables"
+
+
+def build_optimizer(model: CausalLM, args: argparse.Namespace) -> torch.optim.Optimizer:
+    """AdamW (arXiv 1711.05101) or Muon. Vectors do not decay: shrinking a norm's weight would regularise nothing.
+
+    An embedding that is not also the head may learn faster: its rows move only where their tokens occur.
+    """
+    parameters = {"matrices": [], "embedding": [], "tables": [], "vectors": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameters[_kind(name, parameter, model.config.tie_word_embeddings)].append(parameter)
+    groups = [
+        {
+            "params": members,
+            "matrices": kind == "matrices",
+            "weight_decay": 0.0 if kind == "vectors" else args.weight_decay,
+            "rate_factor": args.embedding_factor if kind == "embedding" else 1.0,
+        }
+        for kind, members in parameters.items()
+        if members
+    ]
+    if args.optimizer == "muon":
+        return Muon(groups, lr=args.learning_rate)
+    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+def learning_rate(args: argparse.Namespace, step: int, share_done: float) -> float:
+    """Half a cosine from learning_rate to min_learning_rate as share_done goes from 0 to 1, times a linear warm-up."""
+    warm = min(1.0, (step + 1) / max(args.warmup_steps, 1))
+    cosine = 0.5 * (1 + math.cos(math.pi * min(share_done, 1.0)))
+    return warm * (args.min_learning_rate + (args.learning_rate - args.min_learning_rate) * cosine)
+
+
+class GradientBuffer:
+    """All gradients as views of one flat tensor, with the step's sums at its end: one all-reduce carries everything.
+
+    A parameter that no token reached keeps a zero there, so nothing waits for its gradient. The sums are SUMS and the
+    stage's metrics, which are declared with their shapes: each has the same place in every process.
+    """
+
+    SUMS = ("loss", "count", "real_tokens", "flops", "stop", "seconds")  # count: tokens or pairs in the loss
+
+    def __init__(self, parameters: list[Tensor], metrics: dict[str, tuple[int, ...]]):
+        self.metrics = list(metrics)
+        self.shapes = dict.fromkeys(self.SUMS, ()) | metrics
+        sizes = {name: math.prod(shape) for name, shape in self.shapes.items()}
+        total = sum(parameter.numel() for parameter in parameters)
+        self.flat = torch.zeros(total + sum(sizes.values()), device=parameters[0].device)
+        self.gradients, self.sums = self.flat[:total], self.flat[total:]
+        self.slices = {}
+        at = 0
+        for name, size in sizes.items():
+            self.slices[name] = slice(at, at + size)
+            at += size
+        at = 0
+        for parameter in parameters:
+            parameter.grad = self.gradients[at : at + parameter.numel()].view_as(parameter)
+            at += parameter.numel()
+
+    def add(self, **sums: float | Tensor):
+        """Adds to the sums of these names. KeyError for one that was not declared."""
+        for name, value in sums.items():
+            value = torch.as_tensor(value, device=self.flat.device)
+            self.sums[self.slices[name]] += value.flatten()
+
+    def all_reduce(self, machine: Machine) -> dict[str, float | np.ndarray]:
+        """Adds the gradients and sums of all processes; returns the sums."""
+        machine.sum(self.flat)
+        sums = self.sums.cpu().numpy().copy()
+        result = {}
+        for name, shape in self.shapes.items():
+            value = sums[self.slices[name]].reshape(shape)
+            result[name] = value if shape else value.item()
+        return result
+
+
+def optimizer_step(optimizer, buffer: GradientBuffer, scaler, scale: float, grad_clip: float) -> float:
+    """Multiplies the gradients by `scale`, clips their norm, updates the weights; returns the norm before clipping.
+
+    Where it is not finite, on any process and so after the all-reduce on all of them, the weights stay as they are.
+    """
+    buffer.gradients.mul_(scale)
+    scaler.unscale_(optimizer)  # does nothing but for float16
+    norm = buffer.gradients.norm().item()
+    if math.isfinite(norm) and bool(buffer.sums.isfinite().all()):
+        if norm > grad_clip:
+            buffer.gradients.mul_(grad_clip / norm)
+        scaler.step(optimizer)
+    else:
+        norm = math.nan
+    scaler.update()
+    buffer.flat.zero_()
+    return norm

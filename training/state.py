@@ -1,0 +1,214 @@
+"""Saving and resuming: what a run leaves in its folder, and how another goes on from there, bit for bit.
+
+    out/<stage>/
+        config.json  model.safetensors  tokenizer.json  …   the model, for its users (model/checkpoint.py)
+        training_state/state.safetensors                    weights, optimizer, position, random states
+        run.json  metrics.jsonl  loss.png                   how it was made
+
+Each file is written beside its place and renamed into it, so a kill leaves the old or the new one, whole; the training
+state has its own copy of the weights, so that what a run resumes from always belongs together.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from base.cli import UserError, command_line
+from base.files import finish_replacing, replace_directory, write_json
+from model.checkpoint import load_config, load_tensors, save_model, save_tensors, weights_fingerprint
+from model.LMConfig import LMConfig
+from model.lora import has_lora
+from model.model import CausalLM
+from training.log import Log
+from training.machine import Machine
+from training.packing import PackedDataset
+
+STATE_FILE = "training_state/state.safetensors"
+RUN_FILE = "run.json"
+
+
+@dataclass
+class Progress:
+    """Where a run stands. Rows, not steps, say where in the data: the number of processes may change on the way."""
+
+    step: int = 0
+    epoch: int = 0
+    row: int = 0  # of this epoch's order
+    tokens: int = 0  # real ones, in all
+    seconds: float = 0.0
+    skipped: int = 0  # steps in a row that were not finite
+
+    def share_done(self, args: argparse.Namespace, n_rows: int) -> float:
+        """From 0 to 1: the furthest of the limits that --epochs, --max_steps and --max_minutes set."""
+        shares = [(self.epoch * n_rows + self.row) / (args.epochs * n_rows)]
+        if args.max_steps:
+            shares.append(self.step / args.max_steps)
+        if args.max_minutes:
+            shares.append(self.seconds / (60 * args.max_minutes))
+        return max(shares)
+
+    def advance(self, rows: int, n_rows: int, sums: dict[str, float]):
+        self.step += 1
+        self.row += rows
+        self.tokens += int(sums["real_tokens"])
+        self.seconds += sums["seconds"]
+        if self.row >= n_rows:
+            self.epoch += 1
+            self.row = 0
+
+
+def state_file(out_dir: Path) -> Path:
+    """UserError when there is nothing to resume."""
+    finish_replacing(out_dir)
+    path = out_dir / STATE_FILE
+    if not path.exists():
+        raise UserError(f"nothing to resume in {out_dir}: {STATE_FILE} is missing; start without --resume")
+    return path
+
+
+def resumes(args: argparse.Namespace) -> bool:
+    """Whether this run goes on from the one in out_dir; UserError where it should and cannot.
+
+    torchrun --max-restarts starts the same command again: without --resume it would begin anew, and put away what the
+    run before it had saved.
+    """
+    if args.resume == "must":
+        state_file(args.out_dir)
+    if args.resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        raise UserError("this is a restart by torchrun, and would begin anew; give --resume auto")
+    finish_replacing(args.out_dir)
+    return args.resume is not None and (args.out_dir / STATE_FILE).exists()
+
+
+def check_out_dir(args: argparse.Namespace):
+    """UserError where a new run would put away a model that it reads, or something that no run has made."""
+    old = args.out_dir.with_name(f"{args.out_dir.name}.old")  # goes when out_dir takes its name
+    for directory in (args.out_dir, old):
+        if args.init_from and directory.resolve() == args.init_from.resolve():
+            raise UserError(f"--out_dir {args.out_dir} would replace the model of --init_from; choose another")
+        if not directory.exists() or (directory / RUN_FILE).exists():
+            continue
+        if not directory.is_dir() or any(directory.iterdir()):
+            raise UserError(f"{directory} holds something else than a run; choose another --out_dir, or move it away")
+
+
+class Checkpointer:
+    """Writes out_dir: the model for its users, the state for --resume, and how the run was made.
+
+    Until the first save everything stands in a hidden neighbour, `directory`. With that save the neighbour becomes
+    out_dir, and an earlier run that stood there is moved to out_dir.old: this one has something to show for itself.
+    """
+
+    def __init__(self, args: argparse.Namespace, machine: Machine, model: CausalLM, optimizer, data: PackedDataset):
+        self.args, self.machine, self.model, self.optimizer = args, machine, model, optimizer
+        self.out_dir = args.out_dir
+        self.tokenizer_dir = args.init_from or data.prepared.tokenizer_dir
+        self.resumed = resumes(args)
+        self.directory = self.out_dir if self.resumed else self.out_dir.with_name(f".{self.out_dir.name}.writing")
+        self.saved_step = 0
+        self.names = {parameter: name for name, parameter in model.named_parameters()}
+        self.must_agree = {
+            "data": data.prepared.fingerprint,
+            "tokenizer": data.prepared.meta["tokenizer_sha256"],
+            "seed": args.seed,
+            "max_seq_len": args.max_seq_len,
+            "base": weights_fingerprint(args.init_from) if has_lora(model) else None,  # which an adapter belongs to
+        }
+        if not self.resumed:
+            check_out_dir(args)
+            if machine.rank == 0:
+                shutil.rmtree(self.directory, ignore_errors=True)
+                self.directory.mkdir(
+                    parents=True
+                )  # before the first step: a folder that cannot be written is known now
+
+    def save(self, progress: Progress, log: Log):
+        random_states = self.machine.gather(torch.get_rng_state())
+        if self.machine.rank == 0:
+            tensors = {}
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    tensors[f"weight.{name}"] = parameter.data
+            for name, buffer in self.model.named_buffers():
+                tensors[f"buffer.{name}"] = buffer
+            for parameter, state in self.optimizer.state.items():
+                for entry, value in state.items():
+                    tensors[f"optimizer.{self.names[parameter]}/{entry}"] = value
+            for rank, state in enumerate(random_states):
+                tensors[f"random.{rank}"] = state
+            info = {"progress": asdict(progress), "must_agree": self.must_agree}
+            save_tensors(self.directory / STATE_FILE, tensors, info=json.dumps(info))
+            save_model(self.directory, self.model, self.tokenizer_dir, self.args.init_from)
+            write_json(self.directory / RUN_FILE, self.run_record())
+            log.draw()
+            if self.directory != self.out_dir:
+                replace_directory(self.out_dir, self.directory, keep_old=True)
+        self.directory = log.directory = self.out_dir
+        self.saved_step = progress.step
+
+    def discard(self):
+        """When a run ends before its first save."""
+        if self.directory != self.out_dir and self.machine.rank == 0:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+    def resume(self) -> Progress:
+        """Takes weights, optimizer, position and random states from out_dir. UserError names what does not agree."""
+        if not has_lora(self.model):
+            check_same_config(load_config(self.out_dir), self.model.config, self.out_dir)
+        tensors, texts = load_tensors(state_file(self.out_dir), self.machine.device)
+        info = json.loads(texts["info"])
+        for name, here in self.must_agree.items():
+            there = info["must_agree"][name]
+            if there != here:
+                raise UserError(f"cannot resume {self.out_dir}: its {name} was {there}, and is {here} now")
+        parameters = {name: parameter for parameter, name in self.names.items()}
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition(".")
+            if kind == "weight":
+                parameters[name].data.copy_(tensor)
+            elif kind == "buffer":
+                self.model.get_buffer(name).copy_(tensor)
+            elif kind == "optimizer":
+                name, _, entry = name.rpartition("/")
+                self.optimizer.state[parameters[name]][entry] = tensor
+            elif kind == "random" and int(name) == self.machine.rank:
+                torch.set_rng_state(tensor.cpu())
+        self.saved_step = info["progress"]["step"]
+        return Progress(**info["progress"])
+
+    def run_record(self) -> dict:
+        arguments = {name: str(v) if isinstance(v, Path) else v for name, v in vars(self.args).items()}
+        return {
+            "command": command_line(),
+            "arguments": arguments,
+            "processes": self.machine.world_size,
+            "git_commit": git_commit(),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            **self.must_agree,
+        }
+
+
+def git_commit() -> str | None:
+    """Of this code; None where it is no git checkout, or the machine has no git."""
+    with contextlib.suppress(OSError):
+        command = ["git", "rev-parse", "HEAD"]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+        if result.returncode == 0:
+            return result.stdout.strip()
+    return None
+
+
+def check_same_config(found: LMConfig, wanted: LMConfig, directory: Path):
+    """UserError that names every field that differs."""
+    differing = [name for name in vars(wanted) if getattr(found, name) != getattr(wanted, name)]
+    if differing:
+        details = ", ".join(f"{name} {getattr(found, name)} there, {getattr(wanted, name)} here" for name in differing)
+        raise UserError(f"{directory} holds another model ({details}); use its --preset, or another --out_dir")
