@@ -186,10 +186,11 @@ def parse_flags(arguments):
 
 def tour(arguments):
     """Train and chat, in the environment; return the exit status."""
-    parse_flags(arguments)
+    flags = parse_flags(arguments)
+    switches = (["--clean"] if flags.clean else []) + (["--no-chat"] if flags.no_chat else [])
     python, prefix = find_environment([CORE])
     install(python, prefix, [CORE])
-    return run([python, "-m", "demo.tour", *arguments])[0]
+    return run([python, "-m", "demo.tour", "--minutes", "{:g}".format(flags.minutes), *switches])[0]
 
 
 def test(pytest_arguments):

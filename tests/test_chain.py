@@ -22,9 +22,7 @@ def chain(data, chat_data, tmp_path_factory):
     """The folder out/ after pretraining, SFT, LoRA and DPO."""
     folder = tmp_path_factory.mktemp("chain")
     chats = make_pairs(24)
-    pairs = write_data(
-        folder / "dpo", chats[16:], chats[:16], "dpo", splits={"train": {"documents": 32}, "val": {"documents": 16}}
-    )
+    pairs = write_data(folder / "dpo", chats[16:], chats[:16], "dpo")
     out = folder / "out"
     stages = [
         ("1-pretrain.py", "--preset", "tiny", "--data", data, "--out_dir", out / "pretrain"),

@@ -6,10 +6,12 @@ import re
 import pytest
 from helpers import PAGES, ROOT, inline_code
 
+from base.cli import UserError
 from images import draw, terminal
 
-SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("model/*.py"), *ROOT.glob("bench/*.py"), *ROOT.glob("tests/*.py")]
-WORDS = set(re.findall(r"[A-Za-z_]\w*", "\n".join(path.read_text("utf-8") for path in SOURCES)))
+SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("*/*.py"), *ROOT.glob("tests/*/*.py")]
+TEXT = "\n".join(path.read_text("utf-8") for path in SOURCES)
+WORDS = set(re.findall(r"[A-Za-z_]\w*", TEXT)) | {path.stem for path in SOURCES}
 FILES = {path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*") if ".venv" not in path.parts}
 OF_OTHERS = {
     "from_pretrained",
@@ -34,8 +36,7 @@ def test_what_a_page_names_exists(page):
     known = FILES | {path.rpartition("/")[2] for path in FILES}
     assert scripts <= known, scripts - known
     flags = set(re.findall(r"(?<![\w-])--[a-z]\w+", text))
-    missing = {flag for flag in flags if not any(flag in path.read_text("utf-8") for path in SOURCES)}
-    assert missing <= OF_TORCHRUN
+    assert {flag for flag in flags if flag not in TEXT} <= OF_TORCHRUN
     for link in re.findall(r"\]\(([^)#]+)\)", text):
         assert link.startswith("http") or (page.parent / link).exists(), link
 
@@ -43,23 +44,36 @@ def test_what_a_page_names_exists(page):
 def test_every_page_is_there_in_both_languages():
     for folder in (ROOT, ROOT / "docs"):
         english = {path.name for path in folder.glob("*_en.md")}
-        chinese = {path.name for path in folder.glob("*.md")} - english
+        chinese = {path.name for path in folder.glob("*.md")} - english - {"CONTRIBUTING.md"}
         assert {name.replace(".md", "_en.md") for name in chinese} == english
 
 
-def test_the_terminal_picture_holds_what_a_command_printed(tmp_path):
-    terminal.record([["quickstart.py", "--help"]], tmp_path / "terminal.svg")
-    assert "--minutes" in (tmp_path / "terminal.svg").read_text("utf-8")
+def test_the_terminal_picture_holds_what_a_command_printed(tmp_path, monkeypatch):
+    text = terminal.record([["quickstart.py", "--help"]])
+    assert text.startswith("$ python quickstart.py --help\n")
+    assert "--minutes" in text
+    monkeypatch.setattr(terminal, "chinese_font", lambda: "DejaVu Sans")  # there is one wherever matplotlib is
+    monkeypatch.setattr(terminal, "TITLE", "Jiezi")
+    terminal.draw(text, tmp_path / "terminal.png")
+    assert (tmp_path / "terminal.png").stat().st_size > 10_000
+    monkeypatch.setattr(terminal, "chinese_font", lambda: None)
+    with pytest.raises(UserError, match="no font with Chinese characters"):
+        terminal.draw(text, tmp_path / "terminal.png")
 
 
-def test_structure_pictures_can_be_drawn(tmp_path, monkeypatch):
+def test_pictures_load_nothing_from_elsewhere():
+    for path in ROOT.glob("images/*.svg"):
+        assert not re.search(r"(?:href|src|url\()[^>]*http", path.read_text("utf-8")), path
+
+
+def test_pictures_of_the_structure_can_be_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["draw", "--preset", "tiny", "--output", str(tmp_path)])
     draw.main()
-    assert {path.name for path in tmp_path.iterdir()} == {"LLM-structure.png", "LLM-structure-moe.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"LLM-structure.png", "LLM-structure-moe.png", "rooms.png"}
 
 
 def test_messages_in_the_troubleshooting_pages_are_printed():
-    code = [path for path in SOURCES if path.parent.name != "tests"]
+    code = [path for path in SOURCES if ROOT / "tests" not in path.parents]
     constants = {
         node.value
         for path in code

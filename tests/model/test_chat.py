@@ -10,6 +10,7 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
+from base.cli import UserError
 from model import chat
 
 FOLDER = Path(chat.__file__).parent / "tokenizer"
@@ -191,21 +192,21 @@ def test_hostile_text_changes_neither_the_control_tokens_nor_what_is_trained():
 
 
 def test_an_unknown_role_is_refused():
-    with pytest.raises(ValueError, match='message 1: role must be .*, not "narrator"'):
+    with pytest.raises(UserError, match='message 1: role must be .*, not "narrator"'):
         chat.encode_chat(TOKENIZER, [{"role": "user", "content": ""}, {"role": "narrator", "content": ""}])
 
 
 def test_a_missing_a_broken_and_a_foreign_tokenizer_are_refused_in_one_line(tmp_path):
-    with pytest.raises(FileNotFoundError, match="data_process.py tokenizer") as error:
+    with pytest.raises(UserError, match="data_process.py tokenizer") as error:
         chat.load_tokenizer(tmp_path)
     assert "\n" not in str(error.value)
     path = tmp_path / "tokenizer.json"
     path.write_text(TOKENIZER.to_str()[:1000])
-    with pytest.raises(ValueError, match="cannot be read") as error:
+    with pytest.raises(UserError, match="cannot be read") as error:
         chat.load_tokenizer(tmp_path)
     assert "\n" not in str(error.value)
     path.write_text(TOKENIZER.to_str().replace("<|im_start|>", "<|im_begin|>"))
-    with pytest.raises(ValueError, match="should have the id 3"):
+    with pytest.raises(UserError, match="should have the id 3"):
         chat.load_tokenizer(tmp_path)
 
 

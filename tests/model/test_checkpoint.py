@@ -10,6 +10,7 @@ import torch
 from helpers import ROOT, TOKENIZER
 from safetensors.torch import load_file, save_file
 
+from base.cli import UserError
 from model.chat import EOS, IM_END
 from model.checkpoint import load_config, load_model, save_model
 from model.LMConfig import PRESETS, LMConfig
@@ -51,19 +52,19 @@ def change_config(directory: Path, **changes):
 
 def test_a_missing_tensor_is_named(saved):
     change_tensors(saved, **{NAME: None})
-    with pytest.raises(ValueError, match=rf"{re.escape(NAME)} is missing"):
+    with pytest.raises(UserError, match=rf"{re.escape(NAME)} is missing"):
         load_model(saved)
 
 
 def test_a_tensor_that_is_left_over_is_named(saved):
     change_tensors(saved, extra__bias=torch.zeros(3))
-    with pytest.raises(ValueError, match=r"extra\.bias"):
+    with pytest.raises(UserError, match=r"extra\.bias"):
         load_model(saved)
 
 
 def test_a_tensor_of_another_size_is_named_with_both_sizes(saved):
     change_tensors(saved, **{NAME: torch.zeros(5, 96)})
-    with pytest.raises(ValueError, match=rf"{re.escape(NAME)} is \(5, 96\).*\(256, 96\)"):
+    with pytest.raises(UserError, match=rf"{re.escape(NAME)} is \(5, 96\).*\(256, 96\)"):
         load_model(saved)
 
 
@@ -82,7 +83,7 @@ def test_a_tensor_of_another_size_is_named_with_both_sizes(saved):
 )
 def test_a_config_of_another_model_is_refused(changes, saved):
     change_config(saved, **changes)
-    with pytest.raises(ValueError, match=r"model\.safetensors does not fit its config\.json"):
+    with pytest.raises(UserError, match=r"model\.safetensors does not fit its config\.json"):
         load_model(saved)
 
 
@@ -92,7 +93,7 @@ def test_resuming_another_size_names_the_field_and_both_values(field, saved):
         field
     ]
     wanted = dataclasses.replace(TINY, **{field: value})
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         check_same_config(load_config(saved), wanted, saved)
     assert re.search(rf"\({field} {getattr(TINY, field)} there, {value} here\)", str(error.value))
 
@@ -101,7 +102,7 @@ def test_resuming_another_size_names_the_field_and_both_values(field, saved):
 def test_a_damaged_weight_file_is_one_line(size, saved):
     path = saved / "model.safetensors"
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(ValueError, match="model.safetensors is damaged") as error:
+    with pytest.raises(UserError, match="model.safetensors is damaged") as error:
         load_model(saved)
     assert "\n" not in str(error.value)
 
@@ -109,7 +110,7 @@ def test_a_damaged_weight_file_is_one_line(size, saved):
 @pytest.mark.parametrize("content", ["", "{", "[1]", "{}", '{"model_type": "llama", "hidden_size": "wide"}'])
 def test_a_damaged_config_is_one_line(content, saved):
     (saved / "config.json").write_text(content)
-    with pytest.raises(ValueError, match="config.json") as error:
+    with pytest.raises(UserError, match="config.json") as error:
         load_model(saved)
     assert "\n" not in str(error.value)
 
@@ -117,7 +118,7 @@ def test_a_damaged_config_is_one_line(content, saved):
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
 def test_a_missing_file_is_named(missing, saved):
     (saved / missing).unlink()
-    with pytest.raises(FileNotFoundError, match=f"{missing}|no model in") as error:
+    with pytest.raises(UserError, match=f"{missing}|no model in") as error:
         load_model(saved)
     assert str(saved) in str(error.value)
 

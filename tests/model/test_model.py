@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from helpers import TOKENIZER, random_ids, random_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from base.cli import UserError
 from model import cpu
 from model.checkpoint import load_model, save_model
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
-from model.operators import apply_rope, rope_tables
+from model.operators import DocumentLengths, apply_rope, document_mask, rope_tables
 
 TINY = LMConfig(**PRESETS["tiny"])
 ODD_SIZES = dict(  # head_dim is not hidden_size / heads, one key-value head, two matrices for input and output
@@ -145,10 +146,8 @@ def test_documents_of_a_row_do_not_see_each_other(path, qk_norm, monkeypatch):
 
 
 def test_the_two_ways_to_mask_are_both_taken(monkeypatch):
-    from model.operators import document_mask
-
     positions = packed([torch.ones(n, dtype=torch.int64) for n in DOCUMENTS], 26)[1]
-    assert document_mask(positions) == [*DOCUMENTS, 3]
+    assert document_mask(positions) == DocumentLengths([*DOCUMENTS, 3])
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     mask = document_mask(positions)
     assert mask.shape == (1, 1, 26, 26)
@@ -320,7 +319,7 @@ def test_tied_weights_are_one_matrix():
     ids=str,
 )
 def test_an_impossible_size_is_refused_by_name(sizes, named):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         LMConfig(**sizes)
     assert all(name in str(error.value) for name in named), error.value
 
@@ -353,7 +352,7 @@ def test_odd_sizes_survive_too():
     ids=str,
 )
 def test_what_the_decoder_does_not_compute_is_refused_by_name(changes, named):
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(UserError, match=named):
         LMConfig.from_hf(TINY.to_hf() | changes)
 
 

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from helpers import (
     SMALL_CONFIG,
     TIMEOUT,
     Processes,
+    change_meta,
     flat,
     make_documents,
     observe,
@@ -57,10 +57,10 @@ class TwoProcesses:
         self.calls = 0
         self.suspects = []
 
-    def observe(self, data, name, *flags, loss_fn=loss.next_token_loss):
+    def observe(self, data, name, *flags, **options):
         print(f"--- {name}")
         self.calls = 0
-        seen = observe(data, self.folder / name, *ONCE, *flags, machine=self.machine, loss_fn=loss_fn)
+        seen = observe(data, self.folder / name, *ONCE, *flags, machine=self.machine, **options)
         tensors = {f"gradient.{i}": gradient for i, gradient in enumerate(seen.gradients)}
         tensors |= {f"weights.{i}": weights for i, weights in enumerate(seen.weights)}
         save_file(tensors, self.folder / f"{name}.{self.rank}.safetensors")
@@ -96,7 +96,7 @@ class TwoProcesses:
         self.observe(self.chats, "gradients", "--batch_size", "1", "--accumulation_steps", "4", *FIXED_WEIGHTS)
         self.observe(self.data, "infinite", *two, "--max_steps", "4", loss_fn=self.infinite_once)
         self.observe(self.data, "signalled", *two, "--max_steps", "9", loss_fn=self.signalled)
-        self.observe(self.one_row_data, "metric", *two, "--epochs", "2", loss_fn=self.with_metric)
+        self.observe(self.one_row_data, "metric", *two, "--epochs", "2", loss_fn=self.with_metric, metrics=("twice",))
         self.observe(self.data, "muon", "--batch_size", "1", *MUON)
         observe(
             self.data,
@@ -214,7 +214,7 @@ def test_an_infinite_loss_in_one_process_skips_the_step_in_both(pair):
 def test_the_documents_of_an_infinite_loss_are_named(pair):
     suspects = pair.report("infinite", 1)["suspects"]
     assert suspects
-    assert f"documents: {sorted(suspects)}" in pair.results[0].out
+    assert f"samples: {sorted(suspects)}" in pair.results[0].out
     assert [record["step"] for record in records(pair.folder / "infinite")] == [0, 1, 3, 4]
 
 
@@ -544,23 +544,19 @@ def test_missing_data_is_answered_with_the_command_that_makes_it(run_here, tmp_p
 
 def test_data_of_another_vocabulary_are_refused(run_here, tmp_path):
     documents = make_documents("pretrain", 8, seed=1)
-    data = write_data(tmp_path / "data", documents[2:], documents[:2], vocab_size=5000)
+    data = write_data(tmp_path / "data", documents[2:], documents[:2])
+    change_meta(data, vocab_size=5000)
     error = run_here("1-pretrain.py", "--data", data, "--preset", "tiny").error_line(status=2)
     assert "5000" in error
     assert "6400" in error
 
 
-def test_data_of_another_tokenizer_are_refused(run_here, tmp_path):
-    documents = make_documents("pretrain", 8, seed=1)
-    data = write_data(tmp_path / "data", documents[2:], documents[:2], tokenizer_sha256="0" * 64)
-    assert "another tokenizer" in run_here("1-pretrain.py", "--data", data, "--preset", "tiny").error_line(status=2)
-
-
-def test_a_tokenizer_that_is_gone_is_one_line(run_here, tmp_path):
-    documents = make_documents("pretrain", 8, seed=1)
-    data = write_data(tmp_path / "data", documents[2:], documents[:2], tokenizer="no/such/folder")
-    error = run_here("1-pretrain.py", "--data", data, "--preset", "tiny").error_line(status=2)
-    assert re.search("no.such.folder", error)
+def test_data_of_another_tokenizer_than_the_models_are_refused(base_dir, run_here, tmp_path):
+    chats = make_documents("sft", 8, seed=1)
+    data = write_data(tmp_path / "data", chats[2:], chats[:2], kind="sft")
+    change_meta(data, tokenizer_sha256="0" * 64)
+    flags = ["--data", data, "--init_from", base_dir, "--out_dir", tmp_path / "out"]
+    assert "another tokenizer" in run_here("2-sft.py", *flags).error_line(status=2)
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

@@ -30,6 +30,7 @@ from helpers import (
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from base.cli import UserError
 from bench.train_speed import made_up_batch  # noqa: F401  for the compiled one
 from engine.generation import generate
 from model.checkpoint import load_model, save_model
@@ -296,7 +297,7 @@ def test_a_gated_shared_expert_is_refused(tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["model.layers.1.mlp.shared_expert_gate.weight"][0, 0] = 1.0
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="shared_expert_gate"):
+    with pytest.raises(UserError, match="shared_expert_gate"):
         load_model(tmp_path)
 
 
@@ -304,7 +305,7 @@ def test_lora_adapts_attention_and_says_why_nothing_else(tmp_path):
     model = moe_model()
     apply_lora(model, 2)
     assert {name.rpartition(".")[2] for name in lora_layers(model)} == {"q_proj", "k_proj", "v_proj", "o_proj"}
-    with pytest.raises(ValueError, match="up_proj.*experts"):
+    with pytest.raises(UserError, match="up_proj.*experts"):
         apply_lora(moe_model(), 2, targets=("q_proj", "up_proj"))
 
 
@@ -409,8 +410,7 @@ def test_all_stages_run_with_experts(data, chat_data, run_here, tmp_path):
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     assert merged["model.layers.1.mlp.gate.e_score_correction_bias"].equal(bias)
     pairs = make_pairs(10)
-    splits = {"train": {"documents": 16}, "val": {"documents": 4}}
-    dpo_data = write_data(tmp_path / "pairs", pairs[:16], pairs[16:20], kind="dpo", splits=splits)
+    dpo_data = write_data(tmp_path / "pairs", pairs[:16], pairs[16:20], kind="dpo")
     dpo = ["--data", dpo_data, "--init_from", sft, "--out_dir", tmp_path / "dpo", *short]
     result = run_here("4-dpo.py", *dpo)
     assert result.status == 0, result.err

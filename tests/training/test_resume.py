@@ -26,6 +26,7 @@ from helpers import (
     write_data,
 )
 
+from base.cli import python_command
 from model.checkpoint import save_model
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
@@ -93,7 +94,7 @@ def test_sigterm_saves_and_the_printed_command_finishes_the_run(data, uninterrup
     assert (result.status, result.err) == (0, "")
     assert saved_progress(out_dir)["step"] == 6, "the step that was not whole must be left out"
     command = shlex.split(result.out.splitlines()[-1])
-    assert command[:2] == ["python", "1-pretrain.py"]
+    assert command[:2] == [python_command(), "1-pretrain.py"]
     (result,) = start(*command[1:]).wait()
     assert (result.status, result.err) == (0, "")
     assert_same_tensors(uninterrupted, out_dir)
@@ -128,7 +129,7 @@ def base(tmp_path_factory) -> Path:
     """A folder with a model to adapt."""
     directory = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
-    save_model(directory, CausalLM(LMConfig(**PRESETS["tiny"])), TOKENIZER, is_chat=True)
+    save_model(directory, CausalLM(LMConfig(**PRESETS["tiny"])), TOKENIZER)
     return directory
 
 
@@ -154,7 +155,7 @@ def test_an_adapter_is_not_resumed_on_another_base(adapter_run, base, run_here, 
     assert run_here(*adapter_run, "--out_dir", tmp_path / "out").status == 0
     shutil.copytree(base, tmp_path / "other")
     torch.manual_seed(1)
-    save_model(tmp_path / "other", CausalLM(LMConfig(**PRESETS["tiny"])), TOKENIZER, is_chat=True)
+    save_model(tmp_path / "other", CausalLM(LMConfig(**PRESETS["tiny"])), TOKENIZER)
     result = run_here(*adapter_run, "--init_from", tmp_path / "other", "--out_dir", tmp_path / "out", "--resume")
     assert "cannot resume" in result.error_line(status=2)
 
@@ -240,7 +241,7 @@ def test_a_fresh_run_keeps_the_old_one_until_it_has_saved_and_then_as_old(finish
     again = [*finished, "--seed", "7", "--max_steps", "1"]
     with monkeypatch.context() as patch:  # ends before its first save
 
-        def broken_disk(*args):
+        def broken_disk(*args, **texts):
             raise OSError("no space left")
 
         patch.setattr(state, "save_tensors", broken_disk)

@@ -96,7 +96,7 @@ def trained(data, run_here, tmp_path):
 def test_a_disk_that_fills_up_leaves_the_earlier_checkpoint(fails, trained, run_here, tmp_path, monkeypatch):
     def full_disk(tensors, path, metadata=None):
         save_file(tensors, path, metadata)
-        if Path(path).name.startswith(fails):
+        if fails in Path(path).name:
             Path(path).write_bytes(Path(path).read_bytes()[:1000])
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
@@ -109,7 +109,7 @@ def test_a_disk_that_fills_up_leaves_the_earlier_checkpoint(fails, trained, run_
     assert before.keys() == after.keys(), "something was left lying about"
     assert after[Path("model.safetensors")] == before[Path("model.safetensors")]
     if fails == "state.safetensors":
-        assert after == before
+        assert after | {Path("metrics.jsonl"): before[Path("metrics.jsonl")]} == before  # the log had grown already
     monkeypatch.undo()
     assert run_here("1-pretrain.py", *trained, "--max_steps", "2", "--resume").status == 0, "it cannot go on"
 
@@ -146,7 +146,7 @@ def test_a_file_that_the_system_refuses_leaves_the_earlier_checkpoint(trained, s
     assert snapshot(tmp_path / "out") == before
 
 
-# --------------------------------------------------------------------------------------- other people's files, launchers
+# -------------------------------------------------------------------------------------- other people's files, launchers
 
 
 @pytest.mark.parametrize("name", ["out", "out.old"])
