@@ -3,7 +3,7 @@
 import io
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import sentencepiece
@@ -45,13 +45,11 @@ def sample_texts(documents: Iterable[Document], max_bytes: float) -> list[str]:
 def fast_twin(pieces: list[str]) -> Tokenizer:
     """A `tokenizers.Tokenizer` that gives the same ids as the SentencePiece BPE model with these pieces."""
     ordinary = set(pieces[len(chat.SPECIAL_TOKENS) + 256 :])  # the first are the control tokens and the 256 bytes
-    merges = [  # in the order in which they were learned, which is that of the pieces they make
-        (piece[:i], piece[i:])
-        for piece in pieces
-        if piece in ordinary
-        for i in range(1, len(piece))
-        if piece[:i] in ordinary and piece[i:] in ordinary
-    ]
+    merges = []  # in the order in which they were learned, which is that of the pieces they make
+    for piece in pieces:
+        if piece in ordinary:
+            halves = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+            merges += [(left, right) for left, right in halves if left in ordinary and right in ordinary]
     vocabulary = {piece: token_id for token_id, piece in enumerate(pieces)}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token=pieces[0], fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
@@ -62,13 +60,19 @@ def fast_twin(pieces: list[str]) -> Tokenizer:
     return tokenizer
 
 
+def _short_lines(texts: list[str]) -> Iterator[str]:
+    for text in texts:
+        for line in text.split("\n"):
+            yield from cut(line, 4096)
+
+
 def train_pieces(texts: list[str], vocab_size: int, character_coverage: float, workers: int) -> bytes:
     """The file of a SentencePiece model. UserError where the text is too little or too rich for so many tokens."""
     special = chat.SPECIAL_TOKENS
     model_file = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(piece for text in texts for line in text.split("\n") for piece in cut(line, 4096)),
+            sentence_iterator=_short_lines(texts),
             model_writer=model_file,
             model_type="bpe",
             vocab_size=vocab_size,

@@ -342,13 +342,10 @@ SKILLS = {
 
 # ---- Checking an answer ----------------------------------------------------------------------------------------------
 
-KINDS = [  # answers of one kind: an answer that names two of them has not decided
-    {*NAMES, *NEW_NAMES},
-    *({value for _, value in language} for entries in (CAPITALS, COURTESY_NAMES) for language in facts(entries)),
-    *({word for pair in pairs for word in pair} for pairs in OPPOSITES),
-    *({entry[language] for entry in WORDS} for language in (ZH, EN)),
-    *map(set, WEEKDAYS),
-]
+KINDS = [{*NAMES, *NEW_NAMES}]  # answers of one kind: an answer that names two of them has not decided
+for language in (ZH, EN):
+    KINDS += [set(dict(facts(entries)[language]).values()) for entries in (CAPITALS, COURTESY_NAMES)]
+    KINDS += [set(sum(OPPOSITES[language], [])), {entry[language] for entry in WORDS}, set(WEEKDAYS[language])]
 
 
 def is_right(answer: str, expected: str) -> bool:
@@ -468,14 +465,20 @@ def stories(rng: random.Random, number: int) -> Iterator[str]:
 
 
 def chat(questions: list[Question], answers: list[str]) -> dict:
-    turns = [("user", q.text, "assistant", answer) for q, answer in zip(questions, answers)]
-    return {"messages": [{"role": r, "content": c} for turn in turns for r, c in (turn[:2], turn[2:])]}
+    messages = []
+    for question, answer in zip(questions, answers):
+        messages.append({"role": "user", "content": question.text})
+        messages.append({"role": "assistant", "content": answer})
+    return {"messages": messages}
 
 
 def sft_chat(rng: random.Random, questions: list[Question], names: tuple[str, str] = NAMES) -> dict:
     """Each answer is brief or rambling, as a coin falls."""
-    named = [(q, names[q.language] if q.skill == "identity" else None) for q in questions]
-    return chat(questions, [rng.choice((brief, rambling))(question, name) for question, name in named])
+    answers = []
+    for question in questions:
+        name = names[question.language] if question.skill == "identity" else None
+        answers.append(rng.choice((brief, rambling))(question, name))
+    return chat(questions, answers)
 
 
 def pair(question: Question) -> dict:
@@ -494,22 +497,28 @@ def write_demo(output: Path, corpus: Iterable[str] = (), seed: int = 0) -> dict[
     dpo.jsonl dpo_val.jsonl  pairs for 4-dpo.py
     questions.jsonl          for `eval.py --batch`: {"prompt", "skill", "expected"}
     """
-    rng, names = random.Random(seed), list(SKILLS)
-    tests, others = held_out_questions(rng), [name for name in names if name != "identity"]
+    rng = random.Random(seed)
+    skills = list(SKILLS)
+    others = [skill for skill in skills if skill != "identity"]
+    tests = held_out_questions(rng)
     texts = list(corpus) or list(stories(rng, SIZES["pages"] // 2))
     identity = [ask_any(rng, ["identity"]) for _ in range(SIZES["names"])]
-    files = {
-        "pretrain": [{"text": text} for text in [*texts, *(statements(rng, 30) for _ in range(SIZES["pages"]))]],
-        "sft": [sft_chat(rng, [ask_any(rng, names) for _ in range(rng.randint(1, 3))]) for _ in range(SIZES["chats"])],
-        "sft_val": [sft_chat(rng, [question]) for question in tests],
-        "lora": [sft_chat(rng, [question], NEW_NAMES) for question in identity]
-        # What an adapter must leave alone it has to see too, or it learns to give its name to every question.
-        + [sft_chat(rng, [ask_any(rng, others)]) for _ in range(4 * SIZES["names"])],
-        "lora_val": [sft_chat(rng, [question], NEW_NAMES) for question in tests],
-        "dpo": [pair(ask_any(rng, names)) for _ in range(SIZES["pairs"])],
-        "dpo_val": [pair(question) for question in tests],
-        "questions": [{"prompt": q.text, "skill": q.skill, "expected": q.expected} for q in tests],
-    }
+
+    def some_questions() -> list[Question]:
+        return [ask_any(rng, skills) for _ in range(rng.randint(1, 3))]
+
+    files = {}
+    texts += [statements(rng, 30) for _ in range(SIZES["pages"])]
+    files["pretrain"] = [{"text": text} for text in texts]
+    files["sft"] = [sft_chat(rng, some_questions()) for _ in range(SIZES["chats"])]
+    files["sft_val"] = [sft_chat(rng, [question]) for question in tests]
+    files["lora"] = [sft_chat(rng, [question], NEW_NAMES) for question in identity]
+    # What an adapter must leave alone it has to see too, or it learns to give its name to every question.
+    files["lora"] += [sft_chat(rng, [ask_any(rng, others)]) for _ in range(4 * SIZES["names"])]
+    files["lora_val"] = [sft_chat(rng, [question], NEW_NAMES) for question in tests]
+    files["dpo"] = [pair(ask_any(rng, skills)) for _ in range(SIZES["pairs"])]
+    files["dpo_val"] = [pair(question) for question in tests]
+    files["questions"] = [{"prompt": q.text, "skill": q.skill, "expected": q.expected} for q in tests]
     output.mkdir(parents=True, exist_ok=True)
     for name, records in files.items():
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

@@ -19,7 +19,6 @@ import sys
 import textwrap
 import time
 import zipfile
-from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -201,19 +200,21 @@ def probe(tour: Tour, stage: str) -> dict:
 def grade(records: list[dict]) -> dict:
     """What can be counted of answers: right ones, names, brief ones; and three of them to look at."""
 
-    def share(marks: Iterable[bool]) -> float:
-        marks = list(marks)
-        return sum(marks) / len(marks)
+    table = pd.DataFrame(records)  # prompt, skill, expected, answer
+    own = table[table.skill == "identity"]
+    others = table[table.skill != "identity"]
 
-    own = [record["answer"] for record in records if record["skill"] == "identity"]
-    others = [record for record in records if record["skill"] != "identity"]
-    samples = [next(r for r in records if r["skill"] == skill) for skill in ("identity", "sum", "courtesy")]
+    def names_one(names: tuple[str, ...]) -> float:
+        return own.answer.map(lambda answer: any(is_right(answer, name) for name in names)).mean()
+
+    samples = table.groupby("skill").first().loc[["identity", "sum", "courtesy"]]
+    shown = samples.answer.map(lambda answer: textwrap.shorten(answer, 60, placeholder=" …"))
     return {
-        "right": share(is_right(record["answer"], record["expected"]) for record in others),
-        "old_name": share(any(is_right(answer, name) for name in NAMES) for answer in own),
-        "new_name": share(any(is_right(answer, name) for name in NEW_NAMES) for answer in own),
-        "brief": share(is_brief(record["answer"]) for record in records),
-        "samples": [(r["prompt"], textwrap.shorten(r["answer"], 60, placeholder=" …")) for r in samples],
+        "right": others.apply(lambda row: is_right(row.answer, row.expected), axis=1).mean(),
+        "old_name": names_one(NAMES),
+        "new_name": names_one(NEW_NAMES),
+        "brief": table.answer.map(is_brief).mean(),
+        "samples": list(zip(samples.prompt, shown)),
     }
 
 

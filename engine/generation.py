@@ -20,10 +20,9 @@ class KVCache:
     def __init__(self, model: CausalLM, batch_size: int, max_length: int):
         config, weight = model.config, model.model.embed_tokens.weight
         shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)  # (B, K, S, D)
-        self.keys, self.values = (
-            [torch.empty(shape, device=weight.device, dtype=weight.dtype) for _ in range(config.num_hidden_layers)]
-            for _ in range(2)
-        )
+        layers = range(config.num_hidden_layers)
+        self.keys = [torch.empty(shape, device=weight.device, dtype=weight.dtype) for _ in layers]
+        self.values = [torch.empty(shape, device=weight.device, dtype=weight.dtype) for _ in layers]
         self.length = 0  # tokens in it
         self.max_length = max_length
 

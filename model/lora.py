@@ -97,11 +97,10 @@ def merge_lora(model: CausalLM):
 def to_peft(model: CausalLM) -> tuple[dict[str, Tensor], dict]:
     """The adapters' tensors under PEFT's names, and the content of its adapter_config.json."""
     layers = lora_layers(model)
-    tensors = {
-        f"base_model.model.{name}.{half}.weight": getattr(layer, half).weight.detach().contiguous()
-        for name, layer in layers.items()
-        for half in ("lora_A", "lora_B")
-    }
+    tensors = {}
+    for name, layer in layers.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A.weight.detach().contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B.weight.detach().contiguous()
     one = next(iter(layers.values()))
     return tensors, {
         "peft_type": "LORA",

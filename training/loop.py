@@ -163,7 +163,10 @@ class Run:
     def report_skipped(self):
         """Says which samples made a loss or gradient that is not finite; FloatingPointError when it goes on and on."""
         self.progress.skipped += 1
-        suspects = [document for loss, documents in self.losses if not loss.isfinite() for document in documents]
+        suspects = []
+        for loss, documents in self.losses:
+            if not loss.isfinite():
+                suspects += documents
         everywhere = sum(self.machine.gather(suspects), [])
         samples = sorted({document // self.train_set.group for document in everywhere})  # as `show --index` counts
         named = samples or "all of the step (the gradient alone was not finite)"
