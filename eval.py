@@ -17,7 +17,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections import deque
 from pathlib import Path
 
 import jsonlines
@@ -30,8 +30,10 @@ from base.cli import HelpFormatter, UserError, above_zero, fraction, natural, no
 from base.files import finish_replacing
 from corpus.records import BadRecord, each_record, prompt_of, text_of
 from engine.decoding import lay_out_for_decoding
-from engine.generation import TextStream, generate
-from model.chat import BOS, EOS, IM_END, encode, encode_chat, load_tokenizer, tokenizer_fingerprint
+from engine.generation import Engine
+from engine.session import ReplyStream, Session
+from engine.tools import load_tools
+from model.chat import BOS, EOS, encode, encode_chat, load_tokenizer, tokenizer_fingerprint
 from model.checkpoint import load_adapter, load_model
 from model.lora import merge_lora
 from model.model import CausalLM
@@ -40,67 +42,51 @@ from training.machine import Machine, choose_device, keep_freed_memory
 from training.packing import PackedDataset
 
 STAGES = ("pretrain", "sft", "dpo")
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # flags that go to generation.sample
+THINK_CHOICES = ("show", "hide", "off")
 HELP = """/clear           forget the conversation
 /system TEXT     begin anew under this system prompt (nothing: none)
 /temperature X   0 takes always the most probable token
+/think WORD      show or hide what it thinks, or keep it from thinking: show, hide, off
 /save FILE       write the conversation to a file that data_process.py sft reads
 /help            this
 /exit            leave (or Ctrl-D); Ctrl-C stops an answer"""
 
 
 class Writer:
-    """A model, its tokenizer and how to sample from it."""
+    """Writes answers of one session as they come, with reasoning dimmed or hidden, and what tools say marked."""
 
-    def __init__(self, model: CausalLM, tokenizer: Tokenizer, args: argparse.Namespace):
-        self.model, self.tokenizer, self.args = model, tokenizer, args
-        self.context = model.config.max_position_embeddings
-
-    def prompt_ids(self, messages: list[dict], tools: list | None = None) -> list[int]:
-        """The tokens to go on from. A chat that fills the context loses its oldest turns, but for the system prompt."""
-        if not self.model.is_chat:
-            return [BOS, *encode(self.tokenizer, messages[-1]["content"])]
-        room = max(self.context - self.args.max_new_tokens, self.context // 2)
-        while True:
-            ids, _ = encode_chat(self.tokenizer, messages, tools, add_generation_prompt=True)
-            oldest = next((i for i, message in enumerate(messages[:-1]) if message["role"] != "system"), None)
-            if len(ids) <= room or oldest is None:
-                return ids
-            messages = messages[:oldest] + messages[oldest + 1 :]
-
-    def tokens(self, prompts: list[list[int]]) -> Iterator[list[int | None]]:
-        return generate(
-            self.model,
-            prompts,
-            self.args.max_new_tokens,
-            stop_ids={EOS, IM_END},
-            seed=self.args.seed,
-            **{name: getattr(self.args, name) for name in SAMPLING},
-        )
+    def __init__(self, session: Session, args: argparse.Namespace):
+        self.session, self.args = session, args
 
     def write(self, messages: list[dict]) -> str:
         """Prints the answer as it comes, and its speed; returns it. Ctrl-C ends it early."""
-        stream, text, count, start = TextStream(self.tokenizer), "", 0, time.perf_counter()
+        stream = ReplyStream(self.session.tokenizer)
+        sequence = self.session.sequence(self.session.prompt_ids(messages), self.args.seed)
+        engine = Engine(self.session.model, max_rows=1)
+        engine.add(sequence)
+        start = time.perf_counter()
         try:
-            for (token_id,) in self.tokens([self.prompt_ids(messages)]):
-                piece, count = stream.add(token_id), count + 1
-                text += piece
-                print(piece, end="", flush=True)
+            while engine.busy:
+                engine.step()
+                self.show(*stream.add(sequence.tokens[-1]))
         except KeyboardInterrupt:
             print(" …", end="")
-        text += (rest := stream.end())
-        print(rest, flush=True)
+        self.show(*stream.end())
+        print(flush=True)
+        count = len(sequence.tokens)
         print(f"[{count} tokens, {count / (time.perf_counter() - start):.0f} tokens/s]", file=sys.stderr, flush=True)
-        return text
+        return stream.reply().content
+
+    def show(self, part: str, text: str):
+        if text and (part != "reasoning" or self.args.think == "show"):
+            dim = part != "content" and sys.stdout.isatty()
+            print(f"\033[2m{text}\033[0m" if dim else text, end="", flush=True)
 
 
 def converse(writer: Writer, messages: list[dict]):
     """Reads lines and answers until /exit or Ctrl-D; a base model continues each line instead."""
-    print(
-        "Type, or /help."
-        if writer.model.is_chat
-        else "A base model continues texts: type the beginning of one, or /help."
-    )
+    is_chat = writer.session.model.is_chat
+    print("Type, or /help." if is_chat else "A base model continues texts: type the beginning of one, or /help.")
     while True:
         try:
             line = as_utf8(input("\n> ")).strip()
@@ -118,6 +104,8 @@ def converse(writer: Writer, messages: list[dict]):
                 messages = [{"role": "system", "content": rest}] if rest else []
             elif command == "/temperature":
                 writer.args.temperature = not_negative(rest)
+            elif command == "/think" and rest in THINK_CHOICES:
+                writer.args.think = rest
             elif command == "/save":
                 text = json.dumps({"messages": messages}, ensure_ascii=False)
                 Path(rest or "chat.jsonl").write_text(text + "\n", "utf-8")  # as data_process.py sft reads it
@@ -125,7 +113,7 @@ def converse(writer: Writer, messages: list[dict]):
             elif command.startswith("/"):
                 print(HELP)
             elif line:
-                if not writer.model.is_chat:
+                if not is_chat:
                     print(line, end="")
                 question = [*messages, {"role": "user", "content": line}]
                 messages = [*question, {"role": "assistant", "content": writer.write(question)}]
@@ -133,8 +121,11 @@ def converse(writer: Writer, messages: list[dict]):
             print(f"error: {error}")
 
 
-def answer_batch(writer: Writer, file: str, system: list[dict]):
-    """Answers every {"prompt"} or {"messages"} of a jsonl file; prints one {…, "answer"} a line, in the same order."""
+def answer_batch(session: Session, args: argparse.Namespace, system: list[dict]):
+    """Answers every {"prompt"} or {"messages"} of a jsonl file; prints one {…, "answer"} a line, in the same order.
+
+    args.batch_size are written at a time: one that has ended makes room for the next.
+    """
 
     def prompt(record: dict) -> tuple[dict, list[int]]:
         messages, tools = prompt_of(record)
@@ -142,21 +133,26 @@ def answer_batch(writer: Writer, file: str, system: list[dict]):
             raise BadRecord(f"neither prompt nor messages; there is {', '.join(map(str, record))}")
         if messages[0]["role"] != "system":
             messages = [*system, *messages]
-        return record, writer.prompt_ids(messages, tools)
+        return record, session.prompt_ids(messages, tools)
 
-    records = list(each_record(file, "prompt", prompt))
+    engine = Engine(session.model, args.batch_size)
+    unprinted = deque()  # record, its sequence
+    for i, (record, ids) in enumerate(each_record(args.batch, "prompt", prompt)):
+        seed = None if args.seed is None else f"{args.seed}/{i}"
+        unprinted.append((record, session.sequence(ids, seed)))
+        engine.add(unprinted[-1][1])
     output = jsonlines.Writer(sys.stdout, flush=True, dumps=functools.partial(json.dumps, ensure_ascii=False))
-    for start in range(0, len(records), writer.args.batch_size):
-        part = records[start : start + writer.args.batch_size]
-        answers: list[list[int]] = [[] for _ in part]
-        for step in writer.tokens([ids for _, ids in part]):
-            for answer, token_id in zip(answers, step):
-                if token_id is not None:
-                    answer.append(token_id)
-        for (record, _), answer in zip(part, answers):
-            stream = TextStream(writer.tokenizer)
-            text = "".join(map(stream.add, answer)) + stream.end()
-            output.write(record | {"answer": text})
+    while unprinted:
+        engine.step()
+        while unprinted and unprinted[0][1].finish_reason:
+            record, sequence = unprinted.popleft()
+            stream = ReplyStream(session.tokenizer)
+            for token in sequence.tokens:
+                stream.add(token)
+            stream.end()
+            reply = stream.reply()
+            parts = {"reasoning": reply.reasoning, "tool_calls": reply.tool_calls}
+            output.write(record | {name: part for name, part in parts.items() if part} | {"answer": reply.content})
 
 
 @torch.inference_mode()
@@ -307,6 +303,15 @@ def main():
         "--min_p", type=fraction, default=0.0, help="only tokens at least this share of the most probable"
     )
     group.add_argument("--repetition_penalty", type=above_zero, default=1.1, help="1: none")
+    group.add_argument("--think", choices=THINK_CHOICES, default="show", help="what it thinks; off: it may not think")
+    group.add_argument("--max_think_tokens", type=natural, default=0, help="then a thought is ended; 0: no limit")
+    group.add_argument(
+        "--tools",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="what it may call: calculator, or a Python file's functions",
+    )
     group.add_argument("--seed", type=natural, help="the same seed writes the same text")
     args = parser.parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that cannot show Chinese
@@ -324,7 +329,8 @@ def main():
     if device.type == "cpu" and not args.data:  # whose loss needs the layers as they were trained
         model = lay_out_for_decoding(model, args.half_weights)
     tokenizer = load_tokenizer(directory)
-    writer = Writer(model, tokenizer, args)
+    session = Session(model, tokenizer, args, load_tools(args.tools))
+    writer = Writer(session, args)
     system = [{"role": "system", "content": args.system}] if args.system else []
     figures = None
     if args.perplexity:
@@ -334,7 +340,7 @@ def main():
     elif args.choice:
         figures = choice(model, tokenizer, args.choice)
     elif args.batch:
-        answer_batch(writer, args.batch, system)
+        answer_batch(session, args, system)
     elif args.prompt is not None:
         if not model.is_chat:
             print(args.prompt, end="")

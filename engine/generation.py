@@ -1,55 +1,241 @@
-"""Decoding: the KV cache, sampling, streaming."""
+"""Writing: an engine whose rows enter and leave at any step, sampling, and text as it comes."""
 
 import codecs
-from collections.abc import Iterator
+import random
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from base.cli import UserError
+from engine.cache import KVCache, PromptCache
 from model.chat import token_pieces
 from model.model import CausalLM
+from model.operators import document_mask
+
+PROMPT_TOKENS = 4096  # computed at once, so that a long queue of prompts takes no more memory
 
 
-class KVCache:
-    """The keys and values of the tokens so far, so that a new token costs one row of work. Room for max_length tokens.
+class Sampling(NamedTuple):
+    """How a token is chosen; the defaults draw from the model's own distribution."""
 
-    It is handed to the model's forward, which never keeps it. ValueError when the room is used up.
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A prompt, how to go on from it, and what was written."""
+
+    prompt: list[int]
+    max_new_tokens: int
+    stop_ids: frozenset[int] = frozenset()
+    sampling: Sampling = Sampling()
+    seed: int | str | None = None  # the same seed writes the same text, whatever else is being written
+    banned: frozenset[int] = frozenset()  # tokens that are never chosen
+    after: Callable[["Sequence"], Iterable[int]] | None = None  # asked after each token: what is forced to follow it
+    forced: deque[int] = field(default_factory=deque)  # tokens that come next whatever the model says
+    tokens: list[int] = field(default_factory=list)  # a stop token is the last of them
+    chosen: list[bool] = field(default_factory=list)  # of each token: by the model, not forced
+    log_probs: list[float] = field(default_factory=list)  # ln p of each, at temperature 1, where the engine keeps them
+    seen: Tensor | None = None  # which tokens occurred, (V,) boolean; kept where repetition_penalty needs it
+    finish_reason: str | None = None  # "stop", or "length": max_new_tokens or the context is used up
+
+    def __post_init__(self):
+        self.random = random.Random(self.seed)
+
+
+class Engine:
+    """Writes many texts at a time. A step writes one token to each row; a row that ends makes room for one that waits.
+
+    A prompt that several neighbours in the queue share is computed once. A text comes out the same in whatever company:
+    its row has its own length, its own stop tokens and its own random numbers.
+
+        engine = Engine(model, max_rows=64)
+        engine.add(Sequence(prompt, max_new_tokens=100))
+        while engine.busy:
+            for sequence in engine.step():
+                print(sequence.tokens[-1])
     """
 
-    def __init__(self, model: CausalLM, batch_size: int, max_length: int):
-        config, weight = model.config, model.model.embed_tokens.weight
-        shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)  # (B, K, S, D)
-        layers = range(config.num_hidden_layers)
-        self.keys = [torch.empty(shape, device=weight.device, dtype=weight.dtype) for _ in layers]
-        self.values = [torch.empty(shape, device=weight.device, dtype=weight.dtype) for _ in layers]
-        self.length = 0  # tokens in it
-        self.max_length = max_length
+    def __init__(self, model: CausalLM, max_rows: int, keep_log_probs: bool = False):
+        self.model, self.max_rows, self.keep_log_probs = model, max_rows, keep_log_probs
+        self.device = model.model.embed_tokens.weight.device
+        self.context = model.config.max_position_embeddings
+        self.waiting: deque[Sequence] = deque()
+        self.rows: list[Sequence] = []  # those being written, in the order of the cache's rows
+        self.cache: KVCache | None = None
 
-    def update(self, layer_idx: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Takes in the new tokens' (B, K, T, D) and returns all so far, (B, K, S, D)."""
-        end = self.length + key.shape[2]
-        if end > self.max_length:
-            raise ValueError(f"the KV cache has room for {self.max_length} tokens, not {end}")
-        keys, values = self.keys[layer_idx], self.values[layer_idx]
-        keys[:, :, self.length : end] = key
-        values[:, :, self.length : end] = value
-        return keys[:, :, :end], values[:, :, :end]
+    @property
+    def busy(self) -> bool:
+        return bool(self.rows or self.waiting)
 
-    def advance(self, tokens: int):
-        """So many new tokens have gone through all layers."""
-        self.length += tokens
+    def add(self, sequence: Sequence):
+        """Puts it at the end of the queue. UserError when its prompt leaves no room in the context."""
+        length = len(sequence.prompt)
+        if length == 0:
+            raise ValueError("a prompt has no tokens")
+        if length >= self.context:
+            raise UserError(f"the prompt has {length} tokens; the model's context is {self.context}: shorten it")
+        sequence.max_new_tokens = min(sequence.max_new_tokens, self.context - length)
+        self.waiting.append(sequence)
+
+    @torch.inference_mode()
+    def remove(self, sequence: Sequence):
+        """Ends it before its time."""
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
+        if sequence in self.rows:
+            row = self.rows.index(sequence)
+            self.cache.remove(row)
+            last = self.rows.pop()
+            if last is not sequence:
+                self.rows[row] = last
+
+    @torch.inference_mode()
+    def step(self) -> list[Sequence]:
+        """Writes one token to every row, those that enter now included; returns them. Some of them have ended."""
+        hidden = []  # of each row's last token, (·, H)
+        if self.rows:
+            hidden.append(self._next_of_rows())
+        while entering := self._entering():
+            hidden.append(self._read_prompts(entering))
+        if not hidden:
+            return []
+        logits = self.model.lm_head(torch.cat(hidden))  # (B, V)
+        written = list(self.rows)
+        for sequence, token in zip(written, self._choose(logits)):
+            sequence.tokens.append(token)
+            if sequence.after:
+                sequence.forced.extend(sequence.after(sequence))
+            if token in sequence.stop_ids and not sequence.forced:
+                sequence.finish_reason = "stop"
+            elif len(sequence.tokens) >= sequence.max_new_tokens:
+                sequence.finish_reason = "length"
+        for sequence in written:
+            if sequence.finish_reason:
+                self.remove(sequence)
+        return written
+
+    def _next_of_rows(self) -> Tensor:
+        input_ids = torch.tensor([[sequence.tokens[-1]] for sequence in self.rows], device=self.device)  # (B, 1)
+        position_ids = self.cache.ends[1][:, None]
+        return self.model.model(input_ids, position_ids, self.cache.mask(), self.cache)[:, 0]  # (B, H)
+
+    def _entering(self) -> list[Sequence]:
+        """Those at the head of the queue for whom there is room, as many as are computed at once."""
+        entering = []
+        tokens = 0
+        while self.waiting and len(self.rows) + len(entering) < self.max_rows:
+            tokens += len(self.waiting[0].prompt)
+            if entering and tokens > PROMPT_TOKENS:
+                break
+            entering.append(self.waiting.popleft())
+        return entering
+
+    def _read_prompts(self, entering: list[Sequence]) -> Tensor:
+        """Puts the sequences into new rows; returns the hidden states of their prompts' last tokens, (·, H)."""
+        room = max(len(sequence.prompt) + sequence.max_new_tokens for sequence in entering)
+        rows = len(self.rows) + len(entering)
+        if self.cache is None:
+            self.cache = KVCache(self.model, rows, room)
+            self.cache.set_lengths([])
+        elif rows > len(self.cache.keys[0]) or room > self.cache.max_length:
+            self.cache = self.cache.grow(self.model, rows, room)
+        # Laid end to end, as documents in a row of training: no padding, and each sees itself alone.
+        shared = [(prompt, len(list(copies))) for prompt, copies in groupby(sequence.prompt for sequence in entering)]
+        input_ids = torch.tensor([[token for prompt, _ in shared for token in prompt]], device=self.device)  # (1, T)
+        position_ids = torch.cat([torch.arange(len(prompt)) for prompt, _ in shared]).to(self.device)[None]
+        cache = PromptCache(self.cache, [(len(prompt), copies) for prompt, copies in shared])
+        mask = None if len(shared) == 1 else document_mask(position_ids)
+        hidden = self.model.model(input_ids, position_ids, mask, cache)[0]  # (T, H)
+        copies = torch.tensor([n for _, n in shared], device=self.device)
+        ends = torch.tensor([len(prompt) for prompt, _ in shared], device=self.device).cumsum(0) - 1
+        self.rows += entering
+        return hidden[ends.repeat_interleave(copies)]
+
+    def _choose(self, logits: Tensor) -> list[int]:
+        """The next token of every row, from logits (B, V)."""
+        chosen = [0] * len(self.rows)
+        for sampling, rows in self._rows_by_sampling().items():
+            part = logits if len(rows) == len(self.rows) else logits[rows]  # (·, V)
+            if sampling.repetition_penalty != 1:
+                part = penalize_repetition(part, self._seen(rows), sampling.repetition_penalty)
+            for i, row in enumerate(rows):
+                if self.rows[row].banned:
+                    part = part.clone() if part is logits else part
+                    part[i, list(self.rows[row].banned)] = -torch.inf
+            uniforms = [self.rows[row].random.random() for row in rows]
+            drawn = sample(part, uniforms, *sampling[:4]).tolist()
+            for row, token in zip(rows, drawn):
+                sequence = self.rows[row]
+                sequence.chosen.append(not sequence.forced)
+                chosen[row] = sequence.forced.popleft() if sequence.forced else token
+        if self.keep_log_probs:
+            tokens = torch.tensor(chosen, device=self.device)[:, None]  # (B, 1)
+            log_probs = logits.float().gather(1, tokens)[:, 0] - logits.float().logsumexp(-1)
+            for sequence, log_prob in zip(self.rows, log_probs.tolist()):
+                sequence.log_probs.append(log_prob)
+        return chosen
+
+    def _rows_by_sampling(self) -> dict[Sampling, list[int]]:
+        rows = {}
+        for row, sequence in enumerate(self.rows):
+            rows.setdefault(sequence.sampling, []).append(row)
+        return rows
+
+    def _seen(self, rows: list[int]) -> Tensor:
+        """Which tokens stand in the prompt or the text of each row, (·, V) boolean."""
+        for sequence in (self.rows[row] for row in rows):
+            if sequence.seen is None:
+                sequence.seen = torch.zeros(self.model.config.vocab_size, dtype=torch.bool, device=self.device)
+                sequence.seen[sequence.prompt] = True
+            sequence.seen[sequence.tokens[-1:]] = True
+        return torch.stack([self.rows[row].seen for row in rows])
+
+
+def generate(
+    model: CausalLM,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    stop_ids: set[int] | frozenset[int] = frozenset(),
+    seed: int | None = None,
+    **sampling: float,
+) -> Iterator[list[int | None]]:
+    """Yields, step by step, the next token of every prompt; None for one that has ended (its stop token is yielded).
+
+    All are written at a time. Ends when all have met a token of stop_ids, after max_new_tokens, or when the context is
+    full (max_position_embeddings). `sampling` are fields of Sampling. UserError when a prompt alone does not fit.
+    """
+    engine = Engine(model, max_rows=len(prompts))
+    sequences = []
+    for i, prompt in enumerate(prompts):
+        own_seed = None if seed is None else f"{seed}/{i}"
+        sequences.append(Sequence(prompt, max_new_tokens, frozenset(stop_ids), Sampling(**sampling), own_seed))
+        engine.add(sequences[-1])
+    while engine.busy and max_new_tokens:
+        written = set(map(id, engine.step()))
+        yield [sequence.tokens[-1] if id(sequence) in written else None for sequence in sequences]
 
 
 def sample(
-    logits: torch.Tensor,
-    generator: torch.Generator | None = None,
+    logits: Tensor,
+    uniforms: list[float],
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
-) -> torch.Tensor:
-    """Draws a token for each row of logits (B, V); returns (B,). Temperature 0 takes the most probable.
+) -> Tensor:
+    """A token for each row of logits (B, V), by a number in [0, 1) for each; returns (B,). Temperature 0 takes the most
+    probable.
 
     top_k keeps the k most probable (0: all; more than V: all); top_p the fewest that hold this much probability
     (nucleus sampling, arXiv 1904.09751); min_p those at least this share of the most probable's (arXiv 2407.01082).
@@ -68,71 +254,15 @@ def sample(
         before[:, 0] = -1  # the most probable always stays
         ordered[before >= top_p * ordered.sum(-1, keepdim=True)] = 0
         probabilities = torch.zeros_like(probabilities).scatter(-1, index, ordered)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)  # weights need not add up to 1
+    # The token at which the running sum passes the row's number: the inverse of the distribution function.
+    running = probabilities.cumsum(-1)
+    below = torch.tensor(uniforms, device=logits.device).clamp(max=1 - 1e-6)[:, None] * running[:, -1:]
+    return torch.searchsorted(running, below, right=True)[:, 0]
 
 
-def penalize_repetition(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
+def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Makes tokens that occurred less probable (CTRL, arXiv 1909.05858, 4.1). logits (B, V), seen (B, V) boolean."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-
-
-@torch.inference_mode()
-def generate(
-    model: CausalLM,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    stop_ids: set[int] | frozenset[int] = frozenset(),
-    repetition_penalty: float = 1.0,
-    seed: int | None = None,
-    **sampling,
-) -> Iterator[list[int | None]]:
-    """Yields, step by step, the next token of every prompt; None for one that has ended (its stop token is yielded).
-
-    Prompts of different lengths are padded on the left, and the padding is masked: a batch gives what its prompts
-    give one by one. Ends when all have met a token of stop_ids, after max_new_tokens, or when the context is full
-    (max_position_embeddings). `sampling` goes to sample(). UserError when a prompt alone does not fit.
-    """
-    device = model.model.embed_tokens.weight.device
-    longest = max(map(len, prompts))
-    context = model.config.max_position_embeddings
-    if min(map(len, prompts)) == 0:
-        raise ValueError("a prompt has no tokens")
-    if longest >= context:
-        raise UserError(f"the prompt has {longest} tokens; the model's context is {context}: shorten it")
-    max_new_tokens = min(max_new_tokens, context - longest)
-    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)  # (B,)
-    input_ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
-    slots = torch.arange(longest + max_new_tokens, device=device)  # of the cache, (S,)
-    real = slots >= padding[:, None]  # (B, S)
-    seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=device)
-    for row, prompt in zip(seen, prompts):
-        row[prompt] = True
-    cache = KVCache(model, len(prompts), longest + max_new_tokens)
-    ended = [False] * len(prompts)
-    ragged = bool(padding.any())
-    for _ in range(max_new_tokens):
-        past = cache.length
-        T = input_ids.shape[1]
-        queries = slots[past : past + T]
-        position_ids = mask = None
-        if ragged:
-            position_ids = (queries - padding[:, None]).clamp(min=0)  # (B, T)
-            visible = real[:, None, : past + T] & (slots[: past + T] <= queries[:, None])  # (B, T, S)
-            mask = (visible | (slots[: past + T] == queries[:, None]))[:, None]  # padding sees itself: no row is empty
-        hidden = model.model(input_ids, position_ids, mask, cache)[:, -1]  # (B, H): only the last token is asked
-        logits = model.lm_head(hidden)  # (B, V)
-        if repetition_penalty != 1:
-            logits = penalize_repetition(logits, seen, repetition_penalty)
-        next_ids = sample(logits, generator, **sampling)  # (B,)
-        if repetition_penalty != 1:
-            seen.scatter_(1, next_ids[:, None], True)
-        input_ids = next_ids[:, None]
-        tokens = next_ids.tolist()
-        yield [None if over else token for token, over in zip(tokens, ended)]
-        ended = [over or token in stop_ids for token, over in zip(tokens, ended)]
-        if all(ended):
-            return
 
 
 class TextStream:

@@ -8,7 +8,8 @@ from helpers import TOKENIZER, greedy, prompt, sharp_model
 from transformers import AutoModelForCausalLM
 
 from engine import generation
-from engine.generation import KVCache, TextStream, generate, penalize_repetition, sample
+from engine.cache import KVCache
+from engine.generation import TextStream, generate, penalize_repetition, sample
 from model.chat import IM_END, encode, load_tokenizer
 from model.checkpoint import save_model
 from model.LMConfig import PRESETS, LMConfig
@@ -124,8 +125,9 @@ def test_without_stop_tokens_none_ends_it(model):
 @pytest.mark.parametrize(("length", "room"), [(60, 4), (63, 1)])
 def test_the_end_of_the_context_ends_the_text(length, room, model):
     assert greedy(model, [prompt(length)], 100) == [without_cache(model, prompt(length), room)]
-    ragged = greedy(model, [prompt(length), prompt(3)], 100)
-    assert [len(tokens) for tokens in ragged] == [room, room]
+    long, short = greedy(model, [prompt(length), prompt(3)], 100)
+    assert [token for token in long if token is not None] == without_cache(model, prompt(length), room)
+    assert short == without_cache(model, prompt(3), 61)
 
 
 @pytest.mark.parametrize("length", [64, 65, 200])
@@ -143,7 +145,8 @@ def test_an_empty_prompt_is_an_error(model):
 
 
 def frequencies(logits: torch.Tensor = LOGITS, n: int = 20_000, **options) -> torch.Tensor:
-    draws = sample(logits.expand(n, -1), torch.Generator().manual_seed(0), **options)
+    uniforms = torch.rand(n, generator=torch.Generator().manual_seed(0)).tolist()
+    draws = sample(logits.expand(n, -1), uniforms, **options)
     return torch.bincount(draws, minlength=logits.shape[-1]) / n
 
 
@@ -184,13 +187,13 @@ def test_every_row_is_sampled_from_its_own_distribution():
     logits = torch.full((3, 50), -100.0)
     logits[torch.arange(3), torch.tensor([7, 0, 49])] = 0
     for options in (dict(), dict(top_p=0.9), dict(top_k=3), dict(min_p=0.1), dict(temperature=0)):
-        assert sample(logits, **options).tolist() == [7, 0, 49]
+        assert sample(logits, [0.001, 0.5, 0.999999999], **options).tolist() == [7, 0, 49]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_logits_are_sampled_in_full_precision(dtype):
     logits = torch.zeros(100_000, dtype=dtype)  # each has a probability that half precision cannot add up
-    assert sample(logits[None], top_p=0.5).shape == (1,)
+    assert sample(logits[None], [0.5], top_p=0.5).shape == (1,)
     assert frequencies(logits[:4], top_p=0.9).sum() == pytest.approx(1)
 
 

@@ -1,0 +1,100 @@
+"""The keys and values of the tokens so far, so that a new one costs one token's work; rows of different lengths."""
+
+import torch
+from torch import Tensor
+
+from model.model import CausalLM
+
+
+class KVCache:
+    """Room for `rows` texts of max_length tokens; the first `len(lengths)` rows are in use.
+
+    It is handed to the model's forward, which never keeps it. ValueError when the room is used up.
+    """
+
+    def __init__(self, model: CausalLM, rows: int, max_length: int):
+        config, weight = model.config, model.model.embed_tokens.weight
+        shape = (rows, config.num_key_value_heads, max_length, config.head_dim)  # (R, K, S, D)
+        layers = range(config.num_hidden_layers)
+        self.keys = [torch.zeros(shape, device=weight.device, dtype=weight.dtype) for _ in layers]
+        self.values = [torch.zeros(shape, device=weight.device, dtype=weight.dtype) for _ in layers]
+        self.max_length = max_length
+        self.set_lengths([0] * rows)
+
+    def set_lengths(self, lengths: list[int]):
+        """How many tokens each row in use has."""
+        self.lengths = lengths
+        self.length = max(lengths, default=0)
+        self.aligned = len(set(lengths)) <= 1  # then nothing needs to be masked
+        device = self.keys[0].device
+        self.ends = (torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device))  # row, place
+
+    def mask(self) -> Tensor | None:
+        """For one new token a row: True where it may look, itself included, (B, 1, 1, S); None: everywhere."""
+        if self.aligned:
+            return None
+        slots = torch.arange(self.length + 1, device=self.keys[0].device)
+        return (slots <= self.ends[1][:, None])[:, None, None]
+
+    def update(self, layer_idx: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes in the new tokens' (B, K, T, D), returns all so far, (B, K, S, D). T is 1 unless rows are aligned."""
+        B, _, T, _ = key.shape
+        end = self.length + T
+        if end > self.max_length:
+            raise ValueError(f"the KV cache has room for {self.max_length} tokens, not {end}")
+        for kept, new in ((self.keys[layer_idx], key), (self.values[layer_idx], value)):
+            if self.aligned:
+                kept[:B, :, end - T : end] = new
+            else:
+                rows, places = self.ends
+                kept[rows, :, places] = new[:, :, 0]
+        return self.keys[layer_idx][:B, :, :end], self.values[layer_idx][:B, :, :end]
+
+    def advance(self, tokens: int):
+        """So many new tokens of every row have gone through all layers."""
+        self.set_lengths([length + tokens for length in self.lengths])
+
+    def remove(self, row: int):
+        """The last row takes its place."""
+        *lengths, length = self.lengths
+        if row < len(lengths):
+            for kept in (*self.keys, *self.values):
+                kept[row, :, :length] = kept[len(lengths), :, :length]
+            lengths[row] = length
+        self.set_lengths(lengths)
+
+    def grow(self, model: CausalLM, rows: int, max_length: int) -> "KVCache":
+        """A cache with at least this much room, and the same content."""
+        larger = KVCache(model, max(rows, len(self.keys[0])), max(max_length, self.max_length))
+        larger.set_lengths(self.lengths)
+        n, length = len(self.lengths), self.length
+        for old, new in zip((*self.keys, *self.values), (*larger.keys, *larger.values)):
+            new[:n, :, :length] = old[:n, :, :length]
+        return larger
+
+
+class PromptCache:
+    """Takes in prompts that lie end to end in one row, each for one or several new rows of `cache`."""
+
+    length = 0  # nothing is seen from before
+
+    def __init__(self, cache: KVCache, prompts: list[tuple[int, int]]):
+        """prompts: the length of each, and how many rows get it."""
+        self.cache, self.prompts = cache, prompts
+
+    def update(self, layer_idx: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """(1, K, T, D) of all prompts: goes to their rows, and is returned as it is."""
+        for kept, new in ((self.cache.keys[layer_idx], key), (self.cache.values[layer_idx], value)):
+            row = len(self.cache.lengths)
+            start = 0
+            for length, copies in self.prompts:
+                kept[row : row + copies, :, :length] = new[:, :, start : start + length]
+                row += copies
+                start += length
+        return key, value
+
+    def advance(self, tokens: int):
+        new = []
+        for length, copies in self.prompts:
+            new += [length] * copies
+        self.cache.set_lengths(self.cache.lengths + new)
