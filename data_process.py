@@ -1,8 +1,9 @@
-"""Raw text -> tokenizer, pretraining, SFT and DPO data; one subcommand each.
+"""Raw text -> tokenizer, and data for pretraining, SFT, DPO and rewards; one subcommand each.
 
     python data_process.py pretrain corpus/ more.jsonl.gz      # cleans and tokenizes -> dataset/pretrain
     python data_process.py sft chats.jsonl                     # -> dataset/sft
     python data_process.py dpo pairs.jsonl                     # -> dataset/dpo
+    python data_process.py rl questions.jsonl                  # {"prompt", "answer"} -> dataset/rl
     python data_process.py show dataset/sft --index 0          # a sample, with the trained tokens marked
     python data_process.py clean corpus/ --output clean.jsonl
     python data_process.py tokenizer corpus/ --output my_tokenizer --vocab_size 6400
@@ -30,6 +31,7 @@ from corpus.prepared import SPLITS, Prepared, writing_prepared
 from corpus.records import each_record, text_of
 from corpus.tokenizer import sample_texts, tokenizer_files, train_pieces
 from demo.questions import write_demo
+from demo.tasks import write_tasks
 from model import chat
 
 
@@ -38,15 +40,16 @@ def prepare(args: argparse.Namespace):
     kind, report = KINDS[args.command], Report(args)
     load_encoder(args.tokenizer)  # here first: a mistake is found before the workers start
     tokenizer_dir = Path(args.tokenizer)
-    with writing_prepared(args.output, args.command, tokenizer_dir, kind.masked, len(kind.titles)) as writer:
+    shape = dict(masked=kind.masked, group=len(kind.titles), noted=kind.noted)
+    with writing_prepared(args.output, args.command, tokenizer_dir, **shape) as writer:
         if args.val:  # first, so that what it holds is dropped from the training documents
             for document in read_documents(args, args.val, report):
-                writer.add("val", document.parts, document.size)
+                writer.add("val", document.parts, document.size, document.note)
         val_fraction = 0 if args.val else args.val_fraction
         for i, document in enumerate(read_documents(args, args.inputs, report)):
             # By the hash; but the first two go to a split each, so that neither stays empty.
             in_val = document.key < val_fraction * 2**64 if i > 1 else i == 1 and val_fraction
-            writer.add("val" if in_val else "train", document.parts, document.size)
+            writer.add("val" if in_val else "train", document.parts, document.size, document.note)
         sources = []
         for path, records in report.records.items():
             sizes = {"bytes": path.stat().st_size, "records": records}
@@ -114,7 +117,8 @@ def show(args: argparse.Namespace):
 def demo(args: argparse.Namespace):
     """The command demo: the files of demo/questions.py, with a corpus's texts mixed into the one for pretraining."""
     texts = (text for file in args.corpus for text in each_record(file, "text", lambda record: text_of(record, "text")))
-    for name, count in write_demo(args.output, texts, args.seed).items():
+    counts = write_tasks(args.output, args.seed) if args.tasks else write_demo(args.output, texts, args.seed)
+    for name, count in counts.items():
         print(f"{args.output / name}.jsonl: {count:,} records")
 
 
@@ -124,6 +128,7 @@ COMMANDS = {  # name -> function, description
     "pretrain": (prepare, "clean and tokenize texts, for 1-pretrain.py"),
     "sft": (prepare, "tokenize chats, for 2-sft.py and 3-lora.py"),
     "dpo": (prepare, "tokenize preference pairs, for 4-dpo.py"),
+    "rl": (prepare, "tokenize questions with answers that can be checked, for 5-grpo.py"),
 }
 
 
@@ -146,7 +151,7 @@ def add_flags(name: str, command: argparse.ArgumentParser):
         add("--tokenizer", default="model/tokenizer", help="folder")
         add("--val_fraction", type=share, default=0.01, help="share of the documents for validation")
         add("--val", nargs="+", default=[], metavar="FILE", help="validate on these instead")
-    if kind.masked:
+    if kind.masked or kind.noted:
         add("--max_tokens", type=natural, default=0, help="drop chats that are longer; 0: keep all")
     if name == "clean":
         add("--output", type=Path, required=True, help="file")
@@ -175,6 +180,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     command.set_defaults(function=demo)
     command.add_argument("--output", type=Path, required=True, help="folder")
     command.add_argument("--corpus", nargs="+", default=[], metavar="FILE", help="texts for pretraining; else made up")
+    command.add_argument(
+        "--tasks", action="store_true", help="instead, questions for 5-grpo.py and chats to start from"
+    )
     command.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
     if args.command in KINDS:

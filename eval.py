@@ -31,7 +31,7 @@ from base.files import finish_replacing
 from corpus.records import BadRecord, each_record, prompt_of, text_of
 from engine.decoding import lay_out_for_decoding
 from engine.generation import Engine
-from engine.session import ReplyStream, Session
+from engine.session import ReplyStream, Session, read_tokens
 from engine.tools import load_tools
 from model.chat import BOS, EOS, encode, encode_chat, load_tokenizer, tokenizer_fingerprint
 from model.checkpoint import load_adapter, load_model
@@ -146,11 +146,7 @@ def answer_batch(session: Session, args: argparse.Namespace, system: list[dict])
         engine.step()
         while unprinted and unprinted[0][1].finish_reason:
             record, sequence = unprinted.popleft()
-            stream = ReplyStream(session.tokenizer)
-            for token in sequence.tokens:
-                stream.add(token)
-            stream.end()
-            reply = stream.reply()
+            reply = read_tokens(sequence.tokens, session.tokenizer)
             parts = {"reasoning": reply.reasoning, "tool_calls": reply.tool_calls}
             output.write(record | {name: part for name, part in parts.items() if part} | {"answer": reply.content})
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from base.cli import UserError
 from corpus.cleaning import CHAT_RULES, TEXT_RULES, Dropped, clean
 from corpus.duplicates import hash64
-from corpus.records import Messages, chat_of, pair_of, text_of
+from corpus.records import Messages, chat_of, pair_of, task_of, text_of
 from model import chat
 
 
@@ -25,6 +25,7 @@ class Document(NamedTuple):
     size: int  # UTF-8 bytes of text
     sample: str  # the text, or for a chat a question; only its beginning leaves the worker, for the report
     bands: list[int] = []  # hashes, of which near duplicates share one
+    note: str = ""  # a line of JSON that is kept beside the tokens
 
 
 class Kind(NamedTuple):
@@ -35,6 +36,7 @@ class Kind(NamedTuple):
     tokenize: Callable[[list[Document], argparse.Namespace], list[Document]] | None = None  # of a whole batch
     titles: tuple[str, ...] = ()  # of the sequences that a record becomes, which stay together; none: not prepared
     masked: bool = False  # whether only some tokens are trained
+    noted: bool = False  # whether each record has a note
 
 
 class Encoder(NamedTuple):
@@ -151,6 +153,26 @@ def _chat_document(
     return Document(place, key, parts, size, sample)
 
 
+def read_task_record(place: int, record: dict, args: argparse.Namespace, changed: Counter) -> Document:
+    """The document of a question for 5-grpo.py: the prompt, and as its note what an answer is checked against."""
+    encoder = load_encoder(args.tokenizer)
+    messages, answer, tools = task_of(record)
+    for message in messages:
+        message["content"] = clean(message["content"], CHAT_RULES, args, changed)
+    sample = messages[-1]["content"][:80]
+    if not answer.strip():
+        raise Dropped("no_answer", sample)
+    ids, _ = chat.encode_chat(encoder.tokenizer, messages, tools, add_generation_prompt=True)
+    if args.max_tokens and len(ids) > args.max_tokens:
+        raise Dropped("too_long", sample)
+    tokens = np.array(ids, encoder.dtype)
+    extra = {field: value for field, value in record.items() if field not in ("prompt", "messages", "tools")}
+    note = json.dumps({"question": messages[-1]["content"], **extra, "answer": answer}, ensure_ascii=False)
+    key = hash64(json.dumps([messages, tools, answer], ensure_ascii=False).encode())
+    size = int(encoder.sizes[tokens].sum())
+    return Document(place, key, [(tokens.tobytes(), b"")], size, sample, note=note)
+
+
 TEXT_NAMES = (*TEXT_RULES, "exact_duplicate", "near_duplicate")
 CHAT_NAMES = (*CHAT_RULES, "no_answer", "too_long", "exact_duplicate")
 PAIR_NAMES = (*CHAT_RULES, "same_answer", "no_answer", "too_long", "exact_duplicate")
@@ -160,4 +182,5 @@ KINDS = {
     "pretrain": Kind(read_text_record, TEXT_NAMES, tokenize_texts, titles=("document",)),
     "sft": Kind(read_chat_record, CHAT_NAMES, titles=("chat",), masked=True),
     "dpo": Kind(read_pair_record, PAIR_NAMES, titles=("chosen", "rejected"), masked=True),
+    "rl": Kind(read_task_record, CHAT_NAMES, titles=("prompt",), noted=True),
 }

@@ -2,6 +2,7 @@
 
     train.bin  train.idx  [train.mask]    token ids end to end; where each document begins, and the end of the last;
     val.bin    val.idx    [val.mask]      of chats, a byte a token: 1 where it is trained
+    [train.jsonl, val.jsonl]              of questions, a note each: the answer that a reward is given for
     tokenizer/  token_bytes.bin           what the ids mean, and how many UTF-8 bytes of text each stands for
     meta.json                             what it is, counts, sources, SHA-256 sums
 
@@ -30,7 +31,14 @@ class PreparedWriter:
     """A folder while it is written. A sequence is a document, a chat, or one half of a pair."""
 
     def __init__(
-        self, folder: Path, kind: str, tokenizer_dir: Path, masked: bool, group: int, stack: contextlib.ExitStack
+        self,
+        folder: Path,
+        kind: str,
+        tokenizer_dir: Path,
+        masked: bool,
+        group: int,
+        noted: bool,
+        stack: contextlib.ExitStack,
     ):
         self.folder = folder
         tokenizer = folder / TOKENIZER
@@ -50,7 +58,7 @@ class PreparedWriter:
             "vocab_size": len(sizes),
             "tokenizer_sha256": tokenizer_fingerprint(tokenizer),
         }
-        suffixes = ("bin", "idx", "mask") if masked else ("bin", "idx")
+        suffixes = ["bin", "idx", *(["mask"] if masked else []), *(["jsonl"] if noted else [])]
         self.files = {}
         self.counts = {}
         for split in SPLITS:
@@ -62,8 +70,8 @@ class PreparedWriter:
             self.files[split]["idx"].write(bytes(8))  # the first sequence begins at 0
             self.counts[split] = {"documents": 0, "tokens": 0, "bytes": 0} | ({"trained_tokens": 0} if masked else {})
 
-    def add(self, split: str, parts: Iterable[tuple[bytes, bytes]], size: int = 0):
-        """The sequences of one record, each as its ids and its mask, and how many UTF-8 bytes of text they are."""
+    def add(self, split: str, parts: Iterable[tuple[bytes, bytes]], size: int = 0, note: str = ""):
+        """One record: its sequences, each as ids and mask; how many UTF-8 bytes of text they are; its note."""
         files, counts = self.files[split], self.counts[split]
         for ids, mask in parts:
             counts["documents"] += 1
@@ -74,6 +82,8 @@ class PreparedWriter:
                 counts["trained_tokens"] += mask.count(1)
                 files["mask"].write(mask)
         counts["bytes"] += size
+        if "jsonl" in files:
+            files["jsonl"].write(note.encode() + b"\n")
 
     def finish(self):
         """When the files are closed."""
@@ -83,20 +93,20 @@ class PreparedWriter:
 
 @contextlib.contextmanager
 def writing_prepared(
-    folder: Path, kind: str, tokenizer_dir: Path, masked: bool = False, group: int = 1
+    folder: Path, kind: str, tokenizer_dir: Path, masked: bool = False, group: int = 1, noted: bool = False
 ) -> Iterator[PreparedWriter]:
     """A writer whose folder takes the place of `folder` when the block ends well; what it adds to .meta is kept.
 
     UserError where `folder` holds anything but prepared data: it may be someone's work.
     """
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name} if folder.exists() else set()
-    ours = {f"{split}.{suffix}" for split in SPLITS for suffix in ("bin", "idx", "mask")}
+    ours = {f"{split}.{suffix}" for split in SPLITS for suffix in ("bin", "idx", "mask", "jsonl")}
     ours |= {META, TOKENIZER, TOKEN_BYTES}
     if names and not (META in names and names <= ours):
         raise UserError(f"{folder} holds something else than prepared data: choose another --output, or move it away")
     with replacing_directory(folder) as new:
         with contextlib.ExitStack() as stack:
-            writer = PreparedWriter(new, kind, tokenizer_dir, masked, group, stack)
+            writer = PreparedWriter(new, kind, tokenizer_dir, masked, group, noted, stack)
             yield writer
         writer.finish()
 
@@ -143,6 +153,17 @@ class Prepared:
             sequences.append((ids, mask))
         return sequences
 
+    def notes(self) -> list[dict]:
+        """Of every record, in their order."""
+        path = self.folder / f"{self.split}.jsonl"
+        try:
+            notes = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read ({error}); make the data anew") from None
+        if len(notes) != len(self):
+            raise UserError(f"{path} and {self.split}.idx do not belong together; make the data anew")
+        return notes
+
     def _map(self, name: str, dtype) -> np.ndarray:
         path, dtype = self.folder / name, np.dtype(dtype)
         if not path.exists():
@@ -160,7 +181,7 @@ def read_meta(folder: Path) -> dict:
     finish_replacing(folder)
     path = folder / META
     if not path.exists():
-        kind = folder.name if folder.name in ("sft", "dpo") else "pretrain"
+        kind = folder.name if folder.name in ("sft", "dpo", "rl") else "pretrain"
         raise UserError(
             f"no prepared data in {folder}; make it with: python data_process.py {kind} YOUR_FILES --output {folder}"
         )

@@ -27,6 +27,12 @@ class Chat(NamedTuple):
     tools: list | None  # JSON schemas
 
 
+class Task(NamedTuple):
+    messages: Messages  # up to the answer
+    answer: str  # that can be checked
+    tools: list | None
+
+
 class Pair(NamedTuple):
     chosen: Messages
     rejected: Messages
@@ -172,6 +178,15 @@ def chat_of(record: dict) -> Chat:
     if not messages:
         raise BadRecord(f"no chat of a known shape; there is {_fields(record)}")
     return Chat(messages, tools)
+
+
+def task_of(record: dict) -> Task:
+    """A question with an answer that can be checked."""
+    messages, tools = prompt_of(record)
+    answer = record.get("answer")
+    if not messages or not isinstance(answer, str | int | float):
+        raise BadRecord(f"no question with its answer; there is {_fields(record)}")
+    return Task(messages, str(answer), tools)
 
 
 def pair_of(record: dict) -> Pair:

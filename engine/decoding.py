@@ -106,6 +106,11 @@ class DecodingFeedForward(nn.Module):
         return self.down_proj(F.silu(gate) * up)
 
 
+def shared_copy(model: CausalLM) -> CausalLM:
+    """Modules of their own over the same weights: one may be laid out or put to eval() and the other not."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
+
+
 def lay_out_for_decoding(model: CausalLM, half_weights: bool = False) -> CausalLM:
     """The same model with faster layers, for generate(); it cannot be trained or saved. `model` stays as it is.
 
@@ -115,8 +120,7 @@ def lay_out_for_decoding(model: CausalLM, half_weights: bool = False) -> CausalL
     if half_weights and "fbgemm" not in torch.backends.quantized.supported_engines:
         raise UserError("this build of torch has no product with float16 weights (FBGEMM)")
     product = HalfProduct if half_weights else Product
-    shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}  # is not copied
-    laid_out = copy.deepcopy(model, shared)
+    laid_out = shared_copy(model)
     for name, module in model.named_modules():
         if isinstance(module, Attention):
             laid_out.set_submodule(name, DecodingAttention(module, product))

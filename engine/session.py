@@ -24,7 +24,10 @@ class Reply(NamedTuple):
 
 
 class ReplyStream:
-    """Tokens to pieces of text as they come, each with the part that it belongs to: one of PARTS, or "content"."""
+    """Tokens to pieces of text as they come, each with the part that it belongs to: one of PARTS, or "content".
+
+    What stands between the turns of an answer that calls tools, ends of turns and headers, is no text.
+    """
 
     def __init__(self, tokenizer: Tokenizer):
         self.stream = TextStream(tokenizer)
@@ -36,7 +39,13 @@ class ReplyStream:
             self._open(PARTS[token_id])
         elif token_id - 1 in PARTS:
             self._open("content")
-        return self._append(self.stream.add(token_id))
+        elif token_id in (IM_END, IM_START):
+            self.part = "between" if token_id == IM_END else "header"
+        text = self.stream.add(token_id)
+        if self.part == "header" and "\n" in text:
+            self._open("content")
+            return "content", ""
+        return self._append(text)
 
     def end(self) -> tuple[str, str]:
         return self._append(self.stream.end())
@@ -47,10 +56,12 @@ class ReplyStream:
         self.pieces.append((part, ""))
 
     def _append(self, text: str) -> tuple[str, str]:
-        if text:
+        if text and self.part not in ("between", "header"):
             if not self.pieces or self.pieces[-1][0] != self.part:
                 self.pieces.append((self.part, ""))
             self.pieces[-1] = (self.part, self.pieces[-1][1] + text)
+        else:
+            text = ""
         return self.part, text
 
     def reply(self) -> Reply:
@@ -62,6 +73,19 @@ class ReplyStream:
             tool_calls=[_call_of(text) for text in texts["tool_call"]],
             tool_responses=[text.strip("\n") for text in texts["tool_response"]],
         )
+
+
+def last_turn(tokens: list[int]) -> list[int]:
+    """From the last header on; the whole answer where no tool was called."""
+    return tokens[-1 - tokens[::-1].index(IM_START) :] if IM_START in tokens else tokens
+
+
+def read_tokens(tokens: list[int], tokenizer: Tokenizer) -> Reply:
+    stream = ReplyStream(tokenizer)
+    for token in tokens:
+        stream.add(token)
+    stream.end()
+    return stream.reply()
 
 
 def _call_of(text: str) -> dict:
@@ -117,13 +141,7 @@ class Session:
 
     def _answers_of_tools(self, sequence: Sequence) -> list[int]:
         """What encode_chat writes after the calls of the turn that has just ended, up to the next header."""
-        turn = sequence.tokens
-        if IM_START in turn:  # after earlier calls
-            turn = turn[len(turn) - turn[::-1].index(IM_START) :]
-        stream = ReplyStream(self.tokenizer)
-        for token in turn:
-            stream.add(token)
-        calls = stream.reply().tool_calls
+        calls = read_tokens(last_turn(sequence.tokens), self.tokenizer).tool_calls
         if not calls:
             return []
         ids = [*encode(self.tokenizer, "\n"), IM_START, *encode(self.tokenizer, "user")]

@@ -79,7 +79,7 @@ class Log:
         if self.bar:
             self.bar.n = 100 * min(share_done, 1)
             self.bar.set_postfix_str(shown)
-        if not self.bar or "val_loss" in record:
+        if not self.bar or any(name.startswith("val_") for name in record):
             self.say(shown)
         if self.wandb:
             self.wandb.log(record, step=record["step"])
@@ -147,7 +147,7 @@ class Meter:
             "grad_norm": grad_norm,
             "tokens_per_s": window["real_tokens"] / window["step_seconds"],
             "share_of_peak": window["flops"] / window["step_seconds"] / self.peak,
-            "real_share": window["real_tokens"] / window["row_tokens"],
+            "real_share": window["real_tokens"] / max(window["row_tokens"], 1),
             "minutes": progress.seconds / 60,
             "minutes_left": seconds_left / 60,
             **(describe_load(window["expert_load"]) if "expert_load" in metrics else {}),

@@ -3,6 +3,7 @@
 import argparse
 import math
 import signal
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -160,6 +161,11 @@ class Run:
             move_router_bias(self.model, sums.get("expert_load"))
         return grad_norm
 
+    def skip_update(self) -> float:
+        """For a step from which there is nothing to learn: momentum does not move the weights either."""
+        self.buffer.flat.zero_()
+        return 0.0
+
     def report_skipped(self):
         """Says which samples made a loss or gradient that is not finite; FloatingPointError when it goes on and on."""
         self.progress.skipped += 1
@@ -177,10 +183,11 @@ class Run:
                 f"samples named above with: python data_process.py show {self.args.data} --index N"
             )
 
-    def record(self, grad_norm: float) -> dict:
-        """A line of the log."""
+    def record(self, grad_norm: float, metrics: Sequence[str] | None = None) -> dict:
+        """A line of the log, with the means of these metrics over the loss's terms; without names, of all."""
         rate = self.optimizer.param_groups[0]["lr"]
-        return self.meter.record(self.progress, self.share_done(), rate, grad_norm, self.buffer.metrics)
+        shown = self.buffer.metrics if metrics is None else metrics
+        return self.meter.record(self.progress, self.share_done(), rate, grad_norm, shown)
 
     def save(self):
         self.checkpointer.save(self.progress, self.log)

@@ -1,0 +1,171 @@
+"""Rewards: the model writes several answers to a question, and those better than their group become more probable.
+
+No one shows it what to write: a function looks at the answer and gives a number. Of a group of answers to one question
+the mean reward is the measure, so no second network has to guess how good a question's answers usually are. That is
+GRPO, group relative policy optimization (arXiv 2402.03300); the defaults are those of its later critics: the advantage
+is not divided by the standard deviation (Dr. GRPO, 2503.20783), the loss is a mean over tokens and its clip is higher
+above than below (DAPO, 2503.14476), and no reference holds the model back (--beta 0), so there is no second model.
+
+    python data_process.py rl QUESTIONS.jsonl                    {"prompt", "answer"} -> dataset/rl
+    python 5-grpo.py                                             out/sft and dataset/rl -> out/grpo
+    torchrun --nproc_per_node 2 5-grpo.py                        the same in two processes
+    python 5-grpo.py --reward my_rewards.py:score                a function of your own: score(reply, task) -> number
+"""
+
+import math
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from base.cli import above_zero, not_negative, positive, run
+from model.checkpoint import load_model
+from model.lora import apply_lora
+from model.model import CausalLM
+from training import rollouts
+from training.flags import LORA_FLAGS, parse_flags
+from training.loop import Run, StopRequest
+from training.machine import start_machine
+from training.packing import IGNORE
+
+
+def group_advantages(rewards: Tensor, scale_rewards: bool) -> Tensor:
+    """How much better each answer is than its group, from rewards (groups, answers): 2503.20783, eq. 3; with
+    scale_rewards in units of the group's standard deviation: 2402.03300, 4.1.2."""
+    better = rewards - rewards.mean(1, keepdim=True)
+    return better / (rewards.std(1, keepdim=True) + 1e-4) if scale_rewards else better
+
+
+def policy_loss(log_probs: Tensor, old: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
+    """-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) of each token, (M,), with rho = p / p_old: 2402.03300,
+    eq. 3; 2503.14476, eq. 10. In the first update after the answers were written rho is 1, its gradient that of ln p.
+    """
+    rho = (log_probs - old).exp()
+    clipped = rho.clamp(1 - clip_low, 1 + clip_high)
+    return -torch.min(rho * advantages, clipped * advantages)
+
+
+def token_log_probs(model: CausalLM, batch: rollouts.RolloutBatch) -> Tensor:
+    """ln p of every token that the model chose, (M,)."""
+    scored = batch.labels != IGNORE  # (B, T)
+    hidden = model.model(batch.input_ids, batch.position_ids)[scored]  # (M, H)
+    return -F.cross_entropy(model.lm_head(hidden).float(), batch.labels[scored], reduction="none")
+
+
+GRPO_FLAGS = {
+    "--loss": dict(choices=["dapo", "dr_grpo", "grpo"], default="dapo", help="what the sum is divided by, see main()"),
+    "--scale_rewards": dict(action="store_true", help="divide by the group's standard deviation"),
+    "--beta": dict(type=not_negative, default=0.0, help="weight of the distance from the model of --init_from"),
+    "--updates": dict(type=positive, default=1, help="steps of the optimizer with the same answers"),
+    "--clip_low": dict(type=above_zero, default=0.2, help="how much less probable a token may become by them"),
+    "--clip_high": dict(type=above_zero, default=0.28, help="how much more"),
+}
+
+
+def main():
+    args = parse_flags(
+        __doc__,
+        LORA_FLAGS | rollouts.ROLLOUT_FLAGS | GRPO_FLAGS,
+        data=Path("dataset/rl"),
+        init_from=Path("out/sft"),
+        out_dir=Path("out/grpo"),
+        epochs=100,
+        max_steps=150,
+        batch_size=8,  # rows; a row holds several answers
+        learning_rate=2e-4,
+        warmup_steps=10,
+        weight_decay=0.0,
+        log_interval=5,
+        eval_interval=25,
+        lora_rank=0,
+    )
+    machine = start_machine(args)
+    train_set, val_set = (rollouts.Tasks(args.data, split, args) for split in ("train", "val"))
+    model = load_model(args.init_from)
+    reference = load_model(args.init_from, machine.device) if args.beta else None
+    if args.lora_rank:
+        apply_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
+    run = Run(args, machine, model, train_set, rollouts.METRICS)
+    writer = rollouts.RolloutWriter(model, args, machine)
+    progress, window = run.progress, Counter()
+
+    def grpo_loss(model: CausalLM, batch: rollouts.RolloutBatch) -> tuple[Tensor, float, dict[str, Tensor]]:
+        scored = batch.labels != IGNORE  # (B, T)
+        old = batch.old_log_probs[scored]  # (M,)
+        log_probs = token_log_probs(model, batch)
+        losses = policy_loss(log_probs, old, batch.advantages[scored], args.clip_low, args.clip_high)
+        if reference is not None:  # k3, an estimate of the distance that is never negative: 2402.03300, eq. 4
+            with torch.no_grad():
+                reference_log_probs = token_log_probs(reference, batch)
+            difference = reference_log_probs - log_probs
+            losses = losses + args.beta * (difference.exp() - difference - 1)
+        if args.loss == "grpo":  # the mean of each answer
+            answer = batch.document_index[scored]
+            losses = losses / answer.bincount()[answer]
+        gap = (log_probs.detach() - old).abs().sum()  # between the one who wrote and the one who learns
+        return losses.sum(), 0.0, {"gap": gap, "scored": scored.sum(), "places": scored.numel()}
+
+    if progress.step == 0:
+        run.log.add(0.0, {"step": 0, "tokens": 0, **writer.validate(val_set, args.eval_rows)})
+    order = train_set.order(args.seed, progress.epoch)
+    with StopRequest() as stop:
+        while run.share_done() < 1 and not stop.made:
+            run.begin_step()
+
+            # Write answers to the next questions, and see which are better than their group.
+            start = time.perf_counter()
+            questions = order[progress.row : progress.row + args.questions]
+            groups = writer.write(train_set, questions, args.generations, f"{args.seed}/{progress.step}")
+            for group in groups:
+                rewards = torch.tensor([[one.reward for one in group]])
+                for one, advantage in zip(group, group_advantages(rewards, args.scale_rewards)[0].tolist()):
+                    one.advantage = advantage
+            run.buffer.add(**rollouts.sums_of(groups), sampling_seconds=time.perf_counter() - start)
+
+            # Learn. Groups whose answers are all equally good have no advantage; their tokens only count.
+            answers = [one for group in groups for one in group]
+            tokens = sum(sum(one.sequence.chosen) for one in answers)
+            count = {"dapo": tokens, "dr_grpo": len(answers) * args.max_new_tokens, "grpo": len(answers)}[args.loss]
+            unequal = [one for one in answers if one.advantage]
+            step_sums = Counter()
+            for _ in range(args.updates):
+                run.buffer.add(count=count)
+                for batch in rollouts.learning_batches(unequal, args.max_seq_len, args.batch_size):
+                    run.accumulate(grpo_loss, batch)
+                sums = run.all_reduce(stop.made)
+                if sums["stop"]:
+                    break
+                grad_norm = run.update(sums) if sums["scored"] else run.skip_update()
+                step_sums.update(sums)
+            if sums["stop"]:  # leave the step out; --resume does it again
+                run.forget_step()
+                break
+            progress.advance(len(questions), len(train_set), step_sums)
+            if progress.row == 0:
+                order = train_set.order(args.seed, progress.epoch)
+            if not math.isfinite(grad_norm):
+                run.report_skipped()
+                continue
+
+            # Log, validate, save.
+            window.update(step_sums, steps=machine.world_size)
+            run.meter.end_step(step_sums, step_sums["places"])
+            done = run.share_done()
+            evaluates = done >= 1 or progress.step % args.eval_interval == 0
+            if evaluates or progress.step % args.log_interval == 0:
+                record = run.record(grad_norm, metrics=()) | rollouts.describe_rollouts(window)
+                window.clear()
+                if evaluates:
+                    record |= writer.validate(val_set, args.eval_rows if done < 1 else len(val_set))
+                run.log.add(done, record)
+                writer.write_samples(run.log.directory, progress.step, groups, train_set)
+            if progress.step % args.save_interval == 0:
+                run.save()
+    run.finish()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,263 @@
+"""5-grpo.py: its formulas, whose tokens are learnt from, and that it stops, goes on and divides as every stage does."""
+
+import itertools
+import json
+import math
+import os
+import random
+import runpy
+import signal
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import (
+    ROOT,
+    TOKENIZER,
+    Processes,
+    assert_same_tensors,
+    records,
+    run_stage,
+    saved_progress,
+    steps_of,
+    write_data,
+)
+from safetensors.torch import load_file
+
+from corpus.prepared import writing_prepared
+from engine.generation import Sequence
+from model.chat import encode_chat, load_tokenizer
+from model.checkpoint import save_model
+from model.LMConfig import PRESETS, LMConfig
+from model.model import CausalLM
+from training import rollouts
+from training.packing import IGNORE
+
+GRPO = runpy.run_path(str(ROOT / "5-grpo.py"))
+# Half of what an untrained model writes gets a reward, so that groups differ.
+REWARD = (
+    "def parity(reply, task):\n    return float(len(reply.content) % 2)\n\ndef same(reply, task):\n    return 0.0\n"
+)
+SHORT = "--questions 4 --generations 4 --max_new_tokens 12 --max_seq_len 64 --log_interval 1 --eval_rows 2".split()
+SHORT += "--warmup_steps 1 --learning_rate 1e-3 --min_learning_rate 1e-4".split()
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory) -> Path:
+    """A folder of 24 questions, and beside it rewards.py."""
+    folder = tmp_path_factory.mktemp("tasks") / "rl"
+    tokenizer = load_tokenizer(TOKENIZER)
+    with writing_prepared(folder, "rl", TOKENIZER, noted=True) as writer:
+        for i in range(24):
+            question = f"{i % 5} 加 {i} 等于几？"
+            ids, _ = encode_chat(tokenizer, [{"role": "user", "content": question}], add_generation_prompt=True)
+            ids = torch.tensor(ids).numpy().astype(writer.dtype).tobytes()
+            note = json.dumps({"question": question, "answer": str(i % 5 + i)})
+            writer.add("val" if i < 4 else "train", [(ids, b"")], note=note)
+    (folder.parent / "rewards.py").write_text(REWARD)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base_dir(tmp_path_factory) -> Path:
+    """A model that answers with one to three characters and stops: enough for some answers to be better than others."""
+    folder = tmp_path_factory.mktemp("brief")
+    tokenizer = load_tokenizer(TOKENIZER)
+    rng = random.Random(0)
+    chats = []
+    for i in range(200):
+        messages = [{"role": "user", "content": f"{i % 5} 加 {i % 29} 等于几？"}]
+        messages.append({"role": "assistant", "content": "一二三"[: rng.randint(1, 3)]})
+        chats.append(encode_chat(tokenizer, messages))
+    write_data(folder / "data", chats[10:], chats[:10], kind="sft")
+    torch.manual_seed(0)
+    save_model(folder / "random", CausalLM(LMConfig(**PRESETS["tiny"])), TOKENIZER)
+    options = (
+        "--max_seq_len 64 --batch_size 8 --optimizer muon --learning_rate 1e-2 --max_steps 25 --eval_rows 2".split()
+    )
+    paths = ["--data", folder / "data", "--init_from", folder / "random", "--out_dir", folder / "sft"]
+    command = [None, "2-sft.py", *paths, *options, "--warmup_steps", 1]
+    (result,) = Processes(folder / "logs", run_stage, *command).wait()
+    assert result.status == 0, result.err
+    return folder / "sft"
+
+
+def flags(tasks, base_dir, out_dir, reward="parity", *more) -> list:
+    own = ["--data", tasks, "--init_from", base_dir, "--out_dir", out_dir, *SHORT, "--max_steps", 3]
+    return [*own, "--reward", f"{tasks.parent / 'rewards.py'}:{reward}", *more]
+
+
+# ------------------------------------------------------------------------------------------------------------- formulas
+
+
+def test_advantages_are_those_of_the_papers():
+    rewards = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 1], [1, 1, 1, 1]])
+    plain = GRPO["group_advantages"](rewards, scale_rewards=False)
+    assert plain.tolist() == [[0.5, -0.5, -0.5, 0.5], [-0.25, -0.25, -0.25, 0.75], [0, 0, 0, 0]]
+    scaled = GRPO["group_advantages"](rewards, scale_rewards=True)
+    for row, expected in zip(scaled, rewards):
+        mean = expected.mean()
+        std = ((expected - mean).square().sum() / 3).sqrt()  # with Bessel's correction
+        torch.testing.assert_close(row, (expected - mean) / (std + 1e-4))
+
+
+@pytest.mark.parametrize("clip", [(0.2, 0.28), (0.2, 0.2)])
+def test_the_loss_is_the_clipped_surrogate_and_where_it_is_clipped_nothing_is_learnt(clip):
+    low, high = clip
+    for advantage, ratio in itertools.product((-1.5, 2.0), (0.5, 0.79, 1.0, 1.1, 1.27, 1.5)):
+        log_probs = torch.tensor([math.log(ratio * 0.3)], requires_grad=True)
+        loss = GRPO["policy_loss"](log_probs, torch.tensor([math.log(0.3)]), torch.tensor([advantage]), low, high)
+        clipped = min(max(ratio, 1 - low), 1 + high)
+        assert loss.item() == pytest.approx(-min(ratio * advantage, clipped * advantage), rel=1e-5)
+        loss.backward()
+        learns = ratio * advantage <= clipped * advantage
+        assert log_probs.grad.item() == pytest.approx(-ratio * advantage if learns else 0, rel=1e-4)
+
+
+def test_the_gradient_is_that_of_the_expected_reward():
+    """On a toy of three tokens every answer can be counted: the mean of A grad ln p over samples is the gradient of the
+    expected reward, and subtracting the group's mean changes only its scale, by (G - 1) / G."""
+    torch.manual_seed(0)
+    logits = torch.randn(3, requires_grad=True)
+    reward = torch.tensor([0.0, 1.0, 0.3])
+    (exact,) = torch.autograd.grad((logits.softmax(0) * reward).sum(), logits)
+    answers = 4
+    estimate = torch.zeros(3)
+    for group in itertools.product(range(3), repeat=answers):  # all groups, with their probabilities
+        chosen = torch.tensor(group)
+        log_probs = logits.log_softmax(0)[chosen]
+        weight = log_probs.detach().sum().exp()
+        advantages = GRPO["group_advantages"](reward[chosen][None], scale_rewards=False)[0]
+        loss = GRPO["policy_loss"](log_probs, log_probs.detach(), advantages, 0.2, 0.28).mean()
+        (gradient,) = torch.autograd.grad(loss, logits)
+        estimate -= weight * gradient
+    torch.testing.assert_close(estimate, exact * (answers - 1) / answers, atol=1e-5, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------- what is learnt from
+
+
+def made_up_rollouts(number: int) -> list[rollouts.Rollout]:
+    rng = random.Random(0)
+    made = []
+    for i in range(number):
+        tokens = [rng.randrange(16, 6400) for _ in range(rng.randint(2, 20))] + [4]
+        sequence = Sequence([rng.randrange(16, 6400) for _ in range(rng.randint(1, 9))], 99, tokens=tokens)
+        sequence.chosen = [rng.random() < 0.8 for _ in tokens[:-1]] + [True]
+        sequence.log_probs = [rng.uniform(-5, 0) for _ in tokens]
+        made.append(rollouts.Rollout(i, sequence, None, 0.0, advantage=float(i + 1)))
+    return made
+
+
+@pytest.mark.parametrize("order", ["as written", "shuffled"])
+def test_exactly_the_chosen_tokens_are_learnt_each_with_its_own_advantage(order):
+    made = made_up_rollouts(30)
+    given = list(made)
+    if order == "shuffled":
+        random.Random(1).shuffle(given)
+    found = {one.question: [] for one in made}
+    for batch in rollouts.learning_batches(given, max_seq_len=64, batch_size=3):
+        for b, t in (batch.labels != IGNORE).nonzero().tolist():
+            question = batch.documents[batch.document_index[b, t]]
+            assert batch.advantages[b, t] == question + 1
+            found[question].append((batch.labels[b, t].item(), round(batch.old_log_probs[b, t].item(), 4)))
+    for one in made:
+        sequence = one.sequence
+        parts = zip(sequence.tokens, sequence.log_probs, sequence.chosen)
+        assert found[one.question] == [(token, round(lp, 4)) for token, lp, chosen in parts if chosen]
+        assert found[one.question][-1][0] == 4, "the stop token is learnt"
+
+
+def test_the_one_who_writes_and_the_one_who_learns_agree(tasks, base_dir, run_here, tmp_path):
+    assert run_here("5-grpo.py", *flags(tasks, base_dir, tmp_path / "out")).status == 0
+    lines = [record for record in records(tmp_path / "out") if "gap" in record]
+    assert len(lines) == 3
+    assert all(record["gap"] < 1e-4 for record in lines)
+    assert any(record["grad_norm"] > 0 for record in lines), "nothing was learnt, so this shows nothing"
+    assert {"reward", "entropy", "groups_all_wrong", "length", "sampling_seconds"} <= lines[0].keys()
+    samples = [json.loads(line) for line in (tmp_path / "out/rollouts.jsonl").read_text("utf-8").splitlines()]
+    assert {"step", "question", "answer", "written", "reward"} <= samples[0].keys()
+    assert {"val_accuracy", "val_sampled", "val_best"} <= records(tmp_path / "out")[0].keys()
+
+
+def test_where_all_answers_are_as_good_nothing_moves(tasks, base_dir, run_here, tmp_path):
+    assert run_here("5-grpo.py", *flags(tasks, base_dir, tmp_path / "out", "same")).status == 0
+    before, after = load_file(base_dir / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    assert all(before[name].equal(after[name]) for name in before)
+
+
+# ------------------------------------------------------------------------------------------------- as every stage does
+
+
+def weights_after(result, out_dir) -> torch.Tensor:
+    assert result.status == 0, result.err
+    tensors = load_file(out_dir / "model.safetensors")
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
+
+
+@pytest.mark.parametrize("loss", ["dapo", "dr_grpo", "grpo"])
+def test_rows_at_once_one_by_one_and_in_two_processes_are_the_same_step(
+    loss, tasks, base_dir, run_here, start, tmp_path
+):
+    options = ["--loss", loss, "--max_steps", 1, "--optimizer", "muon"]
+    many = run_here("5-grpo.py", *flags(tasks, base_dir, tmp_path / "8", "parity", *options, "--batch_size", 8))
+    expected = weights_after(many, tmp_path / "8")
+    assert "step 1" in many.out
+    one = run_here("5-grpo.py", *flags(tasks, base_dir, tmp_path / "1", "parity", *options, "--batch_size", 1))
+    torch.testing.assert_close(weights_after(one, tmp_path / "1"), expected, atol=1e-5, rtol=1e-4)
+    if loss == "dapo":
+        two = start("5-grpo.py", *flags(tasks, base_dir, tmp_path / "2", "parity", *options), processes=2).wait()
+        torch.testing.assert_close(weights_after(two[0], tmp_path / "2"), expected, atol=1e-5, rtol=1e-4)
+
+
+def killed_in_step(number: int):
+    """Kills the process when it begins to write the answers of this step."""
+    write, steps = rollouts.RolloutWriter.write, itertools.count(1)
+
+    def killing(self, tasks, *rest, **options):
+        if tasks.split == "train" and next(steps) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(self, tasks, *rest, **options)
+
+    rollouts.RolloutWriter.write = killing
+
+
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tasks, base_dir, start, tmp_path):
+    more = ["--save_interval", 1, "--updates", 2, "--max_steps", 4]
+    whole = start("5-grpo.py", *flags(tasks, base_dir, tmp_path / "whole", "parity", *more))
+    cut = start(
+        "5-grpo.py", *flags(tasks, base_dir, tmp_path / "cut", "parity", *more), patch=partial(killed_in_step, 3)
+    )
+    assert whole.wait()[0].status == 0
+    assert cut.wait()[0].status == -signal.SIGKILL
+    assert saved_progress(tmp_path / "cut")["step"] == 2
+    (result,) = start("5-grpo.py", *flags(tasks, base_dir, tmp_path / "cut", "parity", *more, "--resume")).wait()
+    assert result.status == 0, result.err
+    assert_same_tensors(tmp_path / "whole", tmp_path / "cut")
+    assert steps_of(tmp_path / "cut") == steps_of(tmp_path / "whole")
+
+
+def test_an_adapter_and_a_reference(tasks, base_dir, run_here, tmp_path):
+    more = ["--lora_rank", 2, "--beta", 0.1, "--scale_rewards"]
+    result = run_here("5-grpo.py", *flags(tasks, base_dir, tmp_path / "out", "parity", *more))
+    assert result.status == 0, result.err
+    assert (tmp_path / "out/adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (["--max_new_tokens", 63], "no question of train has room in 64 tokens"),
+        (["--reward", "praise"], "no reward is called praise"),
+        (["--tools", "abacus"], "no tool is called abacus"),
+    ],
+)
+def test_what_cannot_be_is_one_line(more, named, tasks, base_dir, run_here, tmp_path):
+    result = run_here("5-grpo.py", *flags(tasks, base_dir, tmp_path / "out"), *more)
+    assert named in result.error_line(status=2)
+
+
+def test_chats_are_refused(chat_data, base_dir, run_here, tmp_path):
+    result = run_here("5-grpo.py", "--data", chat_data, "--init_from", base_dir, "--out_dir", tmp_path / "out")
+    assert "needs rl data" in result.error_line(status=2)

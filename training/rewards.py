@@ -1,0 +1,88 @@
+"""Rewards that can be checked: a function of what the model wrote and of the task, without a judge.
+
+An answer counts only if it is one: the model ended it by itself, with at most one thought, which it closed, and no
+other control token, but for calls of tools. What it says in its thoughts is not its answer.
+"""
+
+import importlib.util
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from base.cli import UserError
+from engine.generation import Sequence
+from engine.session import PARTS, Reply, last_turn, read_tokens
+from engine.tools import calculate
+from model.chat import IM_END, IM_START, SPECIAL_TOKENS, THINK
+
+RewardFunction = Callable[[Reply, dict], float]  # (what was written, the task's note) -> from 0 to 1
+
+
+def exact(reply: Reply, task: dict) -> float:
+    """1 where the answer is the expected one, blanks and a full stop at the end aside."""
+    return float(_plain(reply.content) == _plain(task["answer"]))
+
+
+def number(reply: Reply, task: dict) -> float:
+    """1 where the answer is one number, and within the task's `tolerance` (without one 1e-6) of the expected one."""
+    found = re.fullmatch(r"[-+]?\d+(?:\.\d+)?", _plain(reply.content))
+    if not found or not reply.content.isascii():
+        return 0.0
+    return float(abs(float(found[0]) - float(task["answer"])) <= task.get("tolerance", 1e-6))
+
+
+def pattern(reply: Reply, task: dict) -> float:
+    """1 where the whole answer matches the regular expression that the task gives as its answer."""
+    return float(re.fullmatch(task["answer"], reply.content.strip()) is not None)
+
+
+def countdown(reply: Reply, task: dict) -> float:
+    """1 where the answer is an expression with the value of the task's answer that uses each of its `numbers` once."""
+    expression = reply.content.strip()
+    used = sorted(map(int, re.findall(r"\d+", expression)))
+    return float(used == sorted(task["numbers"]) and calculate(expression) == task["answer"])
+
+
+REWARDS: dict[str, RewardFunction] = {f.__name__: f for f in (exact, number, pattern, countdown)}
+
+
+def _plain(text: str) -> str:
+    return text.strip().rstrip("。.").strip()
+
+
+def load_reward(name: str) -> RewardFunction:
+    """One of REWARDS, or FILE.py:FUNCTION. UserError for anything else."""
+    if name in REWARDS:
+        return REWARDS[name]
+    file, _, function = name.rpartition(":")
+    if not file.endswith(".py") or not Path(file).exists():
+        raise UserError(f"no reward is called {name}: it is {', '.join(REWARDS)}, or FILE.py:FUNCTION")
+    spec = importlib.util.spec_from_file_location("reward", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, function, None)):
+        raise UserError(f"{file} has no function {function}")
+    return getattr(module, function)
+
+
+def read_reply(sequence: Sequence, tokenizer: Tokenizer) -> Reply | None:
+    """What was written, if it is an answer as the rules above say; else None, which has no reward."""
+    tokens = sequence.tokens
+    if sequence.finish_reason != "stop" or tokens[-1] != IM_END:
+        return None
+    opened = None  # the control token of the part that is open
+    thoughts = 0
+    turn = last_turn(tokens)
+    for token in turn[turn[0] == IM_START : -1]:  # without its header and its end
+        if opened is None and token in PARTS:
+            opened = token
+            thoughts += token == THINK
+        elif opened is not None and token == opened + 1:
+            opened = None
+        elif token < len(SPECIAL_TOKENS):
+            return None
+    if opened is not None or thoughts > 1:
+        return None
+    return read_tokens(turn, tokenizer)

@@ -1,0 +1,235 @@
+"""What a model writes to learn from: groups of answers to each question, their rewards, and rows to train on."""
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jsonlines
+import numpy as np
+import torch
+from torch import Tensor
+
+from base.cli import UserError, positive
+from corpus.prepared import Prepared
+from engine.decoding import lay_out_for_decoding, shared_copy
+from engine.generation import Engine, Sampling, Sequence
+from engine.session import Reply, Session
+from engine.tools import load_tools
+from model.chat import THINK, TOOL_CALL, load_tokenizer
+from model.lora import has_lora, merge_lora
+from model.model import CausalLM
+from training.machine import Machine
+from training.packing import IGNORE, Batch, pack
+from training.rewards import load_reward, read_reply
+
+ROLLOUT_FLAGS = {  # for stages whose model writes: name -> options of argparse's add_argument
+    "--questions": dict(type=positive, default=32, help="in a step, over all processes"),
+    "--generations": dict(type=positive, default=8, help="answers to each question"),
+    "--max_new_tokens": dict(type=positive, default=128, help="of an answer"),
+    "--rollout_rows": dict(type=positive, default=256, help="answers that a process writes at a time"),
+    "--reward": dict(default="exact", help="exact, number, pattern, or FILE.py:FUNCTION"),
+    "--tools": dict(nargs="+", default=[], metavar="NAME", help="what may be called: calculator, or FILE.py"),
+}
+
+
+class Tasks:
+    """One split of a folder of questions: prompts and notes, in an order that depends on the seed alone."""
+
+    def __init__(self, folder: Path, split: str, args: argparse.Namespace):
+        self.prepared = Prepared(folder, split)
+        if self.prepared.kind != "rl":
+            raise UserError(f"{folder} was made with `data_process.py {self.prepared.kind}`; this stage needs rl data")
+        self.split, self.group = split, 1
+        self.notes = self.prepared.notes()
+        lengths = np.diff(self.prepared.offsets)
+        self.kept = np.flatnonzero(lengths + args.max_new_tokens <= args.max_seq_len)  # those with room for an answer
+        self.truncated, self.dropped = 0, len(lengths) - len(self.kept)
+        self.n_tokens, self.real_share = int(lengths[self.kept].sum()), 1.0
+        if not len(self.kept):
+            raise UserError(f"{folder}: no question of {split} has room in {args.max_seq_len} tokens beside its answer")
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """The numbers of the questions in the order of this epoch."""
+        return np.random.default_rng([seed, epoch]).permutation(self.kept)
+
+    def prompt(self, question: int) -> list[int]:
+        ((ids, _),) = self.prepared.record(question)
+        return ids.tolist()
+
+
+@dataclass(eq=False)
+class Rollout:
+    """An answer to a question."""
+
+    question: int
+    sequence: Sequence
+    reply: Reply | None  # None: it is no answer
+    reward: float
+    advantage: float = 0.0
+
+
+@dataclass
+class RolloutBatch(Batch):
+    """Rows of prompts with answers; only tokens that the model chose have a label."""
+
+    advantages: Tensor  # (B, T)
+    old_log_probs: Tensor  # (B, T): when they were written
+
+
+class RolloutWriter:
+    """Writes answers with the model as it is now, and rewards them; each process takes its share of the questions."""
+
+    def __init__(self, model: CausalLM, args: argparse.Namespace, machine: Machine):
+        self.model, self.args, self.machine = model, args, machine
+        self.tokenizer = load_tokenizer(args.init_from)
+        self.reward = load_reward(args.reward)
+        self.tools = load_tools(args.tools)
+
+    def write(
+        self, tasks: Tasks, questions: np.ndarray, answers: int, seed: str, temperature: float = 1.0
+    ) -> list[list[Rollout]]:
+        """So many answers to each question: from the model's own distribution, of which nothing is left out.
+
+        The random numbers of an answer depend on `seed`, its question and its place alone, not on the process.
+        """
+        args, sampling = self.args, Sampling(temperature)
+        flags = argparse.Namespace(max_new_tokens=args.max_new_tokens, think="show", max_think_tokens=0)
+        vars(flags).update(sampling._asdict())
+        model = decoding_copy(self.model)
+        session = Session(model, self.tokenizer, flags, self.tools)
+        engine = Engine(model, args.rollout_rows, keep_log_probs=True)
+        groups = []
+        for question in questions[self.machine.rank :: self.machine.world_size]:
+            prompt = tasks.prompt(question)
+            sequences = [session.sequence(prompt, f"{seed}/{question}/{i}") for i in range(answers)]
+            groups.append((int(question), sequences))
+            for sequence in sequences:
+                engine.add(sequence)
+        while engine.busy:
+            engine.step()
+        return [[self._rewarded(question, tasks, one) for one in sequences] for question, sequences in groups]
+
+    def _rewarded(self, question: int, tasks: Tasks, sequence: Sequence) -> Rollout:
+        reply = read_reply(sequence, self.tokenizer)
+        reward = 0.0 if reply is None else float(self.reward(reply, tasks.notes[question]))
+        return Rollout(question, sequence, reply, reward)
+
+    def validate(self, tasks: Tasks, limit: int) -> dict[str, float]:
+        """Mean rewards over the first `limit` questions: of the most probable answer, of sampled ones, of the best."""
+        questions = tasks.kept[:limit]
+        sums = Counter()
+        for (greedy,) in self.write(tasks, questions, 1, "greedy", temperature=0.0):
+            sums.update(accuracy=greedy.reward, length=len(greedy.sequence.tokens), questions=1)
+        for group in self.write(tasks, questions, self.args.generations, "sampled"):
+            rewards = [one.reward for one in group]
+            sums.update(sampled=sum(rewards) / len(rewards), best=max(rewards))
+        total = Counter()
+        for part in self.machine.gather(sums):
+            total.update(part)
+        names = ("accuracy", "sampled", "best", "length")
+        return {f"val_{name}": total[name] / total["questions"] for name in names}
+
+    def write_samples(self, directory: Path, step: int, groups: list[list[Rollout]], tasks: Tasks):
+        """Appends the best and the worst answer of the first groups to rollouts.jsonl, to be read."""
+        if self.machine.rank:
+            return
+        with jsonlines.open(directory / "rollouts.jsonl", "a", dumps=partial(json.dumps, ensure_ascii=False)) as lines:
+            for group in groups[:4]:
+                for one in (max(group, key=lambda one: one.reward), min(group, key=lambda one: one.reward)):
+                    text = self.tokenizer.decode(one.sequence.tokens, skip_special_tokens=False)
+                    lines.write({"step": step, **tasks.notes[one.question], "written": text, "reward": one.reward})
+
+
+def decoding_copy(model: CausalLM) -> CausalLM:
+    """The model as it is now, for an Engine: with its adapters merged, and on a CPU with layers laid out for it."""
+    writer = shared_copy(model).eval()
+    if has_lora(writer):
+        merge_lora(writer)  # its layers get matrices of their own
+    return lay_out_for_decoding(writer) if model.lm_head.weight.device.type == "cpu" else writer
+
+
+# The sums of a step over its answers, which describe() makes means of.
+METRICS = (
+    *("answers", "reward", "tokens", "ended", "thinks", "surprise", "groups", "solved", "all_right", "all_wrong"),
+    *("calls", "sampling_seconds", "gap", "scored", "places"),
+)
+
+
+def sums_of(groups: list[list[Rollout]]) -> dict[str, float]:
+    """What is counted of a step's answers: METRICS, but for those that learning adds."""
+    sums = Counter()
+    for group in groups:
+        rewards = [one.reward for one in group]
+        sums.update(groups=1, solved=max(rewards) > 0, all_right=min(rewards) == 1, all_wrong=max(rewards) == 0)
+        for one in group:
+            sequence = one.sequence
+            chosen = [log_prob for log_prob, own in zip(sequence.log_probs, sequence.chosen) if own]
+            sums.update(answers=1, reward=one.reward, tokens=len(chosen), surprise=-sum(chosen))
+            sums.update(ended=sequence.finish_reason == "stop", thinks=THINK in sequence.tokens)
+            sums.update(calls=sequence.tokens.count(TOOL_CALL))
+    return dict(sums)
+
+
+def describe_rollouts(window: Counter) -> dict[str, float]:
+    """A line of the log from sums over steps. The mean surprise of sampled tokens, -ln p, estimates the entropy."""
+    answers, groups = max(window["answers"], 1), max(window["groups"], 1)
+    return {
+        "reward": window["reward"] / answers,
+        "length": window["tokens"] / answers,
+        "ended": window["ended"] / answers,
+        "thinks": window["thinks"] / answers,
+        "calls": window["calls"] / answers,
+        "entropy": window["surprise"] / max(window["tokens"], 1),
+        "groups_solved": window["solved"] / groups,
+        "groups_all_right": window["all_right"] / groups,
+        "groups_all_wrong": window["all_wrong"] / groups,
+        "gap": window["gap"] / max(window["scored"], 1),
+        "sampling_seconds": window["sampling_seconds"] / max(window["steps"], 1),
+    }
+
+
+def learning_batches(rollouts: list[Rollout], max_seq_len: int, batch_size: int) -> Iterator[RolloutBatch]:
+    """The rollouts, packed into rows, batch_size rows at a time."""
+    lengths = np.array([len(one.sequence.prompt) + len(one.sequence.tokens) - 1 for one in rollouts], np.int64)
+    row_of = pack(lengths, max_seq_len)
+    for first in range(0, int(row_of.max(initial=-1)) + 1, batch_size):
+        rows = range(first, min(first + batch_size, row_of.max() + 1))
+        yield _fill([[rollouts[i] for i in np.flatnonzero(row_of == row)] for row in rows], max_seq_len)
+
+
+def _fill(rows: list[list[Rollout]], max_seq_len: int) -> RolloutBatch:
+    shape = (len(rows), max_seq_len)
+    input_ids, position_ids = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    labels, document_index = torch.full(shape, IGNORE), torch.full(shape, -1)
+    advantages, old_log_probs = torch.zeros(shape), torch.zeros(shape)
+    documents = []
+    real_tokens = attention_pairs = 0
+    for b, rollouts in enumerate(rows):
+        at = 0  # the place in the row
+        for one in rollouts:
+            sequence = one.sequence
+            ids = torch.tensor(sequence.prompt + sequence.tokens)
+            n = len(ids) - 1
+            here = slice(at, at + n)
+            answer = slice(at + n - len(sequence.tokens), at + n)
+            chosen = torch.tensor(sequence.chosen)
+            input_ids[b, here] = ids[:-1]
+            labels[b, answer] = torch.where(chosen, ids[-len(chosen) :], IGNORE)
+            position_ids[b, here] = torch.arange(n)
+            document_index[b, here] = len(documents)
+            advantages[b, answer] = one.advantage
+            old_log_probs[b, answer] = torch.tensor(sequence.log_probs)
+            documents.append(one.question)
+            attention_pairs += n * (n + 1) // 2
+            at += n
+        position_ids[b, at:] = torch.arange(max_seq_len - at)
+        real_tokens += at
+    tensors = (input_ids, labels, position_ids, document_index)
+    return RolloutBatch(*tensors, documents, "train", real_tokens, attention_pairs, advantages, old_log_probs)
