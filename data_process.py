@@ -1,5 +1,8 @@
 """Raw text -> tokenizer, and data for pretraining, SFT, DPO and rewards; one subcommand each.
 
+    python data_process.py list                                # data sets that are known by name
+    python data_process.py fetch minimind-sft-mini             # one of them -> data/; from ModelScope with --hub ms
+    python data_process.py look data/minimind-sft-mini         # what is in a file, and the command to go on with
     python data_process.py pretrain corpus/ more.jsonl.gz      # cleans and tokenizes -> dataset/pretrain
     python data_process.py sft chats.jsonl                     # -> dataset/sft
     python data_process.py dpo pairs.jsonl                     # -> dataset/dpo
@@ -16,19 +19,36 @@ describes the files.
 
 import argparse
 import gzip
+import json
 import os
 import signal
 import sys
 from itertools import groupby
 from pathlib import Path
 
-from base.cli import HelpFormatter, UserError, available_cores, natural, positive, run
+from base.cli import (
+    HelpFormatter,
+    UserError,
+    above_zero,
+    available_cores,
+    fraction,
+    join_words,
+    natural,
+    not_negative,
+    positive,
+    python_command,
+    run,
+)
 from base.files import sha256, write_file, write_json
+from corpus.exams import load_exams
+from corpus.fetch import HUBS, choose_files, fetch_files, fetch_part, find_entry, open_hub, read_catalogue
+from corpus.figures import draw
 from corpus.files import SUFFIXES, find_files, suffix_of
 from corpus.kinds import KINDS, load_encoder
+from corpus.look import SHOWN, describe, examine, first_look, some
 from corpus.pipeline import Report, read_documents
 from corpus.prepared import SPLITS, Prepared, writing_prepared
-from corpus.records import each_record, text_of
+from corpus.records import each_record, map_fields, parse, text_of
 from corpus.tokenizer import sample_texts, tokenizer_files, train_pieces
 from demo.questions import write_demo
 from demo.tasks import write_tasks
@@ -122,6 +142,73 @@ def demo(args: argparse.Namespace):
         print(f"{args.output / name}.jsonl: {count:,} records")
 
 
+def list_sets(args: argparse.Namespace):
+    """The command list: the catalogue."""
+    sets = sorted(read_catalogue().values(), key=lambda entry: STAGES.index(entry.stage))
+    for stage, entries in groupby(sets, key=lambda entry: entry.stage):
+        print(f"\n{stage}")
+        for entry in entries:
+            print(f"  {entry.name:24} {entry.facts}\n  {'':24} {getattr(entry, args.language)}")
+    print("\nNames are for: python data_process.py fetch NAME")
+
+
+def fetch(args: argparse.Namespace):
+    """The command fetch: files of the hubs -> a folder for each set, and the command that prepares it."""
+    for entry in [find_entry(name) for name in args.names]:  # a wrong name is found before anything is fetched
+        print(f"{entry.name}: {entry.facts}\n{getattr(entry, args.language)}")
+        hub = open_hub(entry, args.hub)
+        files = choose_files(entry, hub)
+        known = [file.size for file in files if file.size]
+        print(f"{hub.page}: {len(files)} files, {sum(known) / 1e6:,.1f} MB", flush=True)
+        folder = args.output / entry.name
+        if args.max_mb or args.max_records:
+            paths = fetch_part(hub, files, folder, args.max_mb, args.max_records)
+        else:
+            paths = fetch_files(hub, files, folder)
+        few = len(paths) < 4 and all(map(suffix_of, paths))  # an archive's files lie beside it
+        command = [entry.stage, *map(str, paths if few else [folder]), *entry.flags]
+        if entry.stage == "exam":
+            print(f"score a model on it: {python_command()} eval.py --choice FILE, of the files in {folder}")
+            print(f"keep it out of a training text: data_process.py with --exclude {folder}")
+        elif args.prepare:
+            main(command)
+        else:
+            print(f"prepare it with: {join_words([python_command(), 'data_process.py', *command])}")
+
+
+def look(args: argparse.Namespace):
+    """The command look: what files hold, and the command to go on with."""
+    seen = first_look(args.inputs, args.records, args.fields)
+    about = f" of about {seen.records / seen.share:,.0f}" if seen.share < 1 else ""
+    print(
+        f"{', '.join(args.inputs)}: the first {seen.records:,}{about} records, with the fields {', '.join(seen.names)}"
+    )
+    if seen.reading is None:
+        raise UserError(
+            f"{args.inputs[0]}: the records are of no known shape: say which field is which with --fields, such as "
+            "question=NAME,answer=NAME or text=NAME"
+        )
+    print(f"taken for: {seen.reading.what}")
+    flags = ["--fields", ",".join(map("=".join, args.fields.items()))] if args.fields else []
+    if args.tokenizer != DEFAULT_TOKENIZER:
+        flags += ["--tokenizer", args.tokenizer]
+    command = [seen.reading.command, *args.inputs, *flags]
+    if seen.reading.command in KINDS:
+        settled = parse_arguments(command)
+        settled.max_bad_fraction = 1
+        report, documents = examine(seen, settled)
+        print("\n".join(describe(report, documents, args.tokenizer)))
+        draw(report.figures.as_dict(), args.picture)
+        print(f"picture: {args.picture}")
+    else:
+        for place, record in some(seen.batches[0].records):
+            print(f"--- record {place}\n{json.dumps(parse(record), ensure_ascii=False, default=str)[:SHOWN]}")
+    script = ["data_process.py", *command]
+    if seen.reading.command == "exam":
+        script = ["eval.py", "--choice", *args.inputs]
+    print(f"go on with: {join_words([python_command(), *script])}")
+
+
 COMMANDS = {  # name -> function, description
     "clean": (clean_files, "clean texts, to JSON lines"),
     "tokenizer": (train_tokenizer, "train a tokenizer"),
@@ -132,10 +219,21 @@ COMMANDS = {  # name -> function, description
 }
 
 
+DEFAULT_TOKENIZER = "model/tokenizer"
+STAGES = ("pretrain", "sft", "dpo", "rl", "exam")  # of the catalogue
+
+
 def share(text: str) -> float:
     if not 0 <= float(text) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 0 and below 1, not {text}")
     return float(text)
+
+
+def mapping(text: str) -> dict[str, str]:
+    pairs = dict(pair.partition("=")[::2] for pair in text.split(","))
+    if not all(pairs.keys()) or not all(pairs.values()):
+        raise argparse.ArgumentTypeError(f'must be like question=Q,answer=A, not "{text}"')
+    return pairs
 
 
 def add_flags(name: str, command: argparse.ArgumentParser):
@@ -143,12 +241,15 @@ def add_flags(name: str, command: argparse.ArgumentParser):
     kind, add = KINDS[name], command.add_argument
     add("inputs", nargs="+", metavar="INPUT", help=f"files, or folders of files: {', '.join(SUFFIXES)}, each also .gz")
     add("--skip_rules", type=lambda names: names.split(","), default=[], help=f"some of {','.join(kind.rules)}")
-    add("--text_field", default="text", help="where a record keeps its text")
-    add("--max_bad_fraction", type=float, default=0.1, help="stop if more of the records cannot be read")
+    add("--add_rules", choices=kind.optional, nargs="+", default=[], help="rules that do not work unasked")
+    add("--exclude", nargs="+", default=(), metavar="FILE", help="drop what holds a question of these exams")
+    add("--fields", type=mapping, default={}, metavar="PART=NAME,…", help=f"parts are {', '.join(kind.fields)}")
+    add("--text_field", default="text", help="where a record keeps its text; as --fields text=NAME")
+    add("--max_bad_fraction", type=fraction, default=0.1, help="stop if more of the records cannot be read")
     add("--workers", type=positive, default=available_cores(), help="processes")
     if kind.titles:
         add("--output", type=Path, default=Path("dataset") / name, help="folder")
-        add("--tokenizer", default="model/tokenizer", help="folder")
+        add("--tokenizer", default=DEFAULT_TOKENIZER, help="folder")
         add("--val_fraction", type=share, default=0.01, help="share of the documents for validation")
         add("--val", nargs="+", default=[], metavar="FILE", help="validate on these instead")
     if kind.masked or kind.noted:
@@ -159,9 +260,30 @@ def add_flags(name: str, command: argparse.ArgumentParser):
     if name == "tokenizer":
         add("--output", type=Path, required=True, help="folder")
         add("--vocab_size", type=positive, default=6400, help="with the 16 control tokens and 256 bytes")
-        add("--character_coverage", type=float, default=0.995, help="the characters beyond it are kept as bytes")
-        add("--max_mb", type=float, default=100, help="of more text, take a random sample of this size")
+        add("--character_coverage", type=fraction, default=0.995, help="the characters beyond it are kept as bytes")
+        add("--max_mb", type=above_zero, default=100, help="of more text, take a random sample of this size")
         add("--val", nargs="+", default=[], metavar="FILE", help="print the characters a token on these")
+
+
+FETCH = """Licence and size are printed first. A download that was cut goes on when the command is run again.
+
+HF_ENDPOINT names a mirror of Hugging Face, HF_TOKEN a token, HF_HOME where its cache is; MODELSCOPE_ENDPOINT and
+MODELSCOPE_API_TOKEN are the same for ModelScope."""
+
+
+def settle(args: argparse.Namespace):
+    """Adds what the pipeline wants to the arguments of a command that reads records."""
+    known = KINDS[args.command].fields
+    if unknown := args.fields.keys() - known.keys():
+        raise UserError(f"--fields: no part is called {', '.join(sorted(unknown))}: it is {', '.join(known)}")
+    if "text" in known:
+        args.text_field = args.fields.get("text", args.text_field)
+        known = {"text": (args.text_field, *known["text"])}
+    args.names = map_fields(known, args.fields)
+    args.exclude = tuple(args.exclude)
+    if args.exclude:
+        exams = load_exams(args.exclude)
+        print(f"--exclude: {len(exams.sizes):,} questions to look for; {exams.too_short:,} are too short for that")
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -176,6 +298,30 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     command.add_argument("folder", type=Path, metavar="DIR", help="such as dataset/sft")
     command.add_argument("--index", type=int, required=True, help="which document, or pair, from 0")
     command.add_argument("--split", choices=SPLITS, default="train")
+    languages = dict(choices=("en", "zh"), default="zh" if os.environ.get("LANG", "").startswith("zh") else "en")
+    command = commands.add_parser("list", help="the data sets that fetch knows by name")
+    command.set_defaults(function=list_sets)
+    command.add_argument("--language", **languages)
+    command = commands.add_parser(
+        "fetch", help="download data sets by name", formatter_class=HelpFormatter, description=FETCH
+    )
+    command.set_defaults(function=fetch)
+    add = command.add_argument
+    add("names", nargs="+", metavar="NAME", help="as data_process.py list shows them")
+    add("--hub", choices=HUBS, default="hf", help="Hugging Face, or ModelScope")
+    add("--output", type=Path, default=Path("data"), help="folder; each set gets one in it")
+    add("--max_mb", type=not_negative, default=0, help="only the first records, up to this size; 0: all")
+    add("--max_records", type=natural, default=0, help="only so many of the first records; 0: all")
+    add("--prepare", action="store_true", help="run the command that prepares it, too")
+    add("--language", **languages)
+    command = commands.add_parser("look", help="what is in files, and how to go on", formatter_class=HelpFormatter)
+    command.set_defaults(function=look)
+    add = command.add_argument
+    add("inputs", nargs="+", metavar="FILE", help="files, or folders of files")
+    add("--records", type=positive, default=5000, help="look at so many of the first")
+    add("--fields", type=mapping, default={}, metavar="PART=NAME,…", help="which field is which")
+    add("--tokenizer", default=DEFAULT_TOKENIZER, help="folder")
+    add("--picture", type=Path, default=Path("out/look.png"), help="file for the histograms")
     command = commands.add_parser("demo", help="questions and answers that can be checked, for every stage")
     command.set_defaults(function=demo)
     command.add_argument("--output", type=Path, required=True, help="folder")
@@ -189,6 +335,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         rules = KINDS[args.command].rules
         for name in set(args.skip_rules) - set(rules):
             parser.error(f"--skip_rules: no rule is called {name}: it is {', '.join(rules)}")
+        settle(args)
     return args
 
 

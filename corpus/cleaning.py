@@ -53,6 +53,14 @@ def repetition(text: str) -> str | None:
     return text if len(zlib.compress(data, 1)) >= 0.2 * len(data) else None
 
 
+PLACEHOLDERS = {"", "无", "none", "null", "nan", "n/a"}
+
+
+def is_placeholder(answer: str) -> bool:
+    """Whether it stands where an answer is missing: it would be learnt as one."""
+    return answer.strip(" \n.。").lower() in PLACEHOLDERS
+
+
 Rules = dict[str, Callable[[str], str | None]]
 TEXT_RULES: Rules = {rule.__name__: rule for rule in (nfc, control, whitespace, length, readable, repetition)}
 CHAT_RULES: Rules = {rule.__name__: rule for rule in (nfc, control)}  # no more, for blanks have a meaning in code

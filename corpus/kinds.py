@@ -12,9 +12,21 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from base.cli import UserError
-from corpus.cleaning import CHAT_RULES, TEXT_RULES, Dropped, clean
+from corpus.cleaning import CHAT_RULES, TEXT_RULES, Dropped, clean, is_placeholder
 from corpus.duplicates import hash64
-from corpus.records import Messages, chat_of, pair_of, task_of, text_of
+from corpus.records import (
+    CHAT_FIELDS,
+    PAIR_FIELDS,
+    PROMPT_FIELDS,
+    TASK_FIELDS,
+    Fields,
+    Messages,
+    chat_of,
+    pair_of,
+    task_of,
+    text_field_of,
+    text_of,
+)
 from model import chat
 
 
@@ -23,8 +35,7 @@ class Document(NamedTuple):
     key: int  # 64-bit hash of the content
     parts: list[tuple[bytes, bytes]]  # token ids and loss mask of each sequence; (text, b"") where there are no tokens
     size: int  # UTF-8 bytes of text
-    sample: str  # the text, or for a chat a question; only its beginning leaves the worker, for the report
-    bands: list[int] = []  # hashes, of which near duplicates share one
+    text: str  # of a chat its questions and answers; only the beginning leaves the worker, for the report
     note: str = ""  # a line of JSON that is kept beside the tokens
 
 
@@ -33,10 +44,12 @@ class Kind(NamedTuple):
 
     read: Callable[[int, dict, argparse.Namespace, Counter], Document]  # Dropped or BadRecord where it cannot
     rules: tuple[str, ...]  # that may drop or change it, in the report's order
+    fields: Fields  # names that the parts of a record go by
     tokenize: Callable[[list[Document], argparse.Namespace], list[Document]] | None = None  # of a whole batch
     titles: tuple[str, ...] = ()  # of the sequences that a record becomes, which stay together; none: not prepared
     masked: bool = False  # whether only some tokens are trained
     noted: bool = False  # whether each record has a note
+    optional: tuple[str, ...] = ()  # those of the rules that work only where --add_rules says so
 
 
 class Encoder(NamedTuple):
@@ -83,7 +96,8 @@ def read_text_record(place: int, record: dict, args: argparse.Namespace, changed
 def read_json_record(place: int, record: dict, args: argparse.Namespace, changed: Counter) -> Document:
     """The same, but the content is the whole record as a line of JSON, with the text cleaned."""
     document = read_text_record(place, record, args, changed)
-    line = json.dumps({**record, args.text_field: document.sample}, ensure_ascii=False, default=str) + "\n"
+    field = text_field_of(record, args.text_field)
+    line = json.dumps({**record, field: document.text}, ensure_ascii=False, default=str) + "\n"
     return document._replace(parts=[(line.encode(), b"")])
 
 
@@ -92,7 +106,7 @@ def tokenize_texts(documents: list[Document], args: argparse.Namespace) -> list[
     tokenized = []
     for document in documents:
         ids = [chat.BOS]
-        for piece in cut(document.sample, 2**16):  # encoding takes some 100 bytes a character
+        for piece in cut(document.text, 2**16):  # encoding takes some 100 bytes a character
             ids += encoder.encode(piece)
         ids.append(chat.EOS)
         tokenized.append(document._replace(parts=[(np.array(ids, encoder.dtype).tobytes(), b"")]))
@@ -111,13 +125,13 @@ def cut(text: str, size: int) -> Iterator[str]:
 
 
 def read_chat_record(place: int, record: dict, args: argparse.Namespace, changed: Counter) -> Document:
-    messages, tools = chat_of(record)
+    messages, tools = chat_of(record, args.names)
     return _chat_document(place, [messages], 0, tools, args, changed)
 
 
 def read_pair_record(place: int, record: dict, args: argparse.Namespace, changed: Counter) -> Document:
     """The document of a preference pair: two chats, of which only the answers that differ are trained."""
-    chosen, rejected, shared, tools = pair_of(record)
+    chosen, rejected, shared, tools = pair_of(record, args.names)
     return _chat_document(place, [chosen, rejected], shared, tools, args, changed)
 
 
@@ -130,7 +144,12 @@ def _chat_document(
             for field in {"content", "reasoning_content"} & message.keys():
                 message[field] = clean(message[field], CHAT_RULES, args, changed)
     questions = [message["content"] for message in chats[0] if message["role"] == "user"]
-    sample = questions[0][:80] if questions else ""
+    answers = [message for messages in chats for message in messages if message["role"] == "assistant"]
+    text = "\n".join([*questions, *(message["content"] for message in answers)])
+    sample = text[:80]
+    asked = chats[0][: shared or None]  # by both of a pair
+    if not any(message["role"] == "user" and message["content"].strip() for message in asked):
+        raise Dropped("no_question", sample)
     if len(chats) == 2 and chats[0] == chats[1]:
         raise Dropped("same_answer", sample)
     # Of the content, not of its tokens: the split into train and val does not change with the tokenizer.
@@ -150,37 +169,53 @@ def _chat_document(
         tokens = np.array(ids, encoder.dtype)
         parts.append((tokens.tobytes(), bytes(mask)))
         size += int(encoder.sizes[tokens].sum())
-    return Document(place, key, parts, size, sample)
+    if "empty_answer" not in args.skip_rules and any(map(_says_nothing, chats[0])):  # of a pair, the chosen one
+        raise Dropped("empty_answer", sample)
+    return Document(place, key, parts, size, text)
 
 
 def read_task_record(place: int, record: dict, args: argparse.Namespace, changed: Counter) -> Document:
     """The document of a question for 5-grpo.py: the prompt, and as its note what an answer is checked against."""
     encoder = load_encoder(args.tokenizer)
-    messages, answer, tools = task_of(record)
+    messages, answer, tools = task_of(record, args.names)
     for message in messages:
         message["content"] = clean(message["content"], CHAT_RULES, args, changed)
     sample = messages[-1]["content"][:80]
-    if not answer.strip():
-        raise Dropped("no_answer", sample)
+    if not messages[-1]["content"].strip():
+        raise Dropped("no_question", sample)
+    if "empty_answer" not in args.skip_rules and is_placeholder(answer):
+        raise Dropped("empty_answer", sample)
     ids, _ = chat.encode_chat(encoder.tokenizer, messages, tools, add_generation_prompt=True)
     if args.max_tokens and len(ids) > args.max_tokens:
         raise Dropped("too_long", sample)
     tokens = np.array(ids, encoder.dtype)
-    extra = {field: value for field, value in record.items() if field not in ("prompt", "messages", "tools")}
+    prompt_fields = sum(PROMPT_FIELDS.values(), ())
+    extra = {field: value for field, value in record.items() if field not in prompt_fields}
     note = json.dumps({"question": messages[-1]["content"], **extra, "answer": answer}, ensure_ascii=False)
     key = hash64(json.dumps([messages, tools, answer], ensure_ascii=False).encode())
     size = int(encoder.sizes[tokens].sum())
-    return Document(place, key, [(tokens.tobytes(), b"")], size, sample, note=note)
+    return Document(place, key, [(tokens.tobytes(), b"")], size, messages[-1]["content"], note)
 
 
-TEXT_NAMES = (*TEXT_RULES, "exact_duplicate", "near_duplicate")
-CHAT_NAMES = (*CHAT_RULES, "no_answer", "too_long", "exact_duplicate")
-PAIR_NAMES = (*CHAT_RULES, "same_answer", "no_answer", "too_long", "exact_duplicate")
+def _says_nothing(message: dict) -> bool:
+    """Whether it is a placeholder for an answer; one that thinks or calls a tool is not."""
+    return message["role"] == "assistant" and len(message) == 2 and is_placeholder(message["content"])
+
+
+TEXT_FIELDS: Fields = {"text": ("text", "completion")}  # --text_field says another
+DUPLICATES = ("exam_question", "exact_duplicate", "near_duplicate")
+TEXT_NAMES = (*TEXT_RULES, *DUPLICATES)
+CHAT_NAMES = (*CHAT_RULES, "no_question", "no_answer", "too_long", "empty_answer", *DUPLICATES)
+PAIR_NAMES = (*CHAT_RULES, "no_question", "same_answer", "no_answer", "too_long", "empty_answer", *DUPLICATES)
+TASK_NAMES = (*CHAT_RULES, "no_question", "empty_answer", "too_long", *DUPLICATES)
+IF_ASKED = ("near_duplicate",)  # chats that differ in one number are near duplicates, and may both be worth learning
 KINDS = {
-    "clean": Kind(read_json_record, TEXT_NAMES),
-    "tokenizer": Kind(read_text_record, TEXT_NAMES),
-    "pretrain": Kind(read_text_record, TEXT_NAMES, tokenize_texts, titles=("document",)),
-    "sft": Kind(read_chat_record, CHAT_NAMES, titles=("chat",), masked=True),
-    "dpo": Kind(read_pair_record, PAIR_NAMES, titles=("chosen", "rejected"), masked=True),
-    "rl": Kind(read_task_record, CHAT_NAMES, titles=("prompt",), noted=True),
+    "clean": Kind(read_json_record, TEXT_NAMES, TEXT_FIELDS),
+    "tokenizer": Kind(read_text_record, TEXT_NAMES, TEXT_FIELDS),
+    "pretrain": Kind(read_text_record, TEXT_NAMES, TEXT_FIELDS, tokenize_texts, titles=("document",)),
+    "sft": Kind(read_chat_record, CHAT_NAMES, CHAT_FIELDS, titles=("chat",), masked=True, optional=IF_ASKED),
+    "dpo": Kind(
+        read_pair_record, PAIR_NAMES, PAIR_FIELDS, titles=("chosen", "rejected"), masked=True, optional=IF_ASKED
+    ),
+    "rl": Kind(read_task_record, TASK_NAMES, TASK_FIELDS, titles=("prompt",), noted=True, optional=IF_ASKED),
 }

@@ -17,48 +17,73 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
 from base.cli import UserError
 from corpus.cleaning import Dropped
-from corpus.duplicates import HashSet, band_hashes
+from corpus.duplicates import Duplicates, band_hashes
+from corpus.exams import load_exams
+from corpus.figures import Figures, measure
 from corpus.files import RecordBatch, find_files, read_batches
-from corpus.kinds import KINDS, Document
-from corpus.records import BadRecord, parse
+from corpus.kinds import KINDS, Document, load_encoder
+from corpus.records import BadRecord, parse, shape_of
+
+SAMPLE = 80  # characters of a text that leave the worker, for the report
 
 
 class Result(NamedTuple):
     batch: RecordBatch  # without its records
     count: int  # of its records
     documents: list[Document]
+    keys: np.ndarray  # of the documents, uint64 (N,)
+    bands: np.ndarray  # near duplicates share one; uint64 (N, BANDS), or (N, 0) where they may stay
+    figures: np.ndarray  # rows of figures.measure(), (N, ...)
     bad: list[tuple[int, str]]  # place, reason
     dropped: list[tuple[str, int, str]]  # rule, place, sample
     changed: Counter  # rule -> how many texts it changed
+    shapes: Counter  # shape of record -> how many have it
 
 
-def work(args: argparse.Namespace, batch: RecordBatch) -> Result:
+def work(args: argparse.Namespace, batch: RecordBatch, sample: int = SAMPLE) -> Result:
     """Makes documents of the records of a batch, in a worker process."""
     kind = KINDS[args.command]
+    exams = load_exams(args.exclude) if args.exclude else None
     documents, bad, dropped = [], [], []
-    changed = Counter()
+    changed, shapes = Counter(), Counter()
     for place, record in batch.records:
         try:
-            documents.append(kind.read(place, parse(record), args, changed))
+            record = parse(record)
+            document = kind.read(place, record, args, changed)
+            if exams and exams.stand_in(document.text):
+                raise Dropped("exam_question", document.text[:sample])
+            documents.append(document)
         except Dropped as drop:
-            rule, sample = drop.args
-            dropped.append((rule, place, sample))
+            rule, text = drop.args
+            dropped.append((rule, place, text))
         except UnicodeEncodeError as error:  # a lone surrogate: as JSON's \ud800, or from the reader
             bad.append((place, f"character {error.start + 1} is not UTF-8 (GBK, maybe?), or half a surrogate pair"))
+            continue
         except BadRecord as error:
             bad.append((place, str(error)))
+            continue
+        shapes[shape_of(record, args.names)] += 1
     # What follows goes over the whole batch step by step: a fifth faster than text by text, for the processor's caches.
     if kind.tokenize:
         documents = kind.tokenize(documents, args)
-    if documents and "near_duplicate" in set(kind.rules) - set(args.skip_rules):
-        bands = band_hashes([document.sample for document in documents])
-        documents = [document._replace(bands=hashes) for document, hashes in zip(documents, bands, strict=True)]
-    documents = [document._replace(sample=document.sample[:80]) for document in documents]
-    return Result(batch._replace(records=[]), len(batch.records), documents, bad, dropped, changed)
+    keys = np.array([document.key for document in documents], np.uint64)
+    bands = np.zeros((len(documents), 0), np.uint64)
+    if documents and "near_duplicate" in rules_at_work(args):
+        bands = band_hashes([document.text for document in documents])
+    figures = measure(documents, load_encoder(args.tokenizer).dtype.itemsize if kind.titles else 0)
+    documents = [document._replace(text=document.text[:sample]) for document in documents]
+    count = len(batch.records)
+    return Result(batch._replace(records=[]), count, documents, keys, bands, figures, bad, dropped, changed, shapes)
+
+
+def rules_at_work(args: argparse.Namespace) -> set[str]:
+    kind = KINDS[args.command]
+    return set(kind.rules) - set(args.skip_rules) - (set(kind.optional) - set(args.add_rules))
 
 
 def in_order(function: Callable, tasks: Iterable, workers: int) -> Iterator:
@@ -87,7 +112,7 @@ def in_order(function: Callable, tasks: Iterable, workers: int) -> Iterator:
 
 
 class Report:
-    """What became of the records, and the hashes of the documents that were kept."""
+    """What became of the records, and what the documents are like that were kept."""
 
     def __init__(self, args: argparse.Namespace):
         self.skipped = args.skip_rules
@@ -97,7 +122,9 @@ class Report:
         self.bad = 0
         self.bad_examples: list[str] = []
         self.rules = {name: {"changed": 0, "dropped": 0, "example": None} for name in KINDS[args.command].rules}
-        self.exact, self.near = HashSet(), HashSet()
+        self.shapes = Counter()
+        self.figures = Figures()
+        self.duplicates = Duplicates(exact="exact_duplicate" not in args.skip_rules)
 
     def without_duplicates(self, result: Result) -> Iterator[Document]:
         """Counts what a worker found, and yields the documents that are not like an earlier one."""
@@ -109,9 +136,12 @@ class Report:
         del self.bad_examples[5:]
         if self.records.total() >= 1000:
             self.check_bad()
-        for document in result.documents:
-            if rule := self.duplicate_rule(document):
-                dropped.append((rule, document.place, document.sample))
+        self.shapes += result.shapes
+        rules = self.duplicates.rules(result.keys, result.bands)
+        self.figures.add(result.figures[[rule is None for rule in rules]])
+        for document, rule in zip(result.documents, rules):
+            if rule:
+                dropped.append((rule, document.place, document.text))
             else:
                 self.kept += 1
                 yield document
@@ -129,21 +159,10 @@ class Report:
                 f"mend them, or allow for them with --max_bad_fraction, now {self.max_bad_fraction})"
             )
 
-    def duplicate_rule(self, document: Document) -> str | None:
-        """The rule that drops a document as like an earlier one; or None, and then it is remembered."""
-        if "exact_duplicate" not in self.skipped:
-            if document.key in self.exact:
-                return "exact_duplicate"
-            self.exact.add(document.key)
-        if any(band in self.near for band in document.bands):
-            return "near_duplicate"
-        for band in document.bands:
-            self.near.add(band)
-        return None
-
     def as_dict(self) -> dict:
         counts = {"records": self.records.total(), "kept": self.kept, "bad": self.bad}
-        return {**counts, "bad_examples": self.bad_examples, "skipped_rules": self.skipped, "rules": self.rules}
+        counts |= {"bad_examples": self.bad_examples, "skipped_rules": self.skipped, "rules": self.rules}
+        return counts | {"shapes": self.shapes, "figures": self.figures.as_dict()}
 
     def __str__(self) -> str:
         lines = [f"{self.records.total():,} records, {self.kept:,} kept, {self.bad:,} bad", *self.bad_examples]
@@ -151,8 +170,9 @@ class Report:
         for name, rule in self.rules.items():
             example = json.dumps(rule["example"], ensure_ascii=False) if rule["example"] else ""
             lines.append(f"{name:16} {rule['changed']:9,} {rule['dropped']:9,}  {example}".rstrip())
-        index = 8 * (len(self.exact.table) + len(self.near.table))
-        lines.append(f"index of duplicates: {index / 1e6:.1f} MB")
+        for shape, count in self.shapes.most_common():
+            lines.append(f"{count / self.shapes.total():6.1%} of the records: {shape}")
+        lines.append(f"index of duplicates: {len(self.duplicates) / 1e6:.1f} MB")
         return "\n".join(lines)
 
 

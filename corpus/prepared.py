@@ -125,7 +125,8 @@ class Prepared:
         self.token_bytes = self._map(TOKEN_BYTES, "<u2").astype(np.int64)  # (V,)
         if not (self.tokenizer_dir / "tokenizer.json").exists():
             raise UserError(f"{self.tokenizer_dir}/tokenizer.json is missing; make the data anew with data_process.py")
-        if len(self.offsets) < 1 or self.offsets[-1] != len(self.tokens):
+        rising = len(self.offsets) > 0 and self.offsets[0] == 0 and (np.diff(self.offsets) >= 0).all()
+        if not rising or self.offsets[-1] != len(self.tokens):
             raise UserError(f"{folder}/{split}.idx and {split}.bin do not belong together; make the data anew")
         if self.mask is not None and len(self.mask) != len(self.tokens):
             raise UserError(f"{folder}/{split}.mask and {split}.bin do not belong together; make the data anew")

@@ -1,4 +1,4 @@
-"""The shapes of records that people have -> a text, a chat, or a pair of chats."""
+"""The shapes of records that people have -> a text, a chat, a pair of chats, or a task with an answer to check."""
 
 import ast
 import json
@@ -17,6 +17,27 @@ ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {
 }
 Messages = list[dict]  # as model.chat.encode_chat takes them
 
+# A part of a record -> the names that its field has in the data sets people have. The first that is filled counts; and
+# of what is asked, messages come before a question, and a question before an instruction with its input.
+Fields = dict[str, tuple[str, ...]]
+ASKED: Fields = {
+    "messages": ("conversations", "messages"),
+    "question": ("prompt", "q", "question_zh", "question", "query"),
+    "instruction": ("instruction",),
+    "input": ("input",),
+}
+PROMPT_FIELDS = ASKED | {"history": ("history",), "system": ("system", "system_prompt"), "tools": ("tools",)}
+CHAT_FIELDS = PROMPT_FIELDS | {
+    "answer": ("output", "a", "completion", "answer_zh", "answer", "response", "target", "content"),
+    "reasoning": ("reasoning_content",),
+}
+PAIR_FIELDS = PROMPT_FIELDS | {
+    "chosen": ("chosen", "response_j"),
+    "rejected": ("rejected", "response_k"),
+    "both": ("output",),  # LLaMA-Factory's older way: [chosen, rejected]
+}
+TASK_FIELDS = PROMPT_FIELDS | {"answer": ("gt", "answer_only", "answer")}
+
 
 class BadRecord(ValueError):
     """A record of no known shape, or with a field of the wrong type; the message says what is wrong."""
@@ -27,16 +48,16 @@ class Chat(NamedTuple):
     tools: list | None  # JSON schemas
 
 
-class Task(NamedTuple):
-    messages: Messages  # up to the answer
-    answer: str  # that can be checked
-    tools: list | None
-
-
 class Pair(NamedTuple):
     chosen: Messages
     rejected: Messages
     shared: int  # so many messages at the beginning of both are the same
+    tools: list | None
+
+
+class Task(NamedTuple):
+    messages: Messages  # the last is the user's
+    answer: str  # to check the model's against
     tools: list | None
 
 
@@ -56,7 +77,46 @@ def _expect(value: Any, kind: type | tuple[type, ...], what: str) -> Any:
     return value
 
 
+def map_fields(known: Fields, mapping: dict[str, str]) -> Fields:
+    """The table of fields with a user's mapping of parts; who says where the question is means no other field."""
+    silent = ASKED.keys() - mapping.keys() if ASKED.keys() & mapping.keys() else set()
+    return {part: (mapping[part],) if part in mapping else names for part, names in known.items() if part not in silent}
+
+
+def pick_fields(record: dict, fields: Fields) -> dict[str, str]:
+    """Part -> the field of this record that holds it, for the parts that it has."""
+    picked = {}
+    for part, names in fields.items():
+        there = [name for name in names if name in record]
+        if there:
+            picked[part] = next((name for name in there if record[name]), there[0])
+    asked = [part for part in ASKED if part in picked and record[picked[part]]]
+    used = list(ASKED)  # where all are blank
+    if asked:
+        used = asked[:1] if asked[0] in ("messages", "question") else ["instruction", "input"]
+    return {part: name for part, name in picked.items() if part in used or part not in ASKED}
+
+
+def shape_of(record: dict, fields: Fields) -> str:
+    """What the report calls the record's shape: its fields that are used, and which parts they are."""
+    picked = pick_fields(record, fields).items()
+    return ", ".join(name if name == part else f"{part}={name}" for part, name in picked)
+
+
+def _take(record: dict, fields: Fields) -> dict[str, Any]:
+    """Part -> its value."""
+    return {part: record[name] for part, name in pick_fields(record, fields).items()}
+
+
+def text_field_of(record: dict, field: str) -> str:
+    """`field`, or, where the record has none, the completion of one that has no prompt."""
+    if field == "text" and field not in record and "completion" in record and not pick_fields(record, ASKED):
+        return "completion"
+    return field
+
+
 def text_of(record: dict, field: str) -> str:
+    field = text_field_of(record, field)
     text = record.get(field)
     if not isinstance(text, str):
         if field in record:
@@ -133,70 +193,88 @@ def _calls_of(calls: Any) -> list[dict]:
     return found
 
 
-def answer_of(value: Any) -> Messages:
+def answer_of(value: Any, reasoning: Any = None) -> Messages:
     """The messages of an answer that is a text, a message, or a list of messages."""
     if isinstance(value, str):
-        value = {"role": "assistant", "content": value}
+        value = {"role": "assistant", "content": value, "reasoning_content": reasoning}
     turns = [value] if isinstance(value, dict) else _expect(value, list, "an answer that is a text, or messages")
     return [message_of(turn) for turn in turns]
 
 
-def prompt_of(record: dict) -> Chat:
+def split_turns(text: str) -> Messages:
+    r"""The turns of a chat that is one string, "Human: …\nAssistant: …"; none where it is not. (BELLE, hh-rlhf)"""
+    before, *parts = re.split(r"(?:^|\n)\s*(Human|Assistant)[:：]", text)
+    names, contents = parts[::2], parts[1::2]
+    if before.strip() or names[:2] != ["Human", "Assistant"]:
+        return []
+    return [message_of({"role": name.lower(), "content": content.strip()}) for name, content in zip(names, contents)]
+
+
+def prompt_of(record: dict, fields: Fields = PROMPT_FIELDS) -> Chat:
     """All of a record but what answer fields hold. No messages where the shape is not known."""
-    turns = unpack(record.get("conversations") or record.get("messages")) or record.get("prompt") or record.get("q")
-    tools = unpack(record.get("tools"))
+    values = _take(record, fields)
+    turns = unpack(values.get("messages")) or values.get("question")
+    tools = unpack(values.get("tools"))
     messages = []
     if isinstance(turns, list):
         messages = [message_of(turn) for turn in turns]
         tools = tools or unpack(turns[0].get("tools"))  # MiniMind keeps them in the system message
     else:
-        for exchange in _expect(unpack(record.get("history")) or [], list, "a history that is a list"):
+        for exchange in _expect(unpack(values.get("history")) or [], list, "a history that is a list"):
             if not isinstance(exchange, list | tuple) or len(exchange) != 2:
                 raise BadRecord("an entry of the history is not a question and its answer")
             question, answer = exchange
             messages += [message_of({"role": "user", "content": question}), *answer_of(answer)]
-        messages += _question_of(record, turns)
+        messages += _question_of(values, turns)
     if not isinstance(tools or [], list):
         raise BadRecord("the tools are not a list")
-    if record.get("system") and not (messages and messages[0]["role"] == "system"):
-        messages.insert(0, message_of({"role": "system", "content": record["system"]}))
+    if values.get("system") and not (messages and messages[0]["role"] == "system"):
+        messages.insert(0, message_of({"role": "system", "content": values["system"]}))
     return Chat(messages, tools)
 
 
-def _question_of(record: dict, question: Any) -> Messages:
+def _question_of(values: dict, question: Any) -> Messages:
     """The user's turn, of a question or of Alpaca's instruction and input; none where there is neither."""
     if not question:
-        parts = [part for part in (record.get("instruction"), record.get("input")) if part]
+        parts = [part for part in (values.get("instruction"), values.get("input")) if part]
         question = "\n".join(_expect(part, str, "an instruction that is a text") for part in parts)
+    if isinstance(question, str) and (turns := split_turns(question)):
+        return turns if turns[-1]["content"] else turns[:-1]  # "Assistant:" at the end asks for the answer
     return [message_of({"role": "user", "content": question})] if question else []
 
 
-def chat_of(record: dict) -> Chat:
-    messages, tools = prompt_of(record)
-    for field in ("output", "a", "completion"):  # of Alpaca, q/a/history and TRL
-        messages += answer_of(record.get(field) or [])
-    if not messages:
-        raise BadRecord(f"no chat of a known shape; there is {_fields(record)}")
+def chat_of(record: dict, fields: Fields = CHAT_FIELDS) -> Chat:
+    messages, tools = prompt_of(record, fields)
+    values = _take(record, fields)
+    if values.get("answer") and not (messages and messages[-1]["role"] == "assistant"):
+        messages += answer_of(values["answer"], values.get("reasoning"))
+    _expect_parts(record, fields, messages, "answer")
     return Chat(messages, tools)
 
 
-def task_of(record: dict) -> Task:
-    """A question with an answer that can be checked."""
-    messages, tools = prompt_of(record)
-    answer = record.get("answer")
-    if not messages or not isinstance(answer, str | int | float):
-        raise BadRecord(f"no question with its answer; there is {_fields(record)}")
-    return Task(messages, str(answer), tools)
+def _expect_parts(record: dict, fields: Fields, messages: Messages, answer: str):
+    """BadRecord where no one asks, or answers, because no field is known for it; blank ones are for rules to drop."""
+    roles = {message["role"] for message in messages}
+    picked = pick_fields(record, fields).keys()
+    asked = "user" in roles or picked & ASKED.keys()
+    answered = "assistant" in roles or picked & {answer, "messages"}
+    if not asked or not answered:
+        raise BadRecord(
+            f"no chat of a known shape; there is {_fields(record)} (see --fields question=NAME,{answer}=NAME)"
+        )
 
 
-def pair_of(record: dict) -> Pair:
-    prompt, tools = prompt_of(record)
-    answers = [record.get("chosen"), record.get("rejected")]
+def pair_of(record: dict, fields: Fields = PAIR_FIELDS) -> Pair:
+    prompt, tools = prompt_of(record, fields)
+    values = _take(record, fields)
+    answers = [values.get("chosen"), values.get("rejected")]
     if answers == [None, None]:
-        answers = unpack(record.get("output"))  # LLaMA-Factory's older way: [chosen, rejected]
+        answers = unpack(values.get("both"))
     if not isinstance(answers, list) or len(answers) != 2 or not all(answers):
-        raise BadRecord(f"no pair of chosen and rejected; there is {_fields(record)}")
-    chosen, rejected = (_whole_chat(prompt, answer_of(answer)) for answer in answers)
+        flag = "--fields chosen=NAME,rejected=NAME"
+        raise BadRecord(f"no pair of chosen and rejected; there is {_fields(record)} (see {flag})")
+    chosen, rejected = (_whole_chat(prompt, answer) for answer in answers)
+    _expect_parts(record, fields, chosen, "chosen")
     shared = 0
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1
@@ -209,10 +287,38 @@ def pair_of(record: dict) -> Pair:
     return Pair(chosen, rejected, shared, tools)
 
 
-def _whole_chat(prompt: Messages, answer: Messages) -> Messages:
+def _whole_chat(prompt: Messages, answer: Any) -> Messages:
     """The prompt may be in the answer already; but a system text that stands beside it still belongs in front."""
+    answer = (isinstance(answer, str) and not prompt and split_turns(answer)) or answer_of(answer)
     if answer[0]["role"] == "assistant":
         return prompt + answer
     if answer[0]["role"] != "system" and prompt and prompt[0]["role"] == "system":
         return [prompt[0], *answer]
     return answer
+
+
+def task_of(record: dict, fields: Fields = TASK_FIELDS) -> Task:
+    """A question whose answer can be checked. A chat's last answer is left out: it is blank, or given away."""
+    messages, tools = prompt_of(record, fields)
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not messages or messages[-1]["role"] != "user":
+        raise BadRecord(f"no question of a known shape; there is {_fields(record)} (see --fields question=NAME)")
+    answer = _answer_to_check(_take(record, fields).get("answer"))
+    if not answer:
+        raise BadRecord(f"no answer to check; there is {_fields(record)} (see --fields answer=NAME)")
+    return Task(messages, answer, tools)
+
+
+def _answer_to_check(value: Any) -> str:
+    """The answer alone: a text or number, or the one in a list; of GSM8K what follows "####". Blank where none is."""
+    if isinstance(value, list):
+        if len(value) != 1:
+            raise BadRecord(f"{len(value)} answers, where one is to be checked")
+        value = value[0]
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return ""
+    text = str(value)
+    if "####" in text:
+        text = text.rpartition("####")[2].replace(",", "")  # 1,200 is 1200
+    return text.strip()

@@ -21,7 +21,7 @@ from helpers import snapshot
 import data_process
 from base import cli
 from base.files import sha256
-from corpus.duplicates import HashSet, band_hashes, hash64
+from corpus.duplicates import Duplicates, HashSet, band_hashes, hash64
 from corpus.files import BATCH_RECORDS, read_batches
 from corpus.kinds import Document
 from corpus.pipeline import in_order
@@ -347,12 +347,32 @@ def test_minhash_bands_agree_as_often_as_the_formula_says():
 def test_hash_set_equals_a_set_and_stays_small():
     keys = [RNG.randrange(1, 2**64) for _ in range(20_000)]
     hashes = HashSet()
-    for key in [*keys, *keys[:100]]:
-        hashes.add(key)
+    for start in range(0, len(keys), 700):
+        hashes.add(np.array(keys[start : start + 700], np.uint64))
     assert hashes.count == len(set(keys))
-    assert all(key in hashes for key in keys)
-    assert not any(RNG.randrange(1, 2**64) in hashes for _ in range(1000))
-    assert 8 * len(hashes.table) <= 17 * len(keys)
+    assert hashes.contains(np.array(keys, np.uint64)).all()
+    assert not hashes.contains(np.array([RNG.randrange(1, 2**64) for _ in range(1000)], np.uint64)).any()
+    assert hashes.table.nbytes <= 17 * len(keys)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_duplicates_found_by_batches_are_those_found_one_by_one(exact):
+    """Keys and bands of a small range, so that many meet, within a batch and with earlier ones."""
+    rng = np.random.default_rng(0)
+    keys, bands = rng.integers(1, 400, 500).astype(np.uint64), rng.integers(1, 4000, (500, 5)).astype(np.uint64)
+    wanted, seen_keys, seen_bands = [], set(), set()
+    for key, own in zip(keys.tolist(), bands.tolist()):
+        if exact and key in seen_keys:
+            wanted.append("exact_duplicate")
+            continue
+        seen_keys.add(key)
+        wanted.append("near_duplicate" if seen_bands & set(own) else None)
+        if not wanted[-1]:
+            seen_bands |= set(own)
+    duplicates = Duplicates(exact)
+    found = [rule for i in range(0, 500, 64) for rule in duplicates.rules(keys[i : i + 64], bands[i : i + 64])]
+    assert found == wanted
+    assert {"near_duplicate", None} <= set(wanted)
 
 
 def test_clean_keeps_the_other_fields_and_can_gzip():
@@ -398,6 +418,93 @@ def test_pairs_with_equal_answers_are_dropped_and_pairs_with_unlike_prompts_are_
     assert report("out")["rules"]["same_answer"]["dropped"] == 1
     assert report("out")["bad"] == 4
     assert len(load("out")) == 2
+
+
+def test_what_has_no_question_or_a_placeholder_for_an_answer_is_dropped_by_name():
+    alone, none = {"role": "assistant", "content": "答一"}, {"role": "assistant", "content": "无"}
+    called = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}
+    records = [
+        {"messages": MESSAGES},
+        {"messages": [{"role": "system", "content": "简短。"}, alone]},
+        {"instruction": "", "input": "", "output": "答一"},
+        {"messages": [MESSAGES[0], none]},
+        {"messages": [MESSAGES[0], {"role": "assistant", "content": " "}, *MESSAGES]},
+        {"messages": [MESSAGES[0], called, {"role": "tool", "content": "1"}, alone]},
+    ]
+    write_jsonl("a.jsonl", records)
+    run("sft", "a.jsonl", "--output", "out")
+    dropped = {name: rule["dropped"] for name, rule in report("out")["rules"].items() if rule["dropped"]}
+    assert dropped == {"no_question": 2, "empty_answer": 2}
+    assert len(load("out")) + len(load("out", "val")) == 2
+    run("sft", "a.jsonl", "--output", "out", "--skip_rules", "empty_answer")
+    assert report("out")["kept"] == 4
+    write_jsonl(
+        "b.jsonl", [{"system": "简短。", "question": asked, "chosen": "好", "rejected": "无"} for asked in ("", "问")]
+    )
+    run("dpo", "b.jsonl", "--output", "pairs")
+    assert report("pairs")["rules"]["no_question"]["dropped"] == 1
+    assert decode(load("pairs")[1][0]).count("无") == 1
+
+
+def test_fields_are_mapped_and_the_report_shows_the_share_of_each_shape(capsys):
+    write_jsonl("a.jsonl", [{"Q": text, "A": text[::-1]} for text in sentences(3)] + [{"Q": "问", "A": "无"}])
+    run("sft", "a.jsonl", "--output", "out", status=2)
+    assert "no chat of a known shape; there is Q, A (see --fields question=NAME,answer=NAME)" in capsys.readouterr().err
+    run("sft", "a.jsonl", "--output", "out", "--fields", "question=Q,answer=A")
+    assert report("out")["shapes"] == {"question=Q, answer=A": 4}
+    assert "100.0% of the records: question=Q, answer=A" in capsys.readouterr().out
+    run("sft", "a.jsonl", "--output", "out", "--fields", "asked=Q", status=2)
+    assert "no part is called asked: it is messages, question," in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        data_process.main(["sft", "a.jsonl", "--fields", "question"])
+
+
+def test_near_duplicates_of_chats_and_pairs_are_dropped_if_asked_for():
+    article = "".join(sentences(20))
+    near = article[:300] + "改了几个字" + article[305:]
+    system = "".join(sentences(60))  # which all chats share, and which makes none a duplicate
+    answers = [article, near, "".join(sentences(20))]
+    write_jsonl("a.jsonl", [{"system": system, "question": f"问{i}", "answer": text} for i, text in enumerate(answers)])
+    write_jsonl("b.jsonl", [{"question": f"问{i}", "chosen": a, "rejected": a[::-1]} for i, a in enumerate(answers)])
+    for command, name in (("sft", "a.jsonl"), ("dpo", "b.jsonl")):
+        run(command, name, "--output", "out")
+        assert report("out")["kept"] == 3
+        run(command, name, "--output", "out", "--add_rules", "near_duplicate")
+        assert report("out")["kept"] == 2
+        assert report("out")["rules"]["near_duplicate"]["dropped"] == 1
+        assert report("out")["rules"]["near_duplicate"]["example"].startswith(f"{name}:2: 问1")
+
+
+def test_what_holds_an_exam_question_is_dropped(capsys):
+    """However it is punctuated, and wherever it stands; a text that shares a clause with it stays."""
+    asked, short, other = "".join(sentences(1))[:38], "短题是什么", sentences(1)[0]
+    options = sentences(4)
+    Path("exam/val").mkdir(parents=True)
+    rows = f"id,question,A,B,C,D,answer\n0,{asked},1,2,3,4,A\n1,{short},{','.join(options)},B\n2,？,1,2,3,4,A\n"
+    Path("exam/val/physics.csv").write_text(rows, encoding="utf-8")
+    loose = "，".join(asked[i : i + 20] for i in range(0, 40, 20))
+    texts_in = [other + loose + other, other + asked[:18] + other, short + "：" + " B. ".join(options), short + other]
+    write_jsonl("a.jsonl", [{"text": text} for text in texts_in])
+    run(
+        "clean",
+        "a.jsonl",
+        "--output",
+        "out.jsonl",
+        "--exclude",
+        "exam",
+        "--report",
+        "report.json",
+        "--skip_rules",
+        "near_duplicate",
+    )
+    assert read_jsonl("out.jsonl") == [texts_in[1], texts_in[3]]
+    assert json.loads(Path("report.json").read_text(encoding="utf-8"))["rules"]["exam_question"]["dropped"] == 2
+    assert "2 questions to look for; 1 are too short" in capsys.readouterr().out
+    write_jsonl(
+        "b.jsonl", [{"question": asked, "answer": other}, {"question": other, "answer": asked}, {"q": other, "a": "好"}]
+    )
+    run("sft", "b.jsonl", "--output", "out", "--exclude", "exam/val/physics.csv")
+    assert report("out")["kept"] == 1
 
 
 # ---- What is written ------------------------------------------------------------------------------------------------
@@ -518,7 +625,7 @@ def test_a_tokenizer_can_be_trained_and_its_two_forms_agree(capsys):
 
 
 def test_a_sample_of_texts_is_bounded_and_spread_over_the_corpus():
-    documents = [Document(i, hash64(b"%d" % i), [(b"x" * 100, b"")], 100, "", []) for i in range(10_000)]
+    documents = [Document(i, hash64(b"%d" % i), [(b"x" * 100, b"")], 100, "") for i in range(10_000)]
     assert len(sample_texts(iter(documents), 10**6)) == 10_000
     assert 400 < len(sample_texts(iter(documents), 10**5)) <= 1000
 

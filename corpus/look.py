@@ -1,0 +1,163 @@
+"""A first look at files, before anything is made of them: shape, counts, lengths, letters, duplicates, samples."""
+
+import argparse
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from corpus.duplicates import Duplicates, band_hashes
+from corpus.figures import lines_of
+from corpus.files import RecordBatch, find_files, read_batches
+from corpus.kinds import Document, load_encoder
+from corpus.pipeline import Report, work
+from corpus.records import (
+    CHAT_FIELDS,
+    PAIR_FIELDS,
+    TASK_FIELDS,
+    BadRecord,
+    Fields,
+    chat_of,
+    map_fields,
+    pair_of,
+    parse,
+    task_of,
+    text_of,
+)  # fmt: skip
+from model import chat
+
+# Characters a token of the tokenizer that ships, on texts that it has not seen; model/tokenizer/README.md says which.
+REFERENCE = {"Han": ("Chinese", 1.22), "Latin": ("English", 2.84)}
+KEPT = 4096  # characters of a text that are kept to be encoded
+SHOWN = 300  # of a sample
+PROBED = 64  # records of a batch that are tried in every shape
+
+
+class Reading(NamedTuple):
+    """What a record may be taken for."""
+
+    what: str
+    command: str  # of data_process.py; "exam" is for eval.py
+    fields: Fields
+    read: Callable[[dict, Fields], object]  # BadRecord where it is not
+
+
+def _read_exam(record: dict, fields: Fields):
+    if not {"question", "a", "b", "answer"} <= {str(name).lower() for name in record}:
+        raise BadRecord("no question with options in C-Eval's or CMMLU's columns")
+
+
+def _read_task(record: dict, fields: Fields):
+    """Any question and answer could be a task; here its answer says by its place or form that it is to be checked."""
+    task_of(record, fields)
+    if not {"gt", "answer_only"} & record.keys() and "####" not in str(record.get("answer")):
+        raise BadRecord("the answer may be no more than a text")
+
+
+READINGS = (  # in the order in which they are tried
+    Reading("questions with options", "exam", {}, _read_exam),
+    Reading("pairs", "dpo", PAIR_FIELDS, pair_of),
+    Reading("questions with an answer to check", "rl", TASK_FIELDS, _read_task),
+    Reading("chats", "sft", CHAT_FIELDS, chat_of),
+    Reading("texts", "pretrain", {"text": ("text",)}, lambda record, fields: text_of(record, fields["text"][0])),
+)
+
+
+class Look(NamedTuple):
+    reading: Reading | None  # what most records are; None: nothing that is known
+    batches: list[RecordBatch]
+    records: int
+    share: float  # of the input, as it lies on disk, that was read
+    names: list[str]  # of a record's fields
+
+
+def first_look(inputs: list[str], most: int, mapping: dict[str, str]) -> Look:
+    """Reads up to `most` records, and finds out what they are, with a mapping of fields where one is given."""
+    files = find_files(inputs)
+    batches, count = [], 0
+    for batch in read_batches(files, "text"):
+        batches.append(batch._replace(records=batch.records[: most - count]))
+        count += len(batches[-1].records)
+        if count == most:
+            break
+    taken, names = Counter(), []
+    for raw in (raw for batch in batches for _, raw in batch.records[:PROBED]):
+        try:
+            record = parse(raw)
+        except BadRecord:
+            continue
+        names = names or [str(name) for name in record]
+        taken[next((i for i, reading in enumerate(READINGS) if _takes(reading, record, mapping)), None)] += 1
+    [(most_common, _)] = taken.most_common(1) or [(None, 0)]
+    total = sum(path.stat().st_size for path in files)
+    share = min(batches[-1].position / total, 1.0) if total else 1.0
+    return Look(None if most_common is None else READINGS[most_common], batches, count, share, names)
+
+
+def _takes(reading: Reading, record: dict, mapping: dict[str, str]) -> bool:
+    if mapping.keys() - reading.fields.keys():
+        return False
+    try:
+        reading.read(record, map_fields(reading.fields, mapping))
+    except (BadRecord, UnicodeEncodeError):
+        return False
+    return True
+
+
+def examine(look: Look, args: argparse.Namespace) -> tuple[Report, list[Document]]:
+    """What a command with the flags `args` makes of the records: the report, and the documents that it keeps."""
+    report = Report(args)
+    documents = [document for batch in look.batches for document in report.without_duplicates(work(args, batch, KEPT))]
+    return report, documents
+
+
+def describe(report: Report, documents: list[Document], tokenizer_dir: str) -> list[str]:
+    """For the terminal: what would be dropped and why, figures, and three samples."""
+    lines = [f"{report.records.total():,} records: {report.kept:,} would be kept, {report.bad:,} are bad"]
+    lines += [f"  {example}" for example in report.bad_examples]
+    for name, rule in report.rules.items():
+        if rule["dropped"]:
+            lines.append(f"  {rule['dropped']:,} dropped by {name}, such as {rule['example']!r}")
+    if documents and (near := count_near_duplicates(documents)):
+        lines.append(f"  {near:,} of those kept are nearly like another: --add_rules near_duplicate would drop them")
+    for shape, count in report.shapes.most_common():
+        lines.append(f"  {count / report.shapes.total():.1%} of the records have: {shape}")
+    lines += lines_of(report.figures.as_dict())
+    for script, ratio in characters_a_token(documents, tokenizer_dir).items():
+        language, reference = REFERENCE[script]
+        lines.append(f"{ratio:.2f} characters a token in {script} texts (reference: {language}, {reference})")
+    for document in some(documents):
+        text = document.text
+        lines.append(f"--- record {document.place}\n{text[:SHOWN]}{'…' if len(text) > SHOWN else ''}")
+    return lines
+
+
+def some(items: list) -> list:
+    """The first, the middle and the last."""
+    return [items[i] for i in sorted({0, len(items) // 2, len(items) - 1})] if items else []
+
+
+def count_near_duplicates(documents: list[Document]) -> int:
+    """How many of the documents are nearly like an earlier one."""
+    bands = band_hashes([document.text for document in documents])
+    keys = np.arange(1, len(bands) + 1, dtype=np.uint64)  # each another, for what is equal is gone already
+    return sum(rule is not None for rule in Duplicates(exact=False).rules(keys, bands))
+
+
+def characters_a_token(documents: list[Document], tokenizer_dir: str) -> dict[str, float]:
+    """Of up to 500 texts, by the script that has most of a text's letters, where there is a reference for it."""
+    tokenizer = load_encoder(tokenizer_dir).tokenizer
+    characters, tokens = Counter(), Counter()
+    for document in documents[:: max(len(documents) // 500, 1)]:
+        script = main_script(document.text)
+        characters[script] += len(document.text)
+        tokens[script] += len(chat.encode(tokenizer, document.text))
+    return {script: characters[script] / tokens[script] for script in REFERENCE if tokens[script]}
+
+
+def main_script(text: str) -> str | None:
+    head = text[:500]
+    han = sum("\u3400" <= letter <= "\u9fff" for letter in head)
+    latin = sum(letter.isascii() and letter.isalpha() for letter in head)
+    return None if not han + latin else "Han" if 3 * han >= latin else "Latin"  # a word has several letters
