@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 OLDEST, NEWEST = (3, 10), (3, 13)
 CORE, TEST, CONSTRAINTS = "requirements.txt", "requirements-test.txt", "constraints.txt"
+EXTRA = ["requirements-export.txt", "requirements-interop.txt"]  # for the tests that are marked so
 NO_CONNECTION = ("connection broken by", "Could not fetch URL", "ConnectionError", "Timeout", "ProxyError", "SSLError")
 
 HELP = """usage: python quickstart.py [--minutes N] [--clean] [--no-chat]
@@ -33,9 +34,11 @@ stopped.
   --no-chat             leave when the table stands
 
 commands:
+  rewards [--minutes N] after the above: a model learns from rewards that thinking pays (default: 3 minutes, and 5 more)
   test [ARGUMENT ...]   install what is missing, check with ruff, run the tests; the arguments go to pytest:
                           python quickstart.py test -k lora
                           python quickstart.py test -m slow
+                          python quickstart.py test -m extra     installs and tests other people's libraries too
                           python quickstart.py test tests/test_quickstart.py -x
 """
 
@@ -195,8 +198,9 @@ def tour(arguments):
 
 def test(pytest_arguments):
     """Run every check in turn and return the exit status of the first that fails, else 0."""
-    python, prefix = find_environment([CORE, TEST])
-    install(python, prefix, [CORE, TEST])
+    names = [CORE, TEST] + (EXTRA if "extra" in pytest_arguments else [])
+    python, prefix = find_environment(names)
+    install(python, prefix, names)
     for command in (
         ["pip", "--disable-pip-version-check", "check"],
         ["ruff", "check", "."],
@@ -209,7 +213,17 @@ def test(pytest_arguments):
     return 0
 
 
-COMMANDS = {"test": test}
+def rewards(arguments):
+    """The demonstration of 5-grpo.py; return the exit status."""
+    parser = argparse.ArgumentParser(prog="quickstart.py rewards", allow_abbrev=False)
+    parser.add_argument("--minutes", type=minutes, default=3, help="of training with rewards (default: 3)")
+    flags = parser.parse_args(arguments)
+    python, prefix = find_environment([CORE])
+    install(python, prefix, [CORE])
+    return run([python, "-m", "demo.rewards", "--minutes", "{:g}".format(flags.minutes)])[0]
+
+
+COMMANDS = {"test": test, "rewards": rewards}
 
 
 def main(arguments):

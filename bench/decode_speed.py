@@ -7,7 +7,7 @@ All have the same weights, write greedily with a KV cache, and take turns, call 
 medians are printed, and "x transformers" is the median over the turns. A rate in GB/s is the bytes of weights that a
 token reads, times tokens a second. Shares are of a limit measured in the same run: for one text and for batches torch's
 product of as many vectors with an 8192 x 8192 matrix, the median; for a prompt the best plain matrix product.
-llama.cpp takes part, for dense models, where its wheel is: pip install xllamacpp gguf
+llama.cpp takes part where its wheel is: pip install -r requirements-export.txt -c constraints.txt
 """
 
 import argparse
@@ -25,8 +25,9 @@ from base.cli import HelpFormatter, positive, run
 from bench.contest import TOKENIZER, Contest, Turns, ratio
 from engine.decoding import lay_out_for_decoding
 from engine.generation import generate
-from model.chat import load_tokenizer
 from model.checkpoint import load_model, save_model
+from model.gguf import write_gguf
+from model.llama_cpp import LlamaCpp
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
 from training.cost import step_flops
@@ -60,55 +61,18 @@ def transformers(directory: Path) -> Writer:
     return write
 
 
-def write_gguf(model: CausalLM, path: Path):
-    """A dense model with QK-norm as llama.cpp reads it. Its names of tokens are ours; their merges are not written."""
-    import gguf
-
-    config, writer = model.config, gguf.GGUFWriter(path, "qwen3")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_theta)
-    tokenizer = load_tokenizer(TOKENIZER)
-    names = [tokenizer.id_to_token(i) or f"<{i}>" for i in range(config.vocab_size)]
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(names)
-    writer.add_token_scores([0.0] * len(names))
-    kinds = gguf.TokenType
-    writer.add_token_types([kinds.BYTE if name.startswith("<0x") else kinds.NORMAL for name in names])
-    translation = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config.num_hidden_layers)
-    for name, parameter in model.named_parameters():
-        writer.add_tensor(translation.get_name(name, (".weight",)), parameter.detach().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 def llama_cpp(directory: Path) -> Writer:
-    """For one prompt. Its texts are not returned: the server tells characters, not tokens."""
-    import xllamacpp
-
+    """For one prompt. Its texts are not returned: those of random weights are not text."""
     model = load_model(directory, torch.device("cpu"))
-    params = xllamacpp.CommonParams()
-    params.n_ctx, params.n_parallel, params.verbosity = model.config.max_position_embeddings, 1, 0
-    params.cpuparams.n_threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
-        params.model.path = f"{folder}/model.gguf"
-        write_gguf(model, Path(params.model.path))
-        server = xllamacpp.Server(params)
-    options = dict(temperature=0, ignore_eos=True, cache_prompt=False)
+        path = Path(folder) / "model.gguf"
+        write_gguf(path, model, directory)
+        opened = LlamaCpp(path, model.config.max_position_embeddings, torch.get_num_threads())
 
     def write(prompts, n):
-        answer = server.handle_completions(dict(prompt=prompts[0], n_predict=n, **options))
-        if answer["usage"]["completion_tokens"] != n or answer["usage"]["prompt_tokens"] != len(prompts[0]):
-            raise RuntimeError(f"llama.cpp read or wrote another number of tokens than asked: {answer['usage']}")
+        answer = opened.write(prompts[0], n, ignore_eos=True, cache_prompt=False)
+        if answer["tokens_predicted"] != n or answer["tokens_evaluated"] != len(prompts[0]):
+            raise RuntimeError(f"llama.cpp read or wrote another number of tokens than asked: {answer}")
 
     return write
 
@@ -132,7 +96,7 @@ def measure(name: str, directory: Path, args: argparse.Namespace):
     contestants = {"jiezi": (jiezi, directory), "transformers": (transformers, directory)}
     if "fbgemm" in torch.backends.quantized.supported_engines:
         contestants["jiezi --half_weights"] = (jiezi, directory, True)
-    if config.qk_norm and not config.use_moe and importlib.util.find_spec("xllamacpp"):
+    if importlib.util.find_spec("xllamacpp"):
         contestants["llama.cpp"] = (llama_cpp, directory)
     matrix = torch.randn(8192, 8192)
 
@@ -190,7 +154,7 @@ def main():
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
     if not importlib.util.find_spec("xllamacpp"):
-        print("llama.cpp does not take part: pip install xllamacpp gguf")
+        print("llama.cpp does not take part: pip install -r requirements-export.txt -c constraints.txt")
     if args.model:
         measure(args.model.name, args.model, args)
         return

@@ -27,10 +27,17 @@ ADAPTER_FILE = "adapter_model.safetensors"
 GENERATION_FILE = "generation_config.json"
 
 
-def save_model(directory: Path, model: CausalLM, tokenizer_dir: Path, base_dir: Path | None = None):
-    """Writes the model, in float32, and its tokenizer as a Hugging Face model.
+def save_model(
+    directory: Path,
+    model: CausalLM,
+    tokenizer_dir: Path,
+    base_dir: Path | None = None,
+    dtype: torch.dtype = torch.float32,
+):
+    """Writes the model and its tokenizer as a Hugging Face model.
 
     Of a model with LoRA adapters only those are written, in PEFT's format, with base_dir as the model they belong to.
+    dtype is that of the weights on disk; the bias that balances experts stays in float32, as transformers wants it.
     """
     for name in TOKENIZER_FILES:
         source = Path(tokenizer_dir) / name
@@ -44,11 +51,15 @@ def save_model(directory: Path, model: CausalLM, tokenizer_dir: Path, base_dir: 
         write_json(directory / "adapter_config.json", adapter_config | {"base_model_name_or_path": str(base_dir)})
         save_tensors(directory / ADAPTER_FILE, tensors, base_sha256=weights_fingerprint(base_dir))
         return
-    write_json(directory / "config.json", config.to_hf())
+    write_json(directory / "config.json", config.to_hf() | {"dtype": str(dtype).removeprefix("torch.")})
     tensors = {name: tensor.float() for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         del tensors["lm_head.weight"]
-    save_tensors(directory / MODEL_FILE, to_disk(config, tensors))
+    disk = to_disk(config, tensors)
+    for name, tensor in disk.items():
+        if not name.endswith("e_score_correction_bias"):
+            disk[name] = tensor.to(dtype)
+    save_tensors(directory / MODEL_FILE, disk)
 
 
 def to_disk(config: LMConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

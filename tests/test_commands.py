@@ -20,7 +20,7 @@ INPUTS |= {"sft": "chats.jsonl", "dpo": "pairs.jsonl", "--batch": "prompts.jsonl
 # Flags that make a command short; it gets those that its --help knows.
 LIMITS = dict(max_steps=2, steps=1, minutes=0.02, peer_minutes=0.02, max_new_tokens=4, eval_rows=4)
 LIMITS |= dict(batch_size=2, max_seq_len=128, vocab_size=400, workers=1, models="96x4", lengths=256, corpora=10)
-LIMITS |= dict(new_tokens=4, rounds=1, batch_sizes=2, only="AdamW")
+LIMITS |= dict(device="cpu", new_tokens=4, rounds=1, batch_sizes=2, only="AdamW")
 INSTALLERS = {"pip", "venv", "quickstart.py"}  # are not run: what they name must be there
 # What the others may need, since a page may begin in the middle.
 FIRST = """\
@@ -31,7 +31,8 @@ python data_process.py sft F --output dataset/lora
 python data_process.py dpo F
 python 1-pretrain.py
 python 2-sft.py
-python 3-lora.py"""
+python 3-lora.py
+python 4-dpo.py"""
 
 
 def commands_of(page: str) -> list[str]:
@@ -98,6 +99,7 @@ def write_inputs(folder: Path):
 COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands_of(page.read_text("utf-8"))))
 TO_INSTALL = [command for command in COMMANDS if INSTALLERS & set(shlex.split(command, comments=True))]
 TO_RUN = list({str(parse(command)): command for command in COMMANDS if command not in TO_INSTALL}.values())
+NEEDS_EXTRA = re.compile(r"export\.py .*--to (gguf|ollama)")  # packages of requirements-export.txt
 
 
 @pytest.fixture(scope="module")
@@ -115,11 +117,17 @@ def project(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", TO_RUN)
+@pytest.mark.parametrize("command", [command for command in TO_RUN if not NEEDS_EXTRA.search(command)])
 def test_command_runs(command, project, tmp_path):
     shutil.copytree(project, tmp_path / "project")
     run(command, tmp_path / "project")
     shutil.rmtree(tmp_path / "project")
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize("command", filter(NEEDS_EXTRA.search, TO_RUN))
+def test_command_of_extra_packages_runs(command, project, tmp_path):
+    test_command_runs(command, project, tmp_path)
 
 
 @pytest.mark.parametrize("command", TO_INSTALL)

@@ -41,16 +41,17 @@ def pins_for(python: str) -> dict[str, str]:
 @pytest.mark.parametrize("python", PYTHONS)
 def test_every_requirement_has_a_pin_within_its_range(python):
     pins = pins_for(python)
-    for name in ("requirements.txt", "requirements-test.txt"):
+    for name in ("requirements.txt", "requirements-test.txt", *quickstart.EXTRA):
         for requirement in read_requirements(name):
             version = pins.get(canonicalize_name(requirement.name))
             assert version, f"{requirement.name} of {name} has no pin in constraints.txt for Python {python}"
             assert requirement.specifier.contains(version), f"{requirement} excludes its pin {version}"
 
 
-def test_everything_that_the_requirements_pull_in_has_a_pin():
+@pytest.mark.parametrize("extra", [[], pytest.param(quickstart.EXTRA, marks=pytest.mark.extra)], ids=["", "extra"])
+def test_everything_that_the_requirements_pull_in_has_a_pin(extra):
     pins = pins_for("{}.{}".format(*sys.version_info))
-    todo = [r for name in ("requirements.txt", "requirements-test.txt") for r in read_requirements(name)]
+    todo = [r for name in ("requirements.txt", "requirements-test.txt", *extra) for r in read_requirements(name)]
     seen = set()
     while todo:
         requirement = todo.pop()
@@ -150,6 +151,16 @@ def test_an_environment_of_the_users_own_is_left_alone_if_it_has_all_packages(pr
     monkeypatch.setattr(quickstart, "answers", lambda python, *arguments: "install" not in arguments)
     quickstart.install("python", root / "elsewhere", FILES[:2])
     assert len(commands) == 1
+
+
+@pytest.mark.parametrize(("arguments", "extra"), [(["-k", "lora"], []), (["-m", "extra"], quickstart.EXTRA)])
+def test_extra_packages_are_installed_for_the_tests_that_need_them(project, monkeypatch, arguments, extra):
+    root, _ = project
+    installed = []
+    monkeypatch.setattr(quickstart, "find_environment", lambda names: ("python", root / ".venv"))
+    monkeypatch.setattr(quickstart, "install", lambda python, prefix, names: installed.extend(names))
+    quickstart.test(arguments)
+    assert installed == [quickstart.CORE, quickstart.TEST, *extra]
 
 
 @pytest.mark.parametrize("failing", ["pip", "ruff", "pytest", None])

@@ -1,0 +1,213 @@
+"""A model as llama.cpp, Ollama and LM Studio read it: one GGUF file with weights, tokenizer and chat template.
+
+The architectures are llama.cpp's own: llama, with QK-norm qwen3, with experts glm4moe, for both routers. llama_cpp.py
+reads such a file. The packages of both stand in requirements-export.txt.
+"""
+
+import copy
+import importlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from base.cli import UserError
+from base.files import read_json, write_file
+from model.chat import BOS, EOS, IM_END, SPECIAL_TOKENS, THINK, TOOLS, load_tokenizer
+from model.LMConfig import LMConfig
+from model.model import CausalLM
+
+WEIGHT_TYPES = {  # of the matrices, and gguf's name for a file of them
+    "f32": "ALL_F32",
+    "f16": "MOSTLY_F16",
+    "bf16": "MOSTLY_BF16",
+    "q8_0": "MOSTLY_Q8_0",
+    "q4_0": "MOSTLY_Q4_0",
+}
+# A small part, and a sensitive one. In our names and in llama.cpp's.
+EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight", "token_embd.weight", "output.weight")
+TAGS = range(THINK, TOOLS + 2)  # <think> to </tools>
+
+
+def import_extra(name: str):
+    """A package of requirements-export.txt. UserError, with the command, where it is missing."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        command = "pip install -r requirements-export.txt -c constraints.txt"
+        raise UserError(f"the package {name} is missing or broken ({error}): {command}") from None
+
+
+def write_gguf(path: Path, model: CausalLM, tokenizer_dir: Path, weight_type: str = "f32"):
+    """Writes the model with its tokenizer. Norms and routers stay in float32; rows that no block fits, in float16."""
+    gguf, config = import_extra("gguf"), model.config
+    arch = architecture(config)
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_file_type(gguf.LlamaFileType[WEIGHT_TYPES[weight_type]])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    add_sizes(writer, config)
+    add_tokenizer(writer, model, Path(tokenizer_dir))
+    for name, tensor in to_gguf(model).items():
+        kind = gguf.GGMLQuantizationType[matrix_type(name, tensor, weight_type).upper()]
+        data = gguf.quantize(tensor.numpy(), kind)
+        writer.add_tensor(name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def architecture(config: LMConfig) -> str:
+    if config.use_moe:
+        return "glm4moe"
+    return "qwen3" if config.qk_norm else "llama"
+
+
+def matrix_type(name: str, tensor: Tensor, weight_type: str) -> str:
+    """How a tensor is written; its name is ours or llama.cpp's."""
+    if tensor.dim() == 1 or name.endswith(("mlp.gate.weight", "ffn_gate_inp.weight")):  # a norm, a router
+        return "f32"
+    if weight_type.startswith("q") and tensor.shape[-1] % 32:  # numbers of a row share a scale by the block of 32
+        return "f16"
+    if weight_type == "q4_0" and name in EMBEDDINGS:
+        return "q8_0"
+    return weight_type
+
+
+def rounded(model: CausalLM, weight_type: str) -> CausalLM:
+    """A copy with the weights that a file holds."""
+    gguf, model = import_extra("gguf"), copy.deepcopy(model)
+    for name, parameter in model.named_parameters():
+        kind = gguf.GGMLQuantizationType[matrix_type(name, parameter, weight_type).upper()]
+        weights = gguf.dequantize(gguf.quantize(parameter.detach().numpy(), kind), kind)
+        parameter.data = torch.from_numpy(weights)
+    return model
+
+
+def add_sizes(writer, config: LMConfig):
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    if config.use_moe:
+        gating = import_extra("gguf").ExpertGatingFuncType[config.scoring_func.upper()]
+        writer.add_expert_gating_func(gating)
+        writer.add_expert_count(config.n_routed_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_shared_count(max(config.n_shared_experts, 1))
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+        writer.add_leading_dense_block_count(config.first_k_dense_replace)
+        writer.add_expert_weights_norm(config.norm_topk_prob)
+        writer.add_expert_weights_scale(config.routed_scaling_factor)
+
+
+def add_tokenizer(writer, model: CausalLM, directory: Path):
+    """Pieces, their scores and merges, and what kind each is; for a chat model its template.
+
+    llama.cpp merges the pair whose result has the highest score, which is here the lower id, as SentencePiece does. The
+    tags of thinking and tools are "user defined", as those of Qwen3 are, so that programs show them; and so llama.cpp
+    takes them for tags even where someone types them. A base model's text begins with a bos; to a chat the template
+    gives it.
+    """
+    kinds, tokenizer = import_extra("gguf").TokenType, load_tokenizer(directory)
+    pieces, types = [], []
+    for token_id in range(model.config.vocab_size):
+        piece = tokenizer.id_to_token(token_id)
+        if piece is None:  # beyond the tokenizer
+            kind = kinds.UNUSED
+        elif token_id == 0:
+            kind = kinds.UNKNOWN
+        elif token_id in TAGS:
+            kind = kinds.USER_DEFINED
+        elif token_id < len(SPECIAL_TOKENS):
+            kind = kinds.CONTROL
+        elif piece.startswith("<0x"):
+            kind = kinds.BYTE
+        else:
+            kind = kinds.NORMAL
+        pieces.append(piece or f"<|unused_{token_id}|>")
+        types.append(kind)
+    merges = read_json(directory / "tokenizer.json")["model"]["merges"]
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(pieces)
+    writer.add_token_scores([-float(token_id) for token_id in range(len(pieces))])
+    writer.add_token_types(types)
+    writer.add_token_merges([" ".join(pair) for pair in merges])
+    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(BOS)
+    writer.add_eos_token_id(EOS)
+    writer.add_add_bos_token(not model.is_chat)
+    writer.add_add_space_prefix(False)
+    if model.is_chat:
+        writer.add_eot_token_id(IM_END)
+        writer.add_chat_template((directory / "chat_template.jinja").read_text("utf-8"))
+
+
+def to_gguf(model: CausalLM) -> dict[str, Tensor]:
+    """The tensors under llama.cpp's names: experts stacked, queries and keys of a llama in its rotation's order."""
+    gguf, config = import_extra("gguf"), model.config
+    tensors, experts = {}, {}
+    for name, tensor in model.state_dict().items():
+        layer, found, rest = name.partition(".experts.")
+        if found:  # rest is NUMBER.PROJECTION.weight
+            experts.setdefault(f"{layer}.experts.{rest.partition('.')[2]}", []).append(tensor)
+        elif name != "lm_head.weight" or not config.tie_word_embeddings:
+            tensors[name] = tensor
+    tensors |= {name: torch.stack(parts) for name, parts in experts.items()}  # (E, I, H) or (E, H, I)
+    if config.use_moe:
+        tensors = always_there(config) | tensors
+    enum = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture(config))
+    names = gguf.get_tensor_name_map(enum, config.num_hidden_layers)
+    translated = {}
+    for name, tensor in tensors.items():
+        if architecture(config) == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+            tensor = interleave_halves(tensor, config.head_dim)
+        name = name.replace("e_score_correction_bias", "e_score_correction.bias")
+        translated[names.get_name(name, try_suffixes=(".weight", ".bias"))] = tensor.float().contiguous().cpu()
+    return translated
+
+
+def always_there(config: LMConfig) -> dict[str, Tensor]:
+    """What llama.cpp's glm4moe asks of every model: a balancing bias, and a shared expert. Zeros change nothing."""
+    zeros = {}
+    for layer in range(config.first_k_dense_replace, config.num_hidden_layers):
+        mlp = f"model.layers.{layer}.mlp"
+        H, size = config.hidden_size, config.moe_intermediate_size
+        zeros[f"{mlp}.gate.e_score_correction_bias"] = torch.zeros(config.n_routed_experts)
+        if not config.n_shared_experts:
+            zeros[f"{mlp}.shared_experts.gate_proj.weight"] = torch.zeros(size, H)
+            zeros[f"{mlp}.shared_experts.up_proj.weight"] = torch.zeros(size, H)
+            zeros[f"{mlp}.shared_experts.down_proj.weight"] = torch.zeros(H, size)
+    return zeros
+
+
+def interleave_halves(weight: Tensor, head_dim: int) -> Tensor:
+    """Rows of each head as 0, D/2, 1, D/2 + 1, …: llama.cpp's llama rotates neighbours, ours the two halves."""
+    heads = weight.unflatten(0, (-1, 2, head_dim // 2))  # (heads, 2, D / 2, H)
+    return heads.transpose(1, 2).flatten(0, 2)  # (heads * D, H)
+
+
+def write_modelfile(path: Path, model: CausalLM, gguf_file: Path):
+    """What `ollama create` reads: the file, the chat as a template of Go's, stop tokens, and eval.py's sampling."""
+    template = "{{ .Prompt }}"  # a base model goes on from a text
+    if model.is_chat:
+        template = Path(__file__).with_name("ollama.gotmpl").read_text("utf-8").rstrip("\n")
+    parameters = {
+        "num_ctx": model.config.max_position_embeddings,
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "repeat_penalty": 1.1,
+    }
+    lines = [f"FROM ./{gguf_file.name}", f'TEMPLATE """{template}"""']
+    lines += [f"PARAMETER {name} {value}" for name, value in parameters.items()]
+    lines += [f'PARAMETER stop "{SPECIAL_TOKENS[token_id]}"' for token_id in sorted(model.stop_token_ids)]
+    write_file(path, lambda temporary: temporary.write_text("\n".join(lines) + "\n", "utf-8"))

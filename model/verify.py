@@ -1,0 +1,134 @@
+"""What was exported, read again by the program that it is for, and held against the model: ids, chats, probabilities.
+
+A failed comparison is an OSError: the file is not what was meant, and write_file and replacing_directory leave it out.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.chat import BOS, EOS, IM_END, encode, encode_chat, load_tokenizer
+from model.gguf import rounded
+from model.llama_cpp import LlamaCpp
+from model.model import CausalLM
+
+# How far, in nats, the log-probability of a token may be off on the average: some times what was measured. llama.cpp
+# rounds more than the weights that were rounded in the file: what a matrix multiplies is made of its type, too.
+TOLERANCES = {"f32": 1e-3, "f16": 0.05, "bf16": 0.2, "q8_0": 0.5, "q4_0": 0.5}
+PLAIN_TEXTS = [  # what tokenizers take apart in unlike ways
+    "春天来了，山上的花开了。水在一百度时沸腾！",
+    "The cat sat on the mat;  she didn't   look up.",
+    " leading and trailing ",
+    "第 1 章\n\n  1,234.50 元\t= ¥1234.5",
+    "def f(x):\n    return x ** 2  # квадрат",
+    "龘靐 🙂👩‍👩‍👧 e\u0301 \u00a0 ﷽",
+]
+CONTROL_TEXT = "<|im_start|>user <|end_of_text|> <unk> <0x41>"  # is plain text too
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
+TOOL = {"type": "function", "function": {"name": "天气", "description": "一城之天气", "parameters": PARAMETERS}}
+CALL = {"type": "function", "function": {"name": "天气", "arguments": {"city": "北京"}}}
+CHAT = [
+    {"role": "system", "content": "You are 芥子."},
+    {"role": "user", "content": "北京天气如何？"},
+    {"role": "assistant", "content": "", "reasoning_content": "先查一查。", "tool_calls": [CALL]},
+    {"role": "tool", "content": '{"temperature": 21}'},
+    {"role": "assistant", "content": "21 degrees."},
+    {"role": "user", "content": "谢谢！ And tomorrow?"},
+]
+
+
+def verify_gguf(path: Path, model: CausalLM, tokenizer_dir: Path, weight_type: str) -> str:
+    """Opens the file in llama.cpp. Returns what was compared, with figures."""
+    tokenizer = load_tokenizer(tokenizer_dir)
+    llama_cpp = LlamaCpp(path, model.config.max_position_embeddings, threads=1, exact=True)
+    texts = [*PLAIN_TEXTS, CONTROL_TEXT]
+    for text in texts:
+        _check(llama_cpp.encode(text) == encode(tokenizer, text), f"the tokens of {text!r}")
+    if model.is_chat:
+        ids, _ = encode_chat(tokenizer, CHAT, [TOOL], add_generation_prompt=True)
+        _check(llama_cpp.encode_chat(CHAT, [TOOL]) == ids, "the tokens of a chat with tools")
+    prompts = _prompts(model, tokenizer_dir)
+    stop = IM_END if model.is_chat else EOS
+    stopped = llama_cpp.write(prompts[0], 2, logit_bias=[[stop, 1000.0]])["stop_type"] == "eos"
+    _check(stopped, f"the end of a text at token {stop}")
+    in_file, compared = rounded(model, weight_type), []
+    for prompt in prompts:
+        ids, theirs = _write_in_llama_cpp(llama_cpp, prompt, n=8, vocab_size=model.config.vocab_size)
+        with torch.no_grad():
+            ours, meant = (network(ids)[0, len(prompt) - 1 :] for network in (model, in_file))
+        compared.append((*_compare(ours, theirs), _compare(meant, theirs)[1]))
+    return f"llama.cpp: {_figures(compared, weight_type)}; the stop token, {_same_tokens(model, len(texts))}"
+
+
+def verify_folder(directory: Path, model: CausalLM, tokenizer_dir: Path, weight_type: str) -> str:
+    """Opens the folder in transformers. Returns what was compared, with figures."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    ours, theirs = load_tokenizer(tokenizer_dir), AutoTokenizer.from_pretrained(directory)
+    for text in PLAIN_TEXTS:
+        _check(theirs(text, add_special_tokens=False).input_ids == encode(ours, text), f"the tokens of {text!r}")
+    ids, _ = encode_chat(ours, CHAT, [TOOL], add_generation_prompt=True)
+    their_ids = theirs.apply_chat_template(CHAT, tools=[TOOL], add_generation_prompt=True, return_dict=False)
+    _check(their_ids == ids, "the tokens of a chat with tools")
+    network = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    _check(network.generation_config.eos_token_id == model.stop_token_ids, "the stop tokens")
+    compared = []
+    for prompt in _prompts(model, tokenizer_dir):
+        prompt = torch.tensor([prompt])
+        with torch.no_grad():
+            same, difference = _compare(model(prompt)[0], network(prompt).logits[0].log_softmax(-1))
+        compared.append((same, difference, difference))
+    return f"transformers: {_figures(compared, weight_type)}; the stop tokens, {_same_tokens(model, len(PLAIN_TEXTS))}"
+
+
+def _check(same: bool, what: str):
+    if not same:
+        raise OSError(f"verification failed: {what}: not the same as in the original")
+
+
+def _prompts(model: CausalLM, tokenizer_dir: Path) -> list[list[int]]:
+    tokenizer = load_tokenizer(tokenizer_dir)
+    if not model.is_chat:
+        return [[BOS, *encode(tokenizer, text)] for text in PLAIN_TEXTS]
+    chats = (CHAT[1:2], None), ([{"role": "user", "content": "Who are you?"}], None), (CHAT, [TOOL])
+    return [encode_chat(tokenizer, messages, tools, add_generation_prompt=True)[0] for messages, tools in chats]
+
+
+def _write_in_llama_cpp(llama_cpp: LlamaCpp, prompt: list[int], n: int, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """llama.cpp writes n tokens or less. What gave them, (1, T), and the log-probabilities of all tokens, (n, V)."""
+    steps = llama_cpp.write(prompt, n, n_probs=vocab_size)["completion_probabilities"]
+    log_probs = torch.full((len(steps), vocab_size), -torch.inf)
+    for row, step in zip(log_probs, steps):
+        for choice in step["top_logprobs"]:
+            row[choice["id"]] = choice["logprob"]
+    written = [step["id"] for step in steps]
+    return torch.tensor([prompt + written[:-1]]), log_probs
+
+
+def _compare(logits: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
+    """Of logits and log-probabilities (n, V): whether their most probable tokens are the same (n,), and how far those
+    above e^-20 are off (any,): llama.cpp has only zeros for the others."""
+    ours = logits.float().log_softmax(-1)
+    likely = ours > -20
+    return ours.argmax(-1) == theirs.argmax(-1), (ours - theirs)[likely].abs()
+
+
+def _figures(compared: list[tuple[Tensor, Tensor, Tensor]], weight_type: str) -> str:
+    """Of _compare's results with the original, and of the differences from what the file should give: those count."""
+    same, difference, unexplained = (torch.cat(parts) for parts in zip(*compared))
+    mean, limit = unexplained.mean().item(), TOLERANCES[weight_type]
+    if not mean <= limit:  # also when it is no number
+        raise OSError(
+            f"verification failed: log-probabilities differ by {mean:.2g} on the average; {weight_type} allows {limit}"
+        )
+    return (
+        f"the same most probable token at {same.sum()} of {len(same)} places; log-probabilities differ by "
+        f"{difference.mean():.1g} on the average, {difference.max():.1g} at most"
+    )
+
+
+def _same_tokens(model: CausalLM, texts: int) -> str:
+    return f"the tokens of {texts} texts" + (" and of a chat with tools and thinking" if model.is_chat else "")
