@@ -7,6 +7,7 @@
     python eval.py --perplexity FILE                          loss a token and bits per byte on texts
     python eval.py --data dataset/sft                         validation loss on prepared data
     python eval.py --choice FILE.csv                          multiple choice, C-Eval's and CMMLU's layout
+    python eval.py --choice ceval-exam.zip --shots 5          a whole exam, by subject and category
 
 --json adds the figures as one JSON object on the last line.
 """
@@ -21,7 +22,6 @@ from collections import deque
 from pathlib import Path
 
 import jsonlines
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
@@ -30,16 +30,17 @@ from base.cli import HelpFormatter, UserError, above_zero, fraction, natural, no
 from base.files import finish_replacing
 from corpus.records import BadRecord, each_record, prompt_of, text_of
 from engine.decoding import lay_out_for_decoding
+from engine.exams import accuracy, answer_exam, read_exam, wilson_interval
 from engine.generation import Engine
 from engine.session import ReplyStream, Session, read_tokens
 from engine.tools import load_tools
-from model.chat import BOS, EOS, encode, encode_chat, load_tokenizer, tokenizer_fingerprint
+from model.chat import BOS, EOS, encode, load_tokenizer, tokenizer_fingerprint
 from model.checkpoint import load_adapter, load_model
 from model.lora import merge_lora
 from model.model import CausalLM
 from training.loss import evaluate, next_token_loss
 from training.machine import Machine, choose_device, keep_freed_memory
-from training.packing import PackedDataset
+from training.packing import Mixture, open_sources
 
 STAGES = ("pretrain", "sft", "dpo")
 THINK_CHOICES = ("show", "hide", "off")
@@ -176,83 +177,35 @@ def perplexity(model: CausalLM, tokenizer: Tokenizer, file: str, text_field: str
     return figures | {"texts": texts, "tokens": tokens, "bytes": size}
 
 
-def validation(model: CausalLM, directory: Path, folder: Path, max_seq_len: int) -> dict:
-    """What 1-pretrain.py and 2-sft.py report as their validation loss, of any model on any prepared folder."""
-    data = PackedDataset(folder, "val", max_seq_len)
-    if data.group == 2:
-        raise UserError(f"{folder} holds preference pairs; 4-dpo.py reports their loss")
-    if data.prepared.meta["tokenizer_sha256"] != tokenizer_fingerprint(directory):
-        raise UserError(f"{folder} was made with another tokenizer than the one in {directory}; make the data anew")
+def validation(model: CausalLM, directory: Path, folders: list[str], max_seq_len: int) -> dict:
+    """What 1-pretrain.py and 2-sft.py report as their validation loss, of any model on any prepared folders."""
+    sources = open_sources(folders, "val", max_seq_len)
+    for source in sources.values():
+        if source.group == 2:
+            raise UserError(f"{source.prepared.folder} holds preference pairs; 4-dpo.py reports their loss")
+    data = Mixture(sources)
+    if data.tokenizer_sha256 != tokenizer_fingerprint(directory):
+        raise UserError(f"{data.paths} was made with another tokenizer than the one in {directory}; make the data anew")
     machine = Machine(0, 1, model.lm_head.weight.device, torch.float32)
     return evaluate(model, next_token_loss, data, machine, batch_size=8)
 
 
-@torch.inference_mode()
-def choice(model: CausalLM, tokenizer: Tokenizer, file: str) -> dict:
-    """Accuracy on four-choice questions, by the log-likelihood of each option's text a byte, as the answer.
-
-    A row has question, A, B, C, D and answer (C-Eval), in any case (CMMLU writes Question and Answer). A small model
-    knows texts, not the letters of options, so the letters are not shown; to a base model an option stands in the blank
-    (____) of the question, or at its end. The interval is Wilson's, of 95 %.
-    """
-    device = model.model.embed_tokens.weight.device
-    questions = read_questions(file)
-    right = 0
-    for row in questions:
-        scores = []
-        for option in "abcd":
-            if model.is_chat:
-                messages = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row[option]}]
-                ids, mask = encode_chat(tokenizer, messages)
-                n_answer = sum(mask)
-                ids = ids[: len(mask) - mask[::-1].index(1)]  # up to the stop token
-            else:
-                before_blank = row["question"].partition("____")[0]
-                answer = encode(tokenizer, row[option])
-                n_answer = len(answer)
-                ids = [BOS, *encode(tokenizer, before_blank), *answer]
-            ids = torch.tensor(ids[-model.config.max_position_embeddings :], device=device)
-            log_probs = model(ids[None, :-1])[0].log_softmax(-1)  # (T, V)
-            score = log_probs[-n_answer:].gather(1, ids[-n_answer:, None]).sum().item()
-            scores.append(score / len(row[option].encode()))
-        if not all(map(math.isfinite, scores)):
-            raise UserError("the model gives no numbers: its weights are not finite")
-        best = max(range(4), key=scores.__getitem__)
-        right += "abcd"[best] == row["answer"]
-    low, high = wilson_interval(right, len(questions))
-    accuracy = right / len(questions)
-    return {"questions": len(questions), "accuracy": accuracy, "low": low, "high": high, "chance": 0.25}
-
-
-def read_questions(file: str) -> list[dict[str, str]]:
-    """The rows of a CSV file, with their columns' names and the answer's letter in small letters."""
-    try:
-        table = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file") from None
-    except ValueError as error:  # pandas' own errors, and those of the encoding
-        raise UserError(f"{file} cannot be read as CSV in UTF-8: {error}") from None
-    table.columns = table.columns.str.lower()
-    if table.empty:
-        raise UserError(f"{file} holds no questions")
-    questions = table.to_dict("records")
-    for number, row in enumerate(questions, 1):
-        missing = [name for name in ("question", "a", "b", "c", "d", "answer") if not row.get(name)]
-        if missing:
-            raise UserError(f"{file}: question {number} has no {missing[0]}")
-        row["answer"] = row["answer"].strip().lower()
-        if row["answer"] not in "abcd":
-            raise UserError(f"{file}: question {number} has the answer {row['answer']!r}, which is none of A, B, C, D")
-    return questions
-
-
-def wilson_interval(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Of a share: 95 % of such intervals hold the true one (Wilson 1927)."""
-    p = right / n
-    centre = p + z * z / (2 * n)
-    spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return (centre - spread) / scale, (centre + spread) / scale
+def choice(model: CausalLM, tokenizer: Tokenizer, args: argparse.Namespace) -> dict:
+    """Accuracy on four-choice questions, with Wilson's interval of 95 %; of an exam also by subject and category."""
+    questions, examples = read_exam(args.choice)
+    results = answer_exam(model, tokenizer, questions, examples, args.shots, args.choice_by, args.batch_size)
+    right, n = float(results["right"].mean()), len(results)
+    low, high = wilson_interval(right, n)
+    figures = {"questions": n, "accuracy": right, "low": low, "high": high, "chance": 0.25}
+    if results["cut"].any():
+        figures["cut"] = int(results["cut"].sum())  # questions that did not fit the context with all their examples
+    for by in ("subject", "category"):
+        table = accuracy(results, by)
+        if len(table) > 1 and table["questions"].sum() == n:  # each question has one
+            print(table.to_string(float_format="{:.3f}".format), end="\n\n")
+            figures[f"mean_by_{by}"] = float(table["accuracy"].mean())
+            figures[f"by_{by}"] = table.to_dict("index")
+    return figures
 
 
 def as_utf8(text: str) -> str:
@@ -283,12 +236,18 @@ def main():
     what.add_argument("--prompt", help="answer (a base model: continue) this, and leave")
     what.add_argument("--batch", metavar="FILE", help="answer every record of a jsonl file")
     what.add_argument("--perplexity", metavar="FILE", help="measure on texts, in any file that data_process.py reads")
-    what.add_argument("--data", type=Path, metavar="DIR", help="measure on the validation part of prepared data")
-    what.add_argument("--choice", metavar="FILE", help="answer multiple-choice questions")
+    what.add_argument("--data", nargs="+", metavar="[NAME=]DIR", help="measure on the validation part of prepared data")
+    what.add_argument(
+        "--choice", metavar="PATH", help="answer multiple-choice questions: a file, a folder or a zip file"
+    )
     parser.add_argument("--system", help="system prompt")
     parser.add_argument("--text_field", default="text", help="where the text stands in a record of --perplexity")
     parser.add_argument("--max_seq_len", type=positive, default=512, help="tokens in a row of --data")
-    parser.add_argument("--batch_size", type=positive, default=16, help="prompts of --batch at a time")
+    parser.add_argument("--shots", type=natural, default=0, help="examples from the dev part before each question")
+    parser.add_argument(
+        "--choice_by", choices=["text", "letter"], default="text", help="which are compared: the options, or A, B, C, D"
+    )
+    parser.add_argument("--batch_size", type=positive, default=16, help="prompts of --batch or --choice at a time")
     parser.add_argument("--json", action="store_true", help="figures as one JSON object on the last line")
     group = parser.add_argument_group("how it writes")
     group.add_argument("--max_new_tokens", type=positive, default=256, help="tokens at most")
@@ -334,7 +293,7 @@ def main():
     elif args.data:
         figures = validation(model, directory, args.data, args.max_seq_len)
     elif args.choice:
-        figures = choice(model, tokenizer, args.choice)
+        figures = choice(model, tokenizer, args)
     elif args.batch:
         answer_batch(session, args, system)
     elif args.prompt is not None:
@@ -346,6 +305,8 @@ def main():
         converse(writer, system)
     if figures:
         for name, value in figures.items():
+            if isinstance(value, dict):
+                continue  # was printed as a table
             print(f"{name:20}{value:,.4f}" if isinstance(value, float) else f"{name:20}{value:,}")
         if args.json:
             print(json.dumps(figures))

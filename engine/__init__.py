@@ -1,1 +1,1 @@
-"""How a model writes: the cache, sampling, streaming, the layout for CPUs. Imports base and model."""
+"""How a model writes and chooses: the cache, sampling, streaming, exams, layout for CPUs. Imports base and model."""

@@ -155,7 +155,7 @@ class Engine:
         input_ids = torch.tensor([[token for prompt, _ in shared for token in prompt]], device=self.device)  # (1, T)
         position_ids = torch.cat([torch.arange(len(prompt)) for prompt, _ in shared]).to(self.device)[None]
         cache = PromptCache(self.cache, [(len(prompt), copies) for prompt, copies in shared])
-        mask = None if len(shared) == 1 else document_mask(position_ids)
+        mask = None if len(shared) == 1 else document_mask(position_ids, self.model.model.attention_kind())
         hidden = self.model.model(input_ids, position_ids, mask, cache)[0]  # (T, H)
         copies = torch.tensor([n for _, n in shared], device=self.device)
         ends = torch.tensor([len(prompt) for prompt, _ in shared], device=self.device).cumsum(0) - 1

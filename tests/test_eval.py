@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, TIMEOUT, TOKENIZER
+from helpers import ROOT, TIMEOUT, TOKENIZER, make_documents, write_data
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from model.chat import EOS, IM_END
@@ -114,6 +114,22 @@ def test_validation_loss_is_the_one_that_training_reports(data, run_here, evalua
         assert figures[name] == pytest.approx(reported[name], rel=1e-4)
 
 
+def test_several_prepared_folders_are_measured_together_and_each_alone(base, evaluate, tmp_path):
+    for name, seed in (("a", 1), ("b", 2)):
+        documents = make_documents("pretrain", 12, seed)
+        write_data(tmp_path / name, documents[6:], documents[:6])
+
+    def figures(*folders):
+        return json.loads(evaluate(base, "--data", *folders, "--max_seq_len", "64", "--json").out.splitlines()[-1])
+
+    alone = {name: figures(tmp_path / name) for name in "ab"}
+    together = figures(tmp_path / "a", tmp_path / "b")
+    for name, values in alone.items():
+        assert {key: together[f"{key}_{name}"] for key in values} == values
+    low, high = sorted(values["val_loss"] for values in alone.values())
+    assert low < together["val_loss"] < high
+
+
 # --------------------------------------------------------------------------------------------------------------- choice
 
 
@@ -146,6 +162,33 @@ def test_choice_takes_the_most_probable_option_a_byte(upper, base, evaluate, tmp
     figures = json.loads(result.out.splitlines()[-1])
     assert (figures["questions"], figures["accuracy"], figures["chance"]) == (4, 0.75, 0.25)
     assert 0 < figures["low"] < 0.75 < figures["high"] < 1
+
+
+def test_an_exam_is_counted_by_subject_and_category(base, evaluate, tmp_path):
+    rows = [dict(question=f"{n} + 1 = ____", A=str(n), B="0", C=str(n + 1), D="many", answer="C") for n in range(8)]
+    for subject, size in (("law", 8), ("logic", 6), ("physician", 7)):
+        for part, part_rows in (("dev", rows[:2]), ("val", rows[2:size])):
+            (tmp_path / part).mkdir(exist_ok=True)
+            write_questions(tmp_path / part / f"{subject}_{part}.csv", part_rows)
+    flags = ["--choice", tmp_path, "--choice_by", "letter", "--json"]
+    result = evaluate(base, *flags, "--shots", "1")
+    assert result.status == 0, result.err
+    *table, last = result.out.splitlines()
+    figures = json.loads(last)
+    assert figures["questions"] == 15
+    assert {name: row["questions"] for name, row in figures["by_subject"].items()} == dict(law=6, logic=4, physician=5)
+    assert {name: row["questions"] for name, row in figures["by_category"].items()} == dict(Humanities=10, Other=5)
+    right = sum(round(row["questions"] * row["accuracy"]) for row in figures["by_subject"].values())
+    assert figures["accuracy"] == pytest.approx(right / 15)
+    mean = sum(row["accuracy"] for row in figures["by_subject"].values()) / 3
+    assert figures["mean_by_subject"] == pytest.approx(mean)
+    assert "cut" not in figures
+    for name, row in figures["by_subject"].items():
+        shown = next(line.split() for line in table if line.startswith(name))
+        assert shown[1:3] == [str(row["questions"]), f"{row['accuracy']:.3f}"]
+
+    assert evaluate(base, *flags, "--shots", "2").status == 0
+    assert "law holds 2 questions, not 3" in evaluate(base, *flags, "--shots", "3").error_line(status=2)
 
 
 def test_a_question_without_an_option_is_named(base, evaluate, tmp_path):
