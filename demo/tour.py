@@ -67,10 +67,10 @@ COLUMNS = {  # of the table: a probe's figure, what it is called, and how it is 
 
 
 class Tour:
-    """What is done, in out/quickstart/tour.json, and how a step is run."""
+    """What is done, kept in a file of JSON, and how a step is run."""
 
-    def __init__(self, minutes: float):
-        self.minutes, self.file = minutes, OUT / "tour.json"
+    def __init__(self, minutes: float, file: Path = OUT / "tour.json"):
+        self.minutes, self.file = minutes, file
         self.done = json.loads(self.file.read_text("utf-8")) if self.file.exists() else {}
         cores, device = available_cores(), choose_device("auto").type
         self.processes = {"cpu": min(cores, 2), "cuda": torch.cuda.device_count()}.get(device, 1)
@@ -102,6 +102,12 @@ class Tour:
                     return process.wait(), interrupted
                 except KeyboardInterrupt:
                     interrupted = True
+
+    def torchrun(self) -> list:
+        """What stands before a script that trains."""
+        if self.processes == 1:
+            return []
+        return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", self.processes]
 
     def run(self, *command, output: Path | None = None):
         """start(), and the end of the tour if the command does not reach its own."""
@@ -170,10 +176,7 @@ def train(tour: Tour, stage: str):
     command += [*flags.split(), "--log_interval", 50, "--warmup_steps", 10]
     if (out_dir / STATE_FILE).exists():  # this stage was interrupted
         command.append("--resume")
-    if tour.processes > 1:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", tour.processes]
-        command = [*torchrun, *command]
-    tour.run(*command)
+    tour.run(*tour.torchrun(), *command)
 
 
 def probe(tour: Tour, stage: str) -> dict:
