@@ -29,19 +29,20 @@ from model.model import CausalLM
 from training.balance import expert_balance
 from training.flags import LORA_FLAGS, parse_flags
 from training.loop import train
+from training.loss import token_losses
 from training.machine import Machine, start_machine
-from training.packing import IGNORE, Batch, PackedDataset, open_data
+from training.packing import Batch, PackedDataset, open_data, send
 
 METRICS = ("accuracy", "reward_margin", "reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected")
 
 
 def answer_log_probs(model: CausalLM, batch: Batch, routing: list | None = None) -> tuple[Tensor, Tensor]:
     """ln p(answer | prompt) of every chat and the answer's number of tokens, (C,) each; chosen and rejected in turn."""
-    hidden = model.model(batch.input_ids, batch.position_ids, routing=routing)  # (B, T, H)
-    scored = batch.labels != IGNORE  # (B, T): the tokens of the answers
-    logits = model.lm_head(hidden[scored]).float()  # (M, V)
-    log_probs = -F.cross_entropy(logits, batch.labels[scored], reduction="none")  # (M,)
-    chat = batch.document_index[scored]  # (M,)
+    hidden = model.model(batch.input_ids, batch.position_ids, batch.documents_on_card, routing=routing)  # (B, T, H)
+    scored = batch.scored_places()  # (M,): of the answers' tokens
+    labels = batch.labels.flatten()[scored]
+    log_probs = -token_losses(hidden.flatten(0, 1)[scored], model.lm_head.weight, labels)  # (M,)
+    chat = batch.document_index.flatten()[scored]  # (M,)
     sums = log_probs.new_zeros(2, len(batch.documents))
     return sums[0].index_add(0, chat, log_probs), sums[1].index_add(0, chat, torch.ones_like(log_probs))
 
@@ -66,9 +67,10 @@ def reference_log_probs(model: CausalLM, data: PackedDataset, machine: Machine, 
     key = [weights_fingerprint(args.init_from), data.prepared.fingerprint, args.max_seq_len, str(machine.dtype)]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     path = args.out_dir.parent / "dpo-reference" / f"{data.split}-{name}.bin"
-    if path.exists():
-        return torch.from_numpy(np.fromfile(path, np.float32)).to(machine.device)
-    log_probs = torch.zeros(len(data.prepared.offsets) - 1, device=machine.device)
+    documents = len(data.prepared.offsets) - 1
+    if path.exists() and path.stat().st_size == 4 * documents:
+        return torch.from_numpy(np.fromfile(path, np.float32))
+    log_probs = torch.zeros(documents, device=machine.device)
     rows = np.arange(len(data))
     for start in range(machine.rank * args.batch_size, len(rows), machine.world_size * args.batch_size):
         batch = data.batch(rows[start : start + args.batch_size]).to(machine.device)
@@ -77,7 +79,7 @@ def reference_log_probs(model: CausalLM, data: PackedDataset, machine: Machine, 
     machine.sum(log_probs)
     if machine.rank == 0:
         write_file(path, lambda temporary: temporary.write_bytes(log_probs.cpu().numpy().tobytes()))
-    return log_probs
+    return log_probs.cpu()
 
 
 def main():
@@ -108,14 +110,17 @@ def main():
     machine = start_machine(args)
     train_set, val_set = open_data(args, "dpo")
     model = load_model(args.init_from, machine.device)
-    references = {data.split: reference_log_probs(model, data, machine, args) for data in (train_set, val_set)}
+    references = {}  # by split: ln p_ref of all its documents, those of the first source, then those of the second, …
+    for data in (train_set, val_set):
+        parts = [reference_log_probs(model, source, machine, args) for source in data.sources.values()]
+        references[data.split] = torch.cat(parts)
     if args.lora_rank:
         apply_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
 
     def dpo_loss(model: CausalLM, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]:
         routing = []
         log_probs, lengths = answer_log_probs(model, batch, routing)  # (C,)
-        ratios = log_probs - references[batch.split][batch.documents]  # (C,): ln(p / p_ref)
+        ratios = log_probs - send(references[batch.split][batch.documents], log_probs.device)  # (C,): ln(p / p_ref)
         if args.length_normalized or args.loss == "ipo":
             ratios = ratios / lengths
         chosen = ratios[0::2]  # (P,)

@@ -18,7 +18,6 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from base.cli import above_zero, not_negative, positive, run
@@ -26,10 +25,11 @@ from model.checkpoint import load_model
 from model.lora import apply_lora
 from model.model import CausalLM
 from training import rollouts
+from training.balance import count_each
 from training.flags import LORA_FLAGS, parse_flags
 from training.loop import Run, StopRequest
+from training.loss import token_losses
 from training.machine import start_machine
-from training.packing import IGNORE
 
 
 def group_advantages(rewards: Tensor, scale_rewards: bool) -> Tensor:
@@ -50,9 +50,9 @@ def policy_loss(log_probs: Tensor, old: Tensor, advantages: Tensor, clip_low: fl
 
 def token_log_probs(model: CausalLM, batch: rollouts.RolloutBatch) -> Tensor:
     """ln p of every token that the model chose, (M,)."""
-    scored = batch.labels != IGNORE  # (B, T)
-    hidden = model.model(batch.input_ids, batch.position_ids)[scored]  # (M, H)
-    return -F.cross_entropy(model.lm_head(hidden).float(), batch.labels[scored], reduction="none")
+    scored = batch.scored_places()  # (M,)
+    hidden = model.model(batch.input_ids, batch.position_ids, batch.documents_on_card)  # (B, T, H)
+    return -token_losses(hidden.flatten(0, 1)[scored], model.lm_head.weight, batch.labels.flatten()[scored])
 
 
 GRPO_FLAGS = {
@@ -93,20 +93,21 @@ def main():
     progress, window = run.progress, Counter()
 
     def grpo_loss(model: CausalLM, batch: rollouts.RolloutBatch) -> tuple[Tensor, float, dict[str, Tensor]]:
-        scored = batch.labels != IGNORE  # (B, T)
-        old = batch.old_log_probs[scored]  # (M,)
+        scored = batch.scored_places()  # (M,)
+        old = batch.old_log_probs.flatten()[scored]
         log_probs = token_log_probs(model, batch)
-        losses = policy_loss(log_probs, old, batch.advantages[scored], args.clip_low, args.clip_high)
+        advantages = batch.advantages.flatten()[scored]
+        losses = policy_loss(log_probs, old, advantages, args.clip_low, args.clip_high)
         if reference is not None:  # k3, an estimate of the distance that is never negative: 2402.03300, eq. 4
             with torch.no_grad():
                 reference_log_probs = token_log_probs(reference, batch)
             difference = reference_log_probs - log_probs
             losses = losses + args.beta * (difference.exp() - difference - 1)
         if args.loss == "grpo":  # the mean of each answer
-            answer = batch.document_index[scored]
-            losses = losses / answer.bincount()[answer]
+            answer = batch.document_index.flatten()[scored]
+            losses = losses / count_each(answer, len(batch.documents))[answer]
         gap = (log_probs.detach() - old).abs().sum()  # between the one who wrote and the one who learns
-        return losses.sum(), 0.0, {"gap": gap, "scored": scored.sum(), "places": scored.numel()}
+        return losses.sum(), 0.0, {"gap": gap, "scored": batch.scored, "places": batch.labels.numel()}
 
     if progress.step == 0:
         run.log.add(0.0, {"step": 0, "tokens": 0, **writer.validate(val_set, args.eval_rows)})
@@ -164,7 +165,7 @@ def main():
                 writer.write_samples(run.log.directory, progress.step, groups, train_set)
             if progress.step % args.save_interval == 0:
                 run.save()
-    run.finish()
+    run.finish(stop)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ def run(main: Callable[[], None], aftermath: str = ""):
         main()
     except UserError as error:
         _exit(str(error), 2)
-    except BrokenPipeError:  # what reads our words, such as `head`, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at the end fails again
+    except BrokenPipeError:
+        forget_reader()
     except (OSError, FloatingPointError) as error:
         where = f"{error.filename}: " if getattr(error, "filename", None) else ""
         _exit(f"{where}{getattr(error, 'strerror', None) or error}{aftermath}", 1)
@@ -35,7 +35,7 @@ def run(main: Callable[[], None], aftermath: str = ""):
     except RuntimeError as error:
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
-        advice = "lower --batch_size and raise --accumulation_steps as much, or add --grad_checkpointing"
+        advice = "--batch_size auto finds what fits; --grad_checkpointing makes more fit"
         _exit(f"out of memory: {advice} ({str(error).splitlines()[0]})", 1)
 
 
@@ -47,6 +47,11 @@ def _exit(message: str, status: int):
     sys.exit(status)
 
 
+def forget_reader():
+    """After a BrokenPipeError: what reads our words, such as `head`, has had enough; what follows goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     pass
 
@@ -55,6 +60,10 @@ def positive(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
     return int(text)
+
+
+def positive_or_auto(text: str) -> int | str:
+    return text if text == "auto" else positive(text)
 
 
 def natural(text: str) -> int:
@@ -104,6 +113,8 @@ def command_line() -> str:
     words = [python_command()]
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         processes = ["--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"]]
+        if (machines := os.environ.get("GROUP_WORLD_SIZE", "1")) != "1":  # on each; torchrun's other flags as before
+            processes = ["--nnodes", machines, *processes]
         words = ["torchrun", *processes]
         if python_command() != "python":  # then torchrun is not on the PATH either
             words = [python_command(), "-m", "torch.distributed.run", *processes]

@@ -89,7 +89,7 @@ def replace_directory(directory: Path, written: Path, keep_old: bool = False):
 
 def finish_replacing(directory: Path):
     """The last step of replace_directory; whoever reads `directory` takes it too, in case of a kill before it."""
-    with contextlib.suppress(FileNotFoundError):  # another process may be as quick
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # another process may be as quick
         if not directory.exists():
             _new(directory).rename(directory)
 

@@ -3,9 +3,9 @@
     python -m bench.estimate
     python -m bench.estimate --preset small base --tokens 2000 --price 0.5 --utilisation 0.3
 
-Floating-point operations are those of step_flops for full rows of one text each; memory is memory_estimate's, with
-16-bit activations. `rows` is how many of --max_seq_len tokens fit at once, and, after the bar, with
---grad_checkpointing; 0: not even one. Hours are those of one card, for rows that fit.
+Floating-point operations are those of step_flops for full rows of one text each; memory is memory_estimate's, with the
+number format and the attention that a run on this card takes. `rows` is how many of --max_seq_len tokens fit at once,
+and, after the bar, with --grad_checkpointing; 0: not even one. Hours are those of one card, for rows that fit.
 """
 
 import argparse
@@ -15,29 +15,34 @@ import torch
 from base.cli import HelpFormatter, above_zero, fraction, positive, run
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
-from training.cost import memory_estimate, step_flops
+from model.operators import attention_kind
+from training.cost import ROOM, memory_estimate, step_flops
+from training.machine import auto_dtype
 
-# Dense matrix products a second in 16 bits with sums in 32, in 10^12, and GB of memory: NVIDIA's data sheets, and for
-# the RTX cards its white papers of GA102 and AD102. The GTX 1650 has no tensor cores: 896 cores x 1.665 GHz x 2 x 2.
+# Dense matrix products a second in the format that auto_dtype chooses, with sums in 32 bits, in 10^12; GB of memory;
+# compute capability. NVIDIA's data sheets, and for the RTX cards its white papers of GA102 and AD102. The GTX 1650
+# computes in float32: 896 cores x 1.665 GHz x 2. The RTX 3050 is that of laptops: 2,048 cores x 1.5 GHz x 2 x 2.
 CARDS = {
-    "GTX 1650": (5.97, 4),
-    "RTX 3090": (71, 24),
-    "RTX 4090": (165.2, 24),
-    "T4": (65, 16),
-    "L4": (121, 24),
-    "V100": (125, 16),
-    "A100": (312, 40),
-    "H100": (989, 80),
+    "GTX 1650": (2.98, 4, (7, 5)),
+    "RTX 3050": (12.3, 4, (8, 6)),
+    "RTX 3090": (71, 24, (8, 6)),
+    "RTX 4090": (165.2, 24, (8, 9)),
+    "T4": (65, 16, (7, 5)),
+    "L4": (121, 24, (8, 9)),
+    "A100": (312, 40, (8, 0)),
+    "H100": (989, 80, (9, 0)),
 }
-ROOM = 0.85  # of a card's memory: the rest is for its driver, libraries and the gaps between tensors
 
 
-def rows_that_fit(model: CausalLM, args: argparse.Namespace, gigabytes: float) -> int:
+def rows_that_fit(model: CausalLM, args: argparse.Namespace, card: str) -> int:
     """The largest power of two, up to 1,024, of rows in a forward and backward pass; 0 if none fits."""
+    _, gigabytes, capability = CARDS[card]
+    dtype = auto_dtype(card, capability)
+    attention = attention_kind(torch.device("cuda"), dtype, model.config.head_dim, capability)
     rows = [2**n for n in range(11)]
     settings = [argparse.Namespace(**vars(args) | dict(batch_size=n)) for n in rows]
-    fit = [s.batch_size for s in settings if memory_estimate(model, s, bytes_per_number=2) <= ROOM * gigabytes * 1e9]
-    return max(fit, default=0)
+    memory = [memory_estimate(model, one, dtype.itemsize, attention) for one in settings]
+    return max((n for n, needed in zip(rows, memory) if needed <= ROOM * gigabytes * 1e9), default=0)
 
 
 def main():
@@ -60,10 +65,10 @@ def main():
         print(f"\n{preset}: {model.num_parameters() / 1e6:.1f} M, {tokens / 1e6:,.0f} M tokens, {flops:.2e} operations")
         print("  card      memory      hours      cost   rows       | with --grad_checkpointing")
         for card in args.card:
-            tera, gigabytes = CARDS[card]
+            tera, gigabytes, _ = CARDS[card]
             hours = flops / (args.utilisation * tera * 1e12) / 3600
             rows = [
-                rows_that_fit(model, argparse.Namespace(**vars(args), grad_checkpointing=on), gigabytes)
+                rows_that_fit(model, argparse.Namespace(**vars(args), grad_checkpointing=on), card)
                 for on in (False, True)
             ]
             time = f"{hours:11.2f}{hours * args.price:10.2f}" if rows[1] else f"{'does not fit':>21}"

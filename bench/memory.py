@@ -1,6 +1,6 @@
 """Peak memory of a training step on a CPU, beside what training/cost.py estimates.
 
-    python -m bench.memory                                    all presets, AdamW, Muon, with and without checkpoints
+    python -m bench.memory                                    presets up to base, both optimizers, with checkpoints
     python -m bench.memory --preset small --batch_size 1 8 32
     python -m bench.memory --preset small --plain_loss        cross-entropy of all logits at once
 
@@ -19,7 +19,7 @@ import torch
 from base.cli import HelpFormatter, positive, run
 from bench.contest import cpu_machine
 from bench.train_speed import made_up_batch
-from model.LMConfig import PRESETS, LMConfig
+from model.LMConfig import CARD_PRESETS, PRESETS, LMConfig
 from model.model import CausalLM
 from training.balance import expert_balance
 from training.cost import memory_estimate
@@ -49,12 +49,15 @@ def train(config: LMConfig, args: argparse.Namespace) -> CausalLM:
     model.model.gradient_checkpointing = args.grad_checkpointing
     optimizer = build_optimizer(model, args)
     buffer = GradientBuffer(list(model.parameters()), metrics={})
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    machine = cpu_machine()
+    scaler = machine.scaler()
     batch = made_up_batch(args.batch_size, args.max_seq_len, config.vocab_size)
     for _ in range(args.steps):
         loss_sum, tokens, _ = (plain_loss if args.plain_loss else next_token_loss)(model, batch)
         loss_sum.backward()
-        optimizer_step(optimizer, buffer, scaler, 1 / tokens, args.grad_clip)
+        buffer.add(count=tokens)
+        sums = buffer.all_reduce(machine, 1.0, lambda: scaler.unscale_(optimizer))
+        optimizer_step(optimizer, buffer, scaler, sums, args.grad_clip)
     return model
 
 
@@ -70,7 +73,8 @@ def peak(preset: str, args: argparse.Namespace) -> tuple[int, int, int]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--preset", nargs="+", choices=PRESETS, default=list(PRESETS), help="sizes")
+    sizes = [name for name in PRESETS if name not in CARD_PRESETS]
+    parser.add_argument("--preset", nargs="+", choices=PRESETS, default=sizes, help="sizes")
     parser.add_argument("--batch_size", nargs="+", type=positive, default=[8], help="rows")
     parser.add_argument("--max_seq_len", type=positive, default=512, help="tokens in a row")
     parser.add_argument("--optimizer", nargs="+", choices=["adamw", "muon"], default=["adamw", "muon"], help="which")

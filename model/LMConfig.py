@@ -8,6 +8,9 @@ from dataclasses import dataclass, fields
 
 from base.cli import UserError
 
+# What no model has; a damaged or hostile config.json is refused before anything of that size is built.
+MOST = {"num_hidden_layers": 1000, "n_routed_experts": 10_000, "hidden_size": 2**20, "vocab_size": 2**24}
+
 
 @dataclass
 class LMConfig:
@@ -53,6 +56,9 @@ class LMConfig:
             if value < 0 or (value == 0 and field.name not in may_be_zero):
                 least = "at least 0" if field.name in may_be_zero else "above 0"
                 raise UserError(f"{field.name} must be {least}, not {value}")
+        for name, most in MOST.items():
+            if getattr(self, name) > most:
+                raise UserError(f"{name} must be at most {most:,}, not {getattr(self, name):,}")
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
                 raise UserError(
@@ -186,6 +192,12 @@ PRESETS = {
     "base": dict(  # 100 M
         hidden_size=768, intermediate_size=2048, num_hidden_layers=15, num_attention_heads=12, num_key_value_heads=4
     ),
+    "large": dict(  # 320 M, for a card: the shape of MobileLLM-350M, deep and thin (arXiv 2402.14905)
+        hidden_size=960, intermediate_size=2560, num_hidden_layers=32, num_attention_heads=15, num_key_value_heads=5
+    ),
+    "xl": dict(  # 980 M, for a card: TinyLlama's shape (arXiv 2401.02385)
+        hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4
+    ),
 }
 # The same with experts: as many weights at work on a token, two to three times as many in all.
 PRESETS |= {
@@ -193,11 +205,18 @@ PRESETS |= {
     "mini-moe": PRESETS["mini"] | dict(use_moe=True, moe_intermediate_size=176),
     "small-moe": PRESETS["small"] | dict(use_moe=True, moe_intermediate_size=352),
     "base-moe": PRESETS["base"] | dict(use_moe=True, moe_intermediate_size=512),
+    "large-moe": PRESETS["large"] | dict(use_moe=True, moe_intermediate_size=640),
+    "xl-moe": PRESETS["xl"] | dict(use_moe=True, moe_intermediate_size=1408),
 }
+CARD_PRESETS = ("large", "large-moe", "xl", "xl-moe")  # for which a CPU would take months
 
 # Flags that were measured to pretrain a size better than the defaults of 1-pretrain.py; docs/loss.md has the runs.
+# Those of CARD_PRESETS were not: they are below the line on which the measured rates fall with the width.
 TRAINING_FLAGS = {
     preset: dict(optimizer="muon", learning_rate=rate, min_learning_rate=rate / 100, warmup_steps=20)
-    for preset, rate in {"tiny": 1e-2, "mini": 6e-3, "small": 4e-3, "base": 3e-3}.items()
+    for preset, rate in {
+        **dict(tiny=1e-2, mini=6e-3, small=4e-3, base=3e-3),  # measured
+        **dict(large=2e-3, xl=1e-3),
+    }.items()
 }
 TRAINING_FLAGS |= {f"{preset}-moe": flags for preset, flags in TRAINING_FLAGS.items()}

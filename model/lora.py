@@ -18,6 +18,12 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 TARGETS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 
 
+# Fields of PEFT's adapter_config.json that change what is computed, with the value that LoRALinear computes.
+PLAIN_PEFT = {"peft_type": "LORA", "bias": "none", "lora_bias": False, "fan_in_fan_out": False}
+PLAIN_PEFT |= {"use_dora": False, "use_rslora": False, "alpha_pattern": {}, "rank_pattern": {}}
+PLAIN_PEFT |= {"modules_to_save": [], "layers_to_transform": [], "trainable_token_indices": []}
+
+
 class LoRALinear(nn.Linear):
     """A frozen linear layer with an adapter: x W^T + (alpha / r) dropout(x) A^T B^T, A (r, in), B (out, r) (eq. 3)."""
 
@@ -37,10 +43,11 @@ class LoRALinear(nn.Linear):
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """A plain layer that computes the same. In float64, so that only the last rounding is left."""
+        """A plain layer that computes the same. In float64, so that only the last rounding is left; on the CPU, for not
+        every device has that."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        update = self.lora_B.weight.double() @ self.lora_A.weight.double() * (self.alpha / self.r)
-        linear.weight = nn.Parameter((self.weight.double() + update).to(self.weight.dtype))
+        weight, b, a = (x.cpu().double() for x in (self.weight, self.lora_B.weight, self.lora_A.weight))
+        linear.weight = nn.Parameter((weight + b @ a * (self.alpha / self.r)).to(self.weight))
         return linear
 
 
@@ -117,9 +124,11 @@ def to_peft(model: CausalLM) -> tuple[dict[str, Tensor], dict]:
 
 def from_peft(model: CausalLM, tensors: dict[str, Tensor], config: dict):
     """Applies an adapter in PEFT's form. UserError for what LoRALinear cannot do, or for tensors that do not fit."""
-    for name, plain in (("peft_type", "LORA"), ("bias", "none"), ("use_dora", False), ("use_rslora", False)):
-        if config.get(name, plain) != plain:
+    for name, plain in PLAIN_PEFT.items():
+        if (config.get(name) or plain) != plain:
             raise UserError(f'adapter_config.json has {name} "{config[name]}"; only "{plain}" is supported')
+    if missing := [name for name in ("r", "lora_alpha", "target_modules") if not config.get(name)]:
+        raise UserError(f"adapter_config.json has no {missing[0]}")
     apply_lora(model, config["r"], config["lora_alpha"], config["lora_dropout"], tuple(config["target_modules"]))
     expected, _ = to_peft(model)
     for name in sorted(expected.keys() | tensors.keys()):

@@ -12,9 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from model import experts
 from model.chat import IM_END
 from model.LMConfig import LMConfig
-from model.operators import Mask, apply_rope, attend, document_mask, rms_norm, rope_tables
+from model.operators import (
+    Mask,
+    apply_rope,
+    attend,
+    attention_here,
+    document_mask,
+    exact_linear,
+    product_dtype,
+    rms_norm,
+    rope_tables,
+    without_autocast,
+)
 
 
 class RMSNorm(nn.Module):
@@ -93,8 +105,8 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B * T, H) -> weights (B * T, k) and numbers (B * T, k) of the chosen experts, scores of all (B * T, E)."""
-        with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.float(), self.weight.float())  # (B * T, E)
+        with without_autocast(x.device.type):
+            logits = exact_linear(x, self.weight)  # (B * T, E)
         if self.config.scoring_func == "softmax":
             scores = ranking = logits.softmax(-1)
         else:
@@ -126,12 +138,18 @@ class MoEFeedForward(nn.Module):
             y = y + self.shared_experts(x)
         return y, (scores, chosen)
 
-    @torch.compiler.disable  # the sizes of the slabs are data: each would be compiled anew
     def visit_experts(self, tokens: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """sum_i weights[:, i] * expert[chosen[:, i]](tokens), (B * T, H).
 
-        The visits are sorted by expert once, so that each expert multiplies one contiguous slab, however long.
+        The visits are sorted by expert once, so that each expert multiplies one contiguous slab, however long. A card
+        in training, and torch.compile, take all experts' weights together, as one operator (model/experts.py).
         """
+        if torch.compiler.is_compiling() or (self.training and tokens.device.type not in ("cpu", "mps")):
+            dtype = product_dtype(tokens.device.type, tokens.dtype)
+            gate_up = [matrix for expert in self.experts for matrix in (expert.gate_proj.weight, expert.up_proj.weight)]
+            gate_up = torch.stack(gate_up).to(dtype).unflatten(0, (-1, 2)).flatten(1, 2)  # (E, 2 m, H)
+            down = torch.stack([expert.down_proj.weight for expert in self.experts]).to(dtype)  # (E, H, m)
+            return experts.visit_experts(tokens.to(dtype), weights, chosen, gate_up, down)[0].to(tokens.dtype)
         visits = chosen.flatten().argsort(stable=True)  # (B * T * k,): those to expert 0 first
         sizes = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
         visitors = visits // chosen.shape[1]  # tokens
@@ -189,7 +207,8 @@ class Decoder(nn.Module):
 
         position_ids (B, T) count from 0 in each document: attention does not cross from one document of a packed row
         to the next. Without them a row is one document, continued from the cache (generation.KVCache) if there is one.
-        mask: (B, 1, T, S) boolean, True where a query may look; replaces the causal or document mask.
+        mask: (B, 1, T, S) boolean, True where a query may look; replaces the causal or document mask. Or what a batch
+        knows of its documents beside position_ids (Batch.documents_on_card), which saves a card the looking for them.
         routing: a list that gets each router's scores (B * T, E) and choices (B * T, k), for the balance of experts.
         """
         T = input_ids.shape[1]
@@ -198,8 +217,8 @@ class Decoder(nn.Module):
             position_ids = torch.arange(past, past + T, device=input_ids.device)[None]  # (1, T)
             if past and T > 1 and mask is None:  # a query sees the cached tokens and those before it
                 mask = torch.ones(T, past + T, dtype=torch.bool, device=input_ids.device).tril(past)[None, None]
-        elif mask is None and cache is None:
-            mask = document_mask(position_ids)
+        elif cache is None and not isinstance(mask, Tensor):
+            mask = document_mask(position_ids, self.attention_kind(), mask)
         rope = rope_tables(position_ids, self.config.head_dim, self.config.rope_theta)
         x = self.embed_tokens(input_ids)  # (B, T, H)
         for layer in self.layers:
@@ -212,6 +231,12 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.advance(T)
         return self.norm(x)
+
+    def attention_kind(self) -> str:
+        """How packed rows attend here and now: "by hand", "flash" or "masked" (operators.attention_kind)."""
+        weight = self.embed_tokens.weight
+        dtype = product_dtype(weight.device.type, weight.dtype)
+        return attention_here(weight.device, dtype, self.config.head_dim)
 
 
 class CausalLM(nn.Module):

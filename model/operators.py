@@ -5,6 +5,7 @@ than torch's. Elsewhere, and under torch.compile, they are torch's. Each pair co
 Shapes as in model.py.
 """
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -16,12 +17,29 @@ from model import cpu
 
 @dataclass
 class DocumentLengths:
-    """A mask for rows laid end to end: each token sees those of its own document, up to itself."""
+    """A mask for rows laid end to end: each token sees those of its own document, up to itself. What a CPU reads."""
 
     lengths: list[int]  # they add up to B * T
 
 
-Mask = DocumentLengths | Tensor | None  # a tensor is boolean, (B, 1, T, S), True where a query may look; None: causal
+@dataclass
+class DocumentOffsets:
+    """The same for FlashAttention, on the card: nothing there waits for a number of the host."""
+
+    offsets: Tensor  # int32, (documents + 1 or more,): where each begins; then B * T, repeated
+    longest: int  # no document has more tokens
+
+
+# A tensor is boolean, (B, 1, T, S), True where a query may look; None: causal.
+Mask = DocumentLengths | DocumentOffsets | Tensor | None
+
+
+def card_capability(device: torch.device) -> tuple[int, int]:
+    """NVIDIA's compute capability; (0, 0) for what is no card of theirs. torch.compile takes it for a constant."""
+    if device.type != "cuda":
+        return (0, 0)
+    card = torch.cuda.get_device_properties(device)
+    return card.major, card.minor
 
 
 def by_hand(x: Tensor) -> bool:
@@ -29,11 +47,38 @@ def by_hand(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype.itemsize > 2 and not torch.compiler.is_compiling()
 
 
+def product_dtype(device_type: str, otherwise: torch.dtype = torch.float32) -> torch.dtype:
+    """Of matrix products here: autocast's number format, if it is on."""
+    known = torch.amp.is_autocast_available(device_type)
+    return torch.get_autocast_dtype(device_type) if known and torch.is_autocast_enabled(device_type) else otherwise
+
+
+def without_autocast(device_type: str):
+    """A context. Devices that know no autocast, as "meta", need none."""
+    known = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if known else contextlib.nullcontext()
+
+
+def exact_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x weight^T in float32, also where other products in float32 are rounded to TF32 (not so under torch.compile)."""
+    x, weight = x.float(), weight.float()
+    if x.device.type != "cuda" or torch.compiler.is_compiling():
+        return F.linear(x, weight)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        return F.linear(x, weight)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension (arXiv 1910.07467, eq. 4)."""
     if by_hand(x):
         return cpu.Norm.apply(x, weight, eps)
-    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)  # of one type: the fused kernel
+    if not (x.device.type == "cuda" and torch.is_autocast_enabled("cuda")):  # which computes a norm in float32 anyway
+        weight = weight.to(x.dtype)  # of one type: the fused kernel
+    return F.rms_norm(x, weight.shape, weight, eps)
 
 
 def rope_tables(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -51,35 +96,91 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
-def document_mask(position_ids: Tensor) -> DocumentLengths | Tensor:
+def attention_kind(device: torch.device, dtype: torch.dtype, head_dim: int, capability=(0, 0)) -> str:
+    """How packed rows attend: "by hand", "flash" or "masked". dtype: of products; capability: of the card."""
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        return "by hand"
+    if device.type == "cuda" and capability >= (8, 0) and dtype.itemsize == 2 and head_dim % 8 == 0 and head_dim <= 256:
+        return "flash"
+    return "masked"
+
+
+def attention_here(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """attention_kind of this machine."""
+    return attention_kind(device, dtype, head_dim, card_capability(device))
+
+
+def document_mask(position_ids: Tensor, kind: str, documents: DocumentOffsets | None = None) -> Mask:
     """What keeps attention inside each document of packed rows; a document begins wherever position_ids (B, T) is 0.
 
-    By hand, the documents' lengths: then no masked pair is multiplied at all, which makes attention twice as fast.
+    kind: whose, of attention_kind. By hand, the documents' lengths: then no masked pair is multiplied at all, which
+    makes attention twice as fast. `documents` are the same for a card: without them, making them waits for it once.
     """
     B, T = position_ids.shape
     begins = position_ids == 0
-    if by_hand(position_ids):
-        begins[:, 0] = True
-        starts = begins.flatten().nonzero().flatten().tolist()
-        ends = [*starts[1:], B * T]
-        return DocumentLengths([end - start for start, end in zip(starts, ends)])
-    document = begins.cumsum(-1)
-    causal = torch.ones(T, T, dtype=torch.bool, device=position_ids.device).tril()
-    return ((document[:, :, None] == document[:, None, :]) & causal)[:, None]
+    if kind == "masked":
+        document = begins.cumsum(-1)
+        causal = torch.ones(T, T, dtype=torch.bool, device=position_ids.device).tril()
+        return ((document[:, :, None] == document[:, None, :]) & causal)[:, None]
+    if kind == "flash" and documents is not None:
+        return documents
+    begins[:, 0] = True
+    starts = begins.flatten().nonzero().flatten().tolist()
+    if kind == "flash":
+        return DocumentOffsets(torch.tensor([*starts, B * T], dtype=torch.int32, device=position_ids.device), T)
+    ends = [*starts[1:], B * T]
+    return DocumentLengths([end - start for start, end in zip(starts, ends)])
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v for q (B, N, T, D) and k, v (B, K, S, D), where N / K query heads share a key head."""
+    """softmax(q k^T / sqrt(D)) v for q (B, N, T, D) and k, v (B, K, S, D), where N / K query heads share a key head.
+
+    The type of the mask says which implementation; all have this signature.
+    """
+    return ATTENTION_OF_MASK.get(type(mask), attend_masked)(q, k, v, mask)
+
+
+def attend_by_hand(q: Tensor, k: Tensor, v: Tensor, mask: DocumentLengths) -> Tensor:
+    """On a CPU, document by document."""
     B, N, T, D = q.shape
     K = k.shape[1]
-    if isinstance(mask, DocumentLengths):
-        q = q.view(B, K, -1, T, D).permute(1, 0, 3, 2, 4)  # (K, B, T, N / K, D)
-        q = q.flatten(1, 2).contiguous()  # (K, B * T, N / K, D)
-        k = (k * D**-0.5).transpose(0, 1).flatten(1, 2)  # (K, B * T, D)
-        v = v.transpose(0, 1).flatten(1, 2)
-        out = cpu.DocumentAttention.apply(q, k, v, mask.lengths).view(K, B, T, -1, D)
-        return out.permute(1, 0, 3, 2, 4).flatten(1, 2)  # (B, N, T, D)
+    q = q.view(B, K, -1, T, D).permute(1, 0, 3, 2, 4)  # (K, B, T, N / K, D)
+    q = q.flatten(1, 2).contiguous()  # (K, B * T, N / K, D)
+    k = (k * D**-0.5).transpose(0, 1).flatten(1, 2)  # (K, B * T, D)
+    v = v.transpose(0, 1).flatten(1, 2)
+    out = cpu.DocumentAttention.apply(q, k, v, mask.lengths).view(K, B, T, -1, D)
+    return out.permute(1, 0, 3, 2, 4).flatten(1, 2)  # (B, N, T, D)
+
+
+def attend_flash(q: Tensor, k: Tensor, v: Tensor, mask: DocumentOffsets) -> Tensor:
+    """FlashAttention-2 (arXiv 2307.08691), which skips pairs of different documents block by block.
+
+    It knows no autocast, and its kernel checks nothing: q and k, which come from their norms in float32, take v's type.
+    """
+    assert (v.dtype.itemsize, mask.offsets.dtype) == (2, torch.int32)
+    B, N, T, D = q.shape
+    # The heads of a token lie beside each other already: (B, T, heads, D) before attention's transpose.
+    q, k, v = (x.transpose(1, 2).flatten(0, 1).to(v.dtype) for x in (q, k, v))  # (B * T, N or K, D)
+    at, longest = mask.offsets, mask.longest
+    from torch.nn.attention.varlen import varlen_attn  # two seconds, which a CPU need not wait
+
+    out = varlen_attn(q, k, v, at, at, longest, longest, window_size=(-1, 0), enable_gqa=True)  # (-1, 0): causal
+    return out.view(B, T, N, D).transpose(1, 2)
+
+
+def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """torch's. On a GPU, key heads are repeated: no fast kernel takes a mask and fewer key than query heads at once,
+    and torch would fall back to one that keeps all scores (T, S), in float32."""
+    B, N, T, D = q.shape
+    K = k.shape[1]
     if T == 1:  # heads that share keys are then as many queries of one head: no key is copied
         grouped = q.reshape(B, K, -1, D)  # (B, K, N / K, D)
         return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).view(B, N, 1, D)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    if q.device.type == "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    k, v = (x.repeat_interleave(N // K, dim=1) for x in (k, v))  # (B, N, S, D)
+    q, k = q.to(v.dtype), k.to(v.dtype)  # of one type, as the kernels want
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+
+
+ATTENTION_OF_MASK = {DocumentLengths: attend_by_hand, DocumentOffsets: attend_flash}

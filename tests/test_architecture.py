@@ -98,9 +98,7 @@ def test_the_recipes_work(tmp_path):
     documents = make_documents("pretrain", 30, seed=1)
     write_data(project / "dataset" / "pretrain", documents[6:], documents[:6])
     save_model(project / "out" / "pretrain", CausalLM(LMConfig(**PRESETS["tiny"])), TOKENIZER)
-    quizzes = [
-        {"context": f"{i} 加 1 等于 {i + 1}。", "question": f"{i} 加 1？", "answer": f"{i + 1}。"} for i in range(9)
-    ]
+    quizzes = [{"context": f"{i} 加 1 等于 {i + 1}。", "ask": f"{i} 加 1？", "reply": f"{i + 1}。"} for i in range(9)]
     (project / "quiz.jsonl").write_text("".join(json.dumps(quiz) + "\n" for quiz in quizzes), "utf-8")
 
     commands = []

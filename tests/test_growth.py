@@ -9,11 +9,14 @@ import pytest
 import torch
 from helpers import ROOT
 
-from bench import contest, estimate, growth
+from base.cli import UserError
+from bench import card, contest, estimate, growth
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
-from training import optimizer
-from training.cost import memory_estimate
+from training import cost, optimizer
+from training.cost import CONTEXT, fit_batch, largest_divisor, memory_estimate
+from training.flags import parse_flags
+from training.machine import Machine
 from training.optimizer import GradientBuffer, build_optimizer
 
 
@@ -44,6 +47,51 @@ def test_estimate_counts_what_the_optimizer_keeps():
     assert adamw - memory_estimate(model, settings(optimizer="muon")) == 4 * (matrices - 4 * gate_and_up)
     model.lm_head.weight.requires_grad = False
     assert adamw - memory_estimate(model, settings()) == 12 * model.lm_head.weight.numel()
+
+
+def estimates(preset: str, **changes) -> dict[str, int]:
+    args = (make_model(preset), settings(batch_size=8, **changes))
+    return {
+        "by hand": memory_estimate(*args),
+        "flash": memory_estimate(*args, bytes_per_number=2, attention="flash"),
+        "masked": memory_estimate(*args, bytes_per_number=2, attention="masked"),
+        "float32": memory_estimate(*args, attention="masked"),
+    }
+
+
+@pytest.mark.parametrize("preset", ["small", "small-moe"])
+def test_on_a_card_the_estimate_counts_float32_residuals_the_mask_and_the_context(preset):
+    here, longer = estimates(preset), estimates(preset, max_seq_len=1024)
+    assert CONTEXT < here["flash"] < here["masked"] < here["float32"]
+    config, tokens = make_model(preset).config, 8 * 512
+    masks = 2 * tokens * 512 * config.num_hidden_layers
+    assert here["masked"] - here["flash"] > masks
+    assert longer["masked"] - longer["flash"] > 2 * (here["masked"] - here["flash"])
+    assert 0 < here["masked"] - estimates(preset, grad_checkpointing=True)["masked"] < here["masked"]
+
+
+@pytest.mark.parametrize(("rows", "room", "size"), [(32, 32, 32), (32, 9, 8), (12, 5, 4), (7, 6, 1), (8, 0, 1)])
+def test_a_batch_that_fits_divides_the_step(rows, room, size):
+    assert largest_divisor(rows, lambda n: n <= room) == size
+
+
+def test_auto_keeps_the_step_and_takes_what_the_machine_holds(monkeypatch):
+    machine, model = Machine(0, 1, torch.device("cpu"), torch.float32), make_model("small")
+    args = settings(batch_size=8, accumulation_steps=4)
+    for rows, accumulation, processes in ((16, 2, 1), (4, 8, 1), (4, 8, 2)):
+        one = argparse.Namespace(**vars(args) | dict(batch_size=rows))
+        room = 1.01 * processes * memory_estimate(model, one) / cost.ROOM
+        monkeypatch.setattr(cost, "memory_of_machine", lambda room=room: room)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert fit_batch(args, machine, model) == (rows, accumulation)
+
+
+def test_auto_is_a_value_of_the_flag(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["test", "--batch_size", "auto", "--accumulation_steps", "3"])
+    args = parse_flags("", batch_size=4)
+    assert (args.fit_batch, args.batch_size, args.accumulation_steps) == (True, 4, 3)
+    monkeypatch.setattr(sys, "argv", ["test", "--batch_size", "2"])
+    assert not parse_flags("").fit_batch
 
 
 def test_muon_gives_the_same_update_in_small_batches(monkeypatch):
@@ -87,6 +135,18 @@ def test_the_rows_that_fit_a_card(run_bench):
     assert "does not fit" in lines[-2]
     without, _, checkpointed = lines[-1].split()[-3:]
     assert 0 < int(without) < int(checkpointed)
+
+
+def test_the_report_of_a_card(run_bench, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="no card"):
+        run_bench(card)
+    monkeypatch.setattr(card, "matmul_rate", functools.partial(card.matmul_rate, size=64))
+    monkeypatch.setattr(card, "decoding_speed", lambda *_: 1.0)
+    few = ["--preset", "tiny", "--batch_size", 1, "--max_seq_len", 64, "--steps", 1, "--output", tmp_path / "card.txt"]
+    lines = run_bench(card, "--device", "cpu", *few)
+    assert (tmp_path / "card.txt").read_text("utf-8").splitlines() == lines[:-1]
+    assert sum(line.endswith("right") for line in lines) == 4
+    assert "tok/s" in lines[-2]
 
 
 def test_growth_tables_and_plot(run_bench, monkeypatch, tmp_path):

@@ -251,6 +251,7 @@ def test_an_adapter_and_a_reference(tasks, base_dir, run_here, tmp_path):
         (["--max_new_tokens", 63], "no question of train has room in 64 tokens"),
         (["--reward", "praise"], "no reward is called praise"),
         (["--tools", "abacus"], "no tool is called abacus"),
+        (["--data", "one", "two"], "reads one folder"),
     ],
 )
 def test_what_cannot_be_is_one_line(more, named, tasks, base_dir, run_here, tmp_path):

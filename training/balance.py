@@ -5,7 +5,12 @@ import torch
 from torch import Tensor
 
 from model.model import CausalLM
-from training.packing import IGNORE, Batch
+from training.packing import IGNORE, Batch, send
+
+
+def count_each(numbers: Tensor, n: int) -> Tensor:
+    """How often each of 0 to n - 1 occurs, (n,): bincount, which would wait for the device to know its size."""
+    return numbers.new_zeros(n).index_add_(0, numbers, torch.ones_like(numbers))
 
 
 def balance_loss(scores: Tensor, chosen: Tensor, sequences: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -21,7 +26,7 @@ def balance_loss(scores: Tensor, chosen: Tensor, sequences: Tensor, weights: Ten
     visits = torch.zeros_like(scores).scatter_(1, chosen, 1)  # (M, E)
     shares = scores / scores.sum(-1, keepdim=True).clamp(min=1e-20)
     visits, shares = (scores.new_zeros(S + 1, n_experts).index_add(0, sequences, x)[:S] for x in (visits, shares))
-    lengths = sequences.bincount(minlength=S + 1)[:S, None].clamp(min=1)
+    lengths = count_each(sequences, S + 1)[:S, None].clamp(min=1)
     uneven = n_experts / k * (visits / lengths * shares / lengths).sum(-1)  # (S,)
     return (uneven * weights).sum(), visits.sum(0)
 
@@ -37,7 +42,9 @@ def expert_balance(
     if not routing or not model.training:
         return 0.0, {}
     if weights is None:
-        weights = batch.document_index[batch.labels != IGNORE].bincount(minlength=len(batch.documents))
+        n_documents = len(batch.documents)
+        scored = torch.where(batch.labels == IGNORE, n_documents, batch.document_index)  # the rest: one more
+        weights = count_each(scored.flatten(), n_documents + 1)[:n_documents]
     config, sequences = model.config, batch.document_index.flatten()
     if not config.seq_aux:  # all documents are one
         sequences, weights = sequences.clamp(max=0), weights.sum()[None]
@@ -60,7 +67,7 @@ def move_router_bias(model: CausalLM, load: np.ndarray | None):
     if load is None or model.config.scoring_func != "sigmoid":
         return
     routers = [layer.mlp.gate for layer in model.model.layers if layer.has_experts]
-    for router, load_of_layer in zip(routers, torch.from_numpy(load).to(model.lm_head.weight.device)):
+    for router, load_of_layer in zip(routers, send(torch.from_numpy(load), model.lm_head.weight.device)):
         if router.weight.requires_grad:
             wanted = (load_of_layer.mean() - load_of_layer).sign()
             router.e_score_correction_bias += model.config.router_bias_update_speed * wanted

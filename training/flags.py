@@ -3,13 +3,13 @@
 import argparse
 from pathlib import Path
 
-from base.cli import HelpFormatter, above_zero, natural, not_negative, positive
+from base.cli import HelpFormatter, above_zero, fraction, natural, not_negative, positive, positive_or_auto
 from model.LMConfig import PRESETS, TRAINING_FLAGS
 
 LORA_FLAGS = {  # for the stages that can train an adapter: name -> options of argparse's add_argument
     "--lora_rank": dict(type=natural, help="rank r of the adapters"),
-    "--lora_alpha": dict(type=float, help="weight of the adapters, divided by the rank; without it, 2 r"),
-    "--lora_dropout": dict(type=float, default=0.0, help="share of an adapter's inputs set to 0 in training"),
+    "--lora_alpha": dict(type=above_zero, help="weight of the adapters, divided by the rank; without it, 2 r"),
+    "--lora_dropout": dict(type=fraction, default=0.0, help="share of an adapter's inputs set to 0 in training"),
     "--lora_targets": dict(
         nargs="+", metavar="NAME", help="layers that get an adapter; without it, all (with experts, those of attention)"
     ),
@@ -23,7 +23,18 @@ def parse_flags(description: str, stage_flags: dict[str, dict] | None = None, **
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
     group = parser.add_argument_group("what")
-    group.add_argument("--data", type=Path, help="folder made by data_process.py")
+    group.add_argument(
+        "--data",
+        nargs="+",
+        metavar="[NAME=]DIR",
+        help="folders made by data_process.py; without NAME=, each has its own",
+    )
+    group.add_argument(
+        "--mix",
+        nargs="+",
+        metavar="NAME=SHARE",
+        help="share of the tokens by folder, or a file with {NAME: SHARE}; without it, all are read once an epoch",
+    )
     group.add_argument("--init_from", type=Path, help="model to start from; without it, random weights")
     group.add_argument("--out_dir", type=Path, help="where the model goes")
     group.add_argument(
@@ -40,7 +51,12 @@ def parse_flags(description: str, stage_flags: dict[str, dict] | None = None, **
     group.add_argument("--max_steps", type=positive, help="optimizer steps")
     group.add_argument("--max_minutes", type=above_zero, help="minutes of training")
     group = parser.add_argument_group("a step")
-    group.add_argument("--batch_size", type=positive, default=8, help="rows per process in a forward and backward pass")
+    group.add_argument(
+        "--batch_size",
+        type=positive_or_auto,
+        default=8,
+        help="rows per process in a forward and backward pass; auto: of a step's rows as many as fit",
+    )
     group.add_argument("--accumulation_steps", type=positive, default=1, help="such passes in an optimizer step")
     group.add_argument("--max_seq_len", type=positive, default=512, help="tokens in a row")
     group.add_argument("--learning_rate", type=above_zero, default=1e-4, help="after the warm-up")
@@ -62,7 +78,9 @@ def parse_flags(description: str, stage_flags: dict[str, dict] | None = None, **
     group = parser.add_argument_group("what is shown and kept")
     group.add_argument("--log_interval", type=positive, default=10, help="steps between two lines of the log")
     group.add_argument("--eval_interval", type=positive, default=200, help="steps between two validations")
-    group.add_argument("--eval_rows", type=positive, default=64, help="rows of a validation; the last one takes all")
+    group.add_argument(
+        "--eval_rows", type=positive, default=64, help="rows of a validation, of each folder; the last one takes all"
+    )
     group.add_argument("--save_interval", type=positive, default=200, help="steps between two checkpoints")
     group.add_argument("--wandb", choices=["disabled", "offline", "online"], default="disabled", help="tracking")
     group = parser.add_argument_group("this stage")
@@ -70,4 +88,10 @@ def parse_flags(description: str, stage_flags: dict[str, dict] | None = None, **
         group.add_argument(name, **options)
     parser.set_defaults(**stage_defaults)
     parser.set_defaults(**TRAINING_FLAGS.get(parser.parse_known_args()[0].preset, {}))
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.min_learning_rate > args.learning_rate:
+        parser.error(f"--min_learning_rate {args.min_learning_rate} is above --learning_rate {args.learning_rate}")
+    args.fit_batch = args.batch_size == "auto"
+    if args.fit_batch:  # of a step of the usual size
+        args.batch_size = parser.get_default("batch_size")
+    return args

@@ -10,6 +10,7 @@ from pathlib import Path
 import jsonlines
 import numpy as np
 
+from base.cli import forget_reader
 from base.files import write_file
 from training.machine import Machine
 from training.plots import SHOWN, plot, plot_experts
@@ -63,10 +64,13 @@ class Log:
     def say(self, text: str):
         if self.quiet:
             return
-        if self.bar:
-            self.bar.write(text, file=sys.stdout)
-        else:
-            print(text, flush=True)
+        try:
+            if self.bar:
+                self.bar.write(text, file=sys.stdout)
+            else:
+                print(text, flush=True)
+        except BrokenPipeError:  # the run goes on
+            forget_reader()
 
     def add(self, share_done: float, record: dict):
         self.records.append(record)

@@ -3,9 +3,10 @@
 import argparse
 import math
 import signal
+import sys
 from collections.abc import Sequence
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from base.cli import UserError, command_line
@@ -13,12 +14,12 @@ from model.chat import EOS, IM_END, tokenizer_fingerprint
 from model.LMConfig import LMConfig
 from model.model import CausalLM
 from training.balance import expert_metrics, move_router_bias
-from training.cost import memory_estimate, step_flops
+from training.cost import fit_batch, memory_estimate, step_flops
 from training.log import Log, Meter
 from training.loss import LossFunction, evaluate
 from training.machine import Machine, matmul_rate
 from training.optimizer import GradientBuffer, build_optimizer, learning_rate, optimizer_step
-from training.packing import Batch, PackedDataset
+from training.packing import Batch, Mixture, TrainingData
 from training.state import Checkpointer, Progress
 
 MAX_SKIPPED_STEPS = 10  # in a row: then a run with non-finite numbers is stopped
@@ -28,8 +29,8 @@ def train(
     args: argparse.Namespace,
     machine: Machine,
     model: CausalLM,
-    train_set: PackedDataset,
-    val_set: PackedDataset,
+    train_set: Mixture,
+    val_set: Mixture,
     loss_fn: LossFunction,
     metrics: tuple[str, ...] = (),
 ):
@@ -51,17 +52,24 @@ def train(
             check_first_loss(run.log, model.config.vocab_size)
     rows_per_step = args.batch_size * args.accumulation_steps * machine.world_size
     order = train_set.order(args.seed, progress.epoch)
+
+    def micro_batches(start: int) -> list[np.ndarray]:
+        """This process's rows, pass by pass, of the step that begins at this place of the order."""
+        rows = order[start : min(start + rows_per_step, len(order))]
+        passes = [rows[i : i + args.batch_size] for i in range(0, len(rows), args.batch_size)]
+        return passes[machine.rank :: machine.world_size]
+
     with StopRequest() as stop:
         while run.share_done() < 1:
             run.begin_step()
 
             # Forward and backward: the gradients of the micro-batches add up in the buffer.
-            rows = order[progress.row : progress.row + rows_per_step]
-            micro_batches = [rows[i : i + args.batch_size] for i in range(0, len(rows), args.batch_size)]
-            for micro_batch in micro_batches[machine.rank :: machine.world_size]:
+            for rows in micro_batches(progress.row):
                 if stop.made:
                     break
-                run.accumulate(loss_fn, train_set.batch(micro_batch))
+                run.accumulate(loss_fn, run.batch(rows))
+            for rows in micro_batches(progress.row + rows_per_step)[:1]:
+                run.prepare(rows)  # while a card still computes
             sums = run.all_reduce(stop.made)
             if sums["stop"]:  # on some process the step is not whole: leave it out; --resume does it again
                 run.forget_step()
@@ -69,7 +77,8 @@ def train(
 
             # Clip, and update by the mean over all scored tokens of the global batch.
             grad_norm = run.update(sums)
-            progress.advance(len(rows), len(train_set), sums)
+            n_rows = min(rows_per_step, len(order) - progress.row)
+            progress.advance(n_rows, len(train_set), sums)
             if progress.row == 0:
                 order = train_set.order(args.seed, progress.epoch)
             if not math.isfinite(grad_norm):
@@ -77,7 +86,7 @@ def train(
                 continue
 
             # Log, validate, save.
-            run.meter.end_step(sums, len(rows) * args.max_seq_len)
+            run.meter.end_step(sums, n_rows * args.max_seq_len)
             done = run.share_done()
             evaluates = done >= 1 or progress.step % args.eval_interval == 0
             if evaluates or progress.step % args.log_interval == 0:
@@ -87,7 +96,7 @@ def train(
                 run.log.add(done, record)
             if progress.step % args.save_interval == 0:
                 run.save()
-    run.finish()
+    run.finish(stop)
 
 
 class Run:
@@ -98,21 +107,24 @@ class Run:
         args: argparse.Namespace,
         machine: Machine,
         model: CausalLM,
-        train_set: PackedDataset,
+        train_set: TrainingData,
         metrics: tuple[str, ...] = (),
     ):
         self.args, self.machine, self.model, self.train_set = args, machine, model, train_set
         check_data(args, model.config, train_set)
-        if train_set.prepared.meta["masked"]:
+        if train_set.masked:
             model.stop_token_ids = [EOS, IM_END]  # chats teach to stop at the end of a turn
         model.to(machine.device).train()
         model.model.gradient_checkpointing = args.grad_checkpointing
+        if args.fit_batch:
+            args.batch_size, args.accumulation_steps = fit_batch(args, machine, model)
         self.optimizer = build_optimizer(model, args)
-        self.checkpointer = Checkpointer(args, machine, model, self.optimizer, train_set)
+        self.scaler = machine.scaler()
+        self.checkpointer = Checkpointer(args, machine, model, self.optimizer, self.scaler, train_set)
         self.progress = self.checkpointer.resume() if self.checkpointer.resumed else Progress()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.buffer = GradientBuffer(trained, dict.fromkeys(metrics, ()) | expert_metrics(model))
-        self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
+        self.prepared: dict[bytes, Batch] = {}  # of the next step, by its rows
         self.scale = args.batch_size * args.max_seq_len  # divides the loss: sums over a batch would not fit float16
         self.log = Log(args, machine, self.checkpointer.directory, self.progress.step)
         peak = matmul_rate(machine)  # measured by all processes at once
@@ -129,9 +141,17 @@ class Run:
         rate = learning_rate(self.args, self.progress.step, self.share_done())
         for group in self.optimizer.param_groups:
             group["lr"] = group["rate_factor"] * rate
-        self.random_state = torch.get_rng_state()
+        self.random_state = self.machine.random_state()
         self.losses: list[tuple[Tensor, list[int]]] = []  # of this step's passes, with their documents
         self.meter.start_step()
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        """These rows of the training data."""
+        return self.prepared.pop(rows.tobytes(), None) or self.train_set.batch(rows)
+
+    def prepare(self, rows: np.ndarray):
+        """Has them ready for batch()."""
+        self.prepared = {rows.tobytes(): self.train_set.batch(rows)}
 
     def accumulate(self, loss_fn: LossFunction, batch: Batch):
         """Forward and backward of one micro-batch; gradients and sums go to the buffer."""
@@ -144,18 +164,21 @@ class Run:
         self.buffer.add(loss=loss_sum.detach(), count=count, real_tokens=batch.real_tokens, flops=flops, **metrics)
 
     def all_reduce(self, stop: bool = False) -> dict:
-        """Adds up gradients and sums of all processes, once a step; "stop" counts those that were asked to end."""
+        """Adds up gradients and sums of all processes, once a step; "stop" counts those that were asked to end.
+
+        Here, and nowhere else in a step, the device is waited for.
+        """
         self.buffer.add(stop=stop, seconds=self.meter.seconds() if self.machine.rank == 0 else 0)
-        return self.buffer.all_reduce(self.machine)
+        return self.buffer.all_reduce(self.machine, self.scale, lambda: self.scaler.unscale_(self.optimizer))
 
     def forget_step(self):
         """As if it had not begun."""
-        torch.set_rng_state(self.random_state)
+        self.machine.set_random_state(self.random_state)
 
     def update(self, sums: dict) -> float:
         """Clips and steps; returns the gradient's norm, or NaN where the step was left out for a number not finite."""
-        scale = self.scale / max(sums["count"], 1)
-        grad_norm = optimizer_step(self.optimizer, self.buffer, self.scaler, scale, self.args.grad_clip)
+        grad_norm = optimizer_step(self.optimizer, self.buffer, self.scaler, sums, self.args.grad_clip)
+        self.finite_loss = math.isfinite(sums["loss"])
         if math.isfinite(grad_norm):
             self.progress.skipped = 0
             move_router_bias(self.model, sums.get("expert_load"))
@@ -164,23 +187,31 @@ class Run:
     def skip_update(self) -> float:
         """For a step from which there is nothing to learn: momentum does not move the weights either."""
         self.buffer.flat.zero_()
+        self.scaler.update()  # what all_reduce began
         return 0.0
 
     def report_skipped(self):
-        """Says which samples made a loss or gradient that is not finite; FloatingPointError when it goes on and on."""
+        """Says which samples made a loss or gradient that is not finite; FloatingPointError when it goes on and on.
+
+        In float16 gradients overflow now and then, by design: the scaler tries larger scales until they do.
+        """
+        if self.finite_loss and self.scaler.is_enabled() and (scale := self.scaler.get_scale()) >= 1:
+            step = self.progress.step
+            self.log.say(f"step {step} left out: float16 overflowed, as it may; gradients are now scaled by {scale:g}")
+            return
         self.progress.skipped += 1
         suspects = []
         for loss, documents in self.losses:
             if not loss.isfinite():
                 suspects += documents
-        everywhere = sum(self.machine.gather(suspects), [])
-        samples = sorted({document // self.train_set.group for document in everywhere})  # as `show --index` counts
-        named = samples or "all of the step (the gradient alone was not finite)"
+        samples = self.train_set.samples(sum(self.machine.gather(suspects), []))
+        named = ", ".join(f"{numbers} of {folder}" for folder, numbers in samples.items())
+        named = named or "all of the step (the gradient alone was not finite)"
         self.log.say(f"step {self.progress.step} skipped: loss or gradient not finite; samples: {named}")
         if self.progress.skipped >= MAX_SKIPPED_STEPS:
             raise FloatingPointError(
                 f"{self.progress.skipped} steps in a row were not finite; lower --learning_rate, or look at the "
-                f"samples named above with: python data_process.py show {self.args.data} --index N"
+                f"samples named above with: python data_process.py show {next(iter(samples), 'DIR')} --index N"
             )
 
     def record(self, grad_norm: float, metrics: Sequence[str] | None = None) -> dict:
@@ -192,25 +223,33 @@ class Run:
     def save(self):
         self.checkpointer.save(self.progress, self.log)
 
-    def finish(self):
-        """Saves what is not saved yet, and says how to go on."""
+    def finish(self, stop: "StopRequest"):
+        """Saves what is not saved yet, and says how to go on. A run that was stopped ends with the signal's status, so
+        that `stage one && stage two` ends there."""
         if self.progress.step != self.checkpointer.saved_step:
             self.save()
         self.checkpointer.discard()
-        self.log.say(farewell(self.args, self.progress, stopped=self.share_done() < 1))
+        stopped = self.share_done() < 1
+        self.log.say(farewell(self.args, self.progress, self.train_set, stopped))
         self.log.close()
+        if stopped:
+            sys.exit(128 + (stop.number or signal.SIGTERM))  # one that stops for another process has no number
 
 
 class StopRequest:
-    """Inside `with`, SIGINT and SIGTERM ask the loop to save and leave; a second one ends the process at once."""
+    """Inside `with`, these signals ask the loop to save and leave; a second one ends the process at once."""
+
+    SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
     def __enter__(self):
         self.made = False
-        self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.number = 0
+        self.before = {number: signal.signal(number, self._ask) for number in self.SIGNALS}
         return self
 
     def _ask(self, number: int, frame):
         self.made = True
+        self.number = number
         signal.signal(number, self.before[number])
 
     def __exit__(self, *exception):
@@ -218,13 +257,12 @@ class StopRequest:
             signal.signal(number, handler)
 
 
-def check_data(args: argparse.Namespace, config: LMConfig, data: PackedDataset):
+def check_data(args: argparse.Namespace, config: LMConfig, data: TrainingData):
     """UserError where the data, the model and the flags do not go together."""
-    vocab_size = data.prepared.meta["vocab_size"]
-    if config.vocab_size != vocab_size:
+    if config.vocab_size != data.vocab_size:
         raise UserError(
-            f"{args.data} was made with a vocabulary of {vocab_size}, the model has vocab_size {config.vocab_size}; "
-            "make the data anew, or set vocab_size in model/LMConfig.py"
+            f"{data.paths} was made with a vocabulary of {data.vocab_size}, the model has vocab_size "
+            f"{config.vocab_size}; make the data anew, or set vocab_size in model/LMConfig.py"
         )
     if args.max_seq_len > config.max_position_embeddings:
         raise UserError(
@@ -233,11 +271,12 @@ def check_data(args: argparse.Namespace, config: LMConfig, data: PackedDataset):
         )
     if args.preset and args.init_from:
         raise UserError(f"--preset is the size of a new model; this one has that of {args.init_from}")
-    if args.init_from and tokenizer_fingerprint(args.init_from) != data.prepared.meta["tokenizer_sha256"]:
-        kind = data.prepared.kind
+    if args.init_from and tokenizer_fingerprint(args.init_from) != data.tokenizer_sha256:
+        first = next(iter(data.folders.values()))
         raise UserError(
-            f"{args.data} was made with another tokenizer than the one in {args.init_from}; make the data anew with: "
-            f"python data_process.py {kind} YOUR_FILES --tokenizer {args.init_from} --output {args.data}"
+            f"{data.paths} was made with another tokenizer than the one in {args.init_from}; make the data anew "
+            f"with: python data_process.py {first.kind} YOUR_FILES --tokenizer {args.init_from} "
+            f"--output {first.folder}"
         )
 
 
@@ -250,7 +289,7 @@ def check_first_loss(log: Log, vocab_size: int):
         log.say("warning: they should be close; look for wrong labels, a wrong vocabulary, or large initial weights")
 
 
-def describe(args: argparse.Namespace, machine: Machine, model: CausalLM, data: PackedDataset, peak: float) -> str:
+def describe(args: argparse.Namespace, machine: Machine, model: CausalLM, data: TrainingData, peak: float) -> str:
     """What is going to be trained, on what, in how much memory and time."""
     rows = args.batch_size * args.accumulation_steps * machine.world_size
     tokens = data.n_tokens * args.epochs
@@ -264,25 +303,46 @@ def describe(args: argparse.Namespace, machine: Machine, model: CausalLM, data: 
     cut = ""
     if data.truncated or data.dropped:
         cut = f"; {data.truncated:,} samples cut at {args.max_seq_len} tokens, {data.dropped:,} left out"
-    gigabytes = memory_estimate(model, args, machine.dtype.itemsize) / 2**30
+    with machine.autocast():
+        attention = model.model.attention_kind()
+    gigabytes = memory_estimate(model, args, machine.dtype.itemsize, attention) / 2**30
+    at_a_time = f" ({args.batch_size} at a time in each process)" if args.fit_batch else ""
     return "\n".join(
         [
             f"model    {total:,} parameters{at_work}, {trained / total:.1%} of them trained",
-            f"data     {args.data}: {data.n_tokens:,} tokens in {len(data):,} rows of {args.max_seq_len}, "
+            f"data     {data.paths}: {data.n_tokens:,} tokens in {len(data):,} rows of {args.max_seq_len}, "
             f"{data.real_share:.1%} of them real{cut}",
+            *describe_mixture(args, data),
             f"machine  {machine.world_size} x {machine.device.type}, {str(machine.dtype).removeprefix('torch.')}, "
-            f"matrix products at {peak / 1e9:,.0f} GFLOP/s each",
-            f"step     {rows} rows, {rows * args.max_seq_len:,} tokens; about {gigabytes:.1f} GiB in each process",
+            f"matrix products at {peak / 1e9:,.0f} GFLOP/s each, attention {attention}",
+            f"step     {rows} rows{at_a_time}, {rows * args.max_seq_len:,} tokens; "
+            f"about {gigabytes:.1f} GiB in each process",
             f"time     about {minutes:,.{0 if minutes > 10 else 1}f} minutes",
         ]
     )
 
 
-def farewell(args: argparse.Namespace, progress: Progress, stopped: bool) -> str:
+def describe_mixture(args: argparse.Namespace, data: TrainingData) -> list[str]:
+    """A line for each of several sources: its share, its size, and how often an epoch of the mixture reads it."""
+    if len(data.shares) == 1:
+        return []
+    times = data.times_seen(args.seed, epoch=1, row=0)
+    return [
+        f"         {name}: {share:.1%} of the tokens; its own {data.sources[name].n_tokens:,} are read "
+        f"{times[name]:.2f} times an epoch"
+        for name, share in data.shares.items()
+    ]
+
+
+def farewell(args: argparse.Namespace, progress: Progress, data: TrainingData, stopped: bool) -> str:
     if stopped and progress.step == 0:
         return "stopped before the first step: nothing to save"
     if stopped:
         command = command_line() + ("" if args.resume else " --resume")
         return f"stopped at step {progress.step:,}, and saved; go on with:\n  {command}"
     minutes = progress.seconds / 60
-    return f"done: {progress.step:,} steps, {progress.tokens:,} tokens, {minutes:.1f} minutes -> {args.out_dir}"
+    seen = ""
+    if len(data.shares) > 1:
+        times = data.times_seen(args.seed, progress.epoch, progress.row)
+        seen = f" ({', '.join(f'{name} {n:.2f} times' for name, n in times.items())})"
+    return f"done: {progress.step:,} steps, {progress.tokens:,} tokens{seen}, {minutes:.1f} minutes -> {args.out_dir}"

@@ -4,17 +4,20 @@ import math
 from collections import Counter
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from base.cli import UserError
 from model.model import CausalLM
+from model.operators import product_dtype
 from training.balance import expert_balance
 from training.machine import Machine
-from training.packing import IGNORE, Batch, PackedDataset
+from training.packing import IGNORE, Batch, Mixture
 
-LOSS_CHUNK = 512  # tokens whose logits exist at a time
+LOSS_CHUNK = 512  # tokens whose logits exist at a time: in a processor's cache
+CARD_CHUNK = 2048  # the same for a card, which wants large products: 0.2 GB of logits, probabilities and gradients
 # (model, batch) -> sum of the loss, how many tokens or pairs it sums, sums of metrics over them ("expert_load": loads).
 LossFunction = Callable[[CausalLM, Batch], tuple[Tensor, int, dict[str, float | Tensor]]]
 
@@ -22,10 +25,10 @@ LossFunction = Callable[[CausalLM, Batch], tuple[Tensor, int, dict[str, float | 
 def next_token_loss(model: CausalLM, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]:
     """The sum over all scored tokens of -ln p(token | the tokens before it in its document), and their number."""
     routing = []
-    hidden = model.model(batch.input_ids, batch.position_ids, routing=routing)  # (B, T, H)
+    hidden = model.model(batch.input_ids, batch.position_ids, batch.documents_on_card, routing=routing)  # (B, T, H)
     loss_sum = cross_entropy_sum(hidden, model.lm_head.weight, batch.labels)
     balance, metrics = expert_balance(model, batch, routing)
-    return loss_sum + balance, int((batch.labels != IGNORE).sum()), metrics
+    return loss_sum + balance, batch.scored, metrics
 
 
 def plain_cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -40,45 +43,131 @@ def plain_cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> T
 def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """The same, as it is trained. The logits (B * T, V) are the largest tensor of a small model: here they are made,
     reduced and turned into gradients a chunk of tokens at a time, which also keeps them in the processor's cache."""
+    hidden, labels = hidden.flatten(0, 1), labels.flatten()
+    if product_dtype(hidden.device.type, hidden.dtype).itemsize == 2:  # torch's would keep the sum in 16 bits
+        return token_losses(hidden, weight, labels).sum()
     return F.linear_cross_entropy(
-        hidden.flatten(0, 1),
+        hidden,
         weight.to(hidden.dtype),
-        labels.flatten(),
+        labels,
         reduction="sum",
         ignore_index=IGNORE,
         options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=LOSS_CHUNK),
     )
 
 
+def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """-ln softmax(hidden weight^T)[label] of each token, (M,), in float32, and 0 where the label is IGNORE.
+
+    hidden (M, H), weight (V, H), labels (M,). Products are in autocast's format, if it is on.
+    """
+    dtype = product_dtype(hidden.device.type, hidden.dtype)
+    if hidden.device.type == "cpu" and dtype.itemsize > 2:  # there is room for logits, and no product is done twice
+        return F.cross_entropy(F.linear(hidden, weight), labels, ignore_index=IGNORE, reduction="none")
+    return TokenLosses.apply(hidden, weight, labels, dtype)
+
+
+class TokenLosses(torch.autograd.Function):
+    """apply(hidden, weight, labels, dtype) = token_losses, with products in `dtype` and the rest in float32 at least.
+
+    The logits of a chunk of tokens exist at a time, and in the backward pass anew. So gradients are made after the
+    loss was scaled for float16, and nothing but products is ever rounded to 16 bits.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(hidden, weight, labels)
+        ctx.dtype = dtype
+        weight = weight.to(dtype)
+        losses = [hidden.new_zeros(0, dtype=torch.promote_types(dtype, torch.float32))]
+        for h, label in zip(hidden.split(CARD_CHUNK), labels.split(CARD_CHUNK)):
+            logits = _logits(h.to(dtype), weight)
+            losses.append(F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none"))
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx, d_losses: Tensor):
+        """d logits = softmax - 1 at the label."""
+        hidden, weight, labels = ctx.saved_tensors
+        narrow, d_hidden, d_weight = weight.to(ctx.dtype), torch.empty_like(hidden), torch.zeros_like(weight)
+        d_losses = d_losses.masked_fill(labels == IGNORE, 0)
+        parts = (x.split(CARD_CHUNK) for x in (hidden, labels, d_losses, d_hidden))
+        for h, label, d_loss, d_h in zip(*parts):
+            h = h.to(ctx.dtype)
+            d_logits = _logits(h, narrow).softmax(-1)  # (chunk, V)
+            d_logits.scatter_add_(1, label.clamp(min=0)[:, None], d_logits.new_full((len(h), 1), -1))
+            d_logits = d_logits.mul_(d_loss[:, None]).to(ctx.dtype)
+            d_h.copy_(d_logits @ narrow)
+            d_weight += d_logits.mT @ h
+        return d_hidden, d_weight, None, None
+
+
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """(M, V), in float32 at least."""
+    logits = hidden @ weight.mT
+    return logits.float() if logits.dtype.itemsize == 2 else logits
+
+
 @torch.no_grad()
 def evaluate(
     model: CausalLM,
     loss_fn: LossFunction,
-    data: PackedDataset,
+    data: Mixture,
     machine: Machine,
     batch_size: int,
     rows: int | None = None,
 ) -> dict[str, float]:
-    """Over `rows` rows, or all: mean loss a token (or pair) in nats; bits per byte, to compare between tokenizers."""
+    """Over `rows` rows of each source, or all: mean loss a token (or pair) in nats; bits per byte, to compare between
+    tokenizers. Of several sources also the figures of each, and their mean counts each by its share of the mixture."""
     model.eval()
-    bytes_of_token = torch.from_numpy(data.token_bytes).to(machine.device)  # (V,)
-    chosen = data.order(seed=0, epoch=0)[:rows]
-    sums = Counter()
-    for start in range(machine.rank * batch_size, len(chosen), machine.world_size * batch_size):
-        batch = data.batch(chosen[start : start + batch_size]).to(machine.device)
+    sums = {
+        name: sum_up(model, loss_fn, data, chosen, machine, batch_size)
+        for name, chosen in data.validation_rows(rows).items()
+    }
+    model.train()
+    for name, part in sums.items():
+        if not part["count"]:
+            folder = data.folders[name].folder
+            raise UserError(
+                f"the validation data in {folder} hold no scored token; give data_process.py more, or --val FILE"
+            )
+    count = sum(part["count"] for part in sums.values())
+    mixed = Counter()
+    for name, part in sums.items():
+        weight = data.shares[name] * count / part["count"]  # 1 where there is one source
+        mixed.update({key: weight * value for key, value in part.items()})
+    figures = means(mixed, data.group)
+    if len(sums) > 1:
+        for name, part in sums.items():
+            figures |= {f"{key}_{name}": value for key, value in means(part, data.group).items()}
+    return figures
+
+
+def sum_up(
+    model: CausalLM, loss_fn: LossFunction, data: Mixture, rows: np.ndarray, machine: Machine, batch_size: int
+) -> Counter:
+    """Loss, count, UTF-8 bytes of the scored tokens, and metrics, summed over the rows by all processes together."""
+    found = []  # of each batch: numbers of the device, which are asked for at the end
+    for start in range(machine.rank * batch_size, len(rows), machine.world_size * batch_size):
+        batch = data.batch(rows[start : start + batch_size])
+        n_bytes = data.token_bytes[batch.labels[batch.labels != IGNORE].numpy()].sum()
+        batch = batch.to(machine.device)
         with machine.autocast():
             loss_sum, count, metrics = loss_fn(model, batch)
-        scored = batch.labels[batch.labels != IGNORE]
-        metrics |= {"loss": loss_sum, "count": count, "bytes": bytes_of_token[scored].sum()}
+        found.append(metrics | {"loss": loss_sum, "count": count, "bytes": n_bytes})
+    sums = Counter()
+    for metrics in found:
         sums.update({name: float(value) for name, value in metrics.items()})
-    model.train()
     total = Counter()
     for part in machine.gather(sums):
         total.update(part)
-    loss_sum, count, n_bytes = (total.pop(name, 0) for name in ("loss", "count", "bytes"))
-    if not count:
-        raise UserError("the validation data hold no scored token; give data_process.py more, or --val FILE")
-    result = {"val_loss": loss_sum / count}
-    if data.group == 1:  # the loss of a pair is not one of its text
-        result["val_bits_per_byte"] = loss_sum / math.log(2) / n_bytes
-    return result | {f"val_{name}": value / count for name, value in total.items()}
+    return total
+
+
+def means(sums: Counter, group: int) -> dict[str, float]:
+    """What sum_up's result comes to; `group` sequences are one sample."""
+    result = {"val_loss": sums["loss"] / sums["count"]}
+    if group == 1:  # the loss of a pair is not one of its text
+        result["val_bits_per_byte"] = sums["loss"] / math.log(2) / sums["bytes"]
+    metrics = (name for name in sums if name not in ("loss", "count", "bytes"))
+    return result | {f"val_{name}": sums[name] / sums["count"] for name in metrics}

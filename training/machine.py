@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from base.cli import UserError, available_cores
+from model.operators import card_capability
 
 
 @dataclass
@@ -31,6 +32,26 @@ class Machine:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
+    def scaler(self) -> torch.amp.GradScaler:
+        """Keeps small gradients in float16's range; does nothing for other formats."""
+        scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        scaler.scale(torch.zeros((), device=self.device))  # which makes its state, for a process without a row too
+        return scaler
+
+    def random_state(self) -> Tensor:
+        """Of the CPU, and then of the card: bytes."""
+        states = [torch.get_rng_state()]
+        if self.device.type == "cuda":
+            states.append(torch.cuda.get_rng_state(self.device))
+        return torch.cat(states)
+
+    def set_random_state(self, state: Tensor):
+        """What random_state gave, here or on a machine without a card."""
+        size = len(torch.get_rng_state())
+        torch.set_rng_state(state[:size])
+        if self.device.type == "cuda" and len(state) > size:
+            torch.cuda.set_rng_state(state[size:], self.device)
+
     def sum(self, tensor: Tensor) -> Tensor:
         """Adds up the tensors of all processes, in place."""
         if self.world_size > 1:
@@ -45,13 +66,20 @@ class Machine:
         return values
 
 
+NO_CARD = "computing on the CPU, many times slower; look at `nvidia-smi` and the driver's version, or give --device cpu"
+
+
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """UserError when torch does not know, or this machine does not have, the device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if name == "cpu" and torch.version.cuda and local_rank == 0:
+            print(f"no card found, though this torch is made for CUDA {torch.version.cuda}: {NO_CARD}", file=sys.stderr)
     try:
         device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
         torch.empty(1, device=device)
+        if device.type == "cuda":
+            torch.backends.cuda.enable_cudnn_sdp(False)  # its masked backward can give NaN (pytorch issue 196678)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
     return device
@@ -75,23 +103,50 @@ def start_machine(args: argparse.Namespace) -> Machine:
         keep_freed_memory()
         torch.set_num_threads(max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type == "cuda" and dist.is_nccl_available():  # objects go over gloo, and not through the card
+            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+        else:  # a CPU; or Windows, which has no NCCL
+            dist.init_process_group("gloo")
         atexit.register(dist.destroy_process_group)
-    dtype = args.dtype
-    if dtype == "auto":  # bfloat16 before compute capability 8.0 is emulated: "supported", and slow
-        dtype = "float32"
-        if device.type == "cuda":
-            dtype = "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    capability = card_capability(device)
+    dtype = auto_dtype(name, capability) if args.dtype == "auto" else getattr(torch, args.dtype)
+    if dtype == torch.float32 and capability >= (8, 0) and not args.compile:
+        torch.set_float32_matmul_precision("high")  # TF32; a router is exempt (operators.exact_linear)
+    if args.compile and device.type == "cuda" and not torch.utils._triton.has_triton():
+        raise UserError("--compile needs Triton, which this torch does not find (Windows has none); leave it out")
     torch.manual_seed(args.seed)
-    return Machine(int(os.environ.get("RANK", 0)), world_size, device, getattr(torch, dtype))
+    return Machine(int(os.environ.get("RANK", 0)), world_size, device, dtype)
 
 
-def matmul_rate(machine: Machine, size: int = 2048) -> float:
-    """The machine's limit: floating-point operations a second of a plain square matrix product, best of ten."""
+def auto_dtype(card: str, capability: tuple[int, int]) -> torch.dtype:
+    """The number format of matrix products that suits a card, by its name and compute capability; ("", (0, 0)): none.
+
+    bfloat16 before 8.0 is emulated: "supported", and slow. float16 is fast from 7.0 on, which brought tensor cores, but
+    for the GTX 16xx, which have none, and of which NaNs are known (pytorch issue 77955).
+    """
+    if capability >= (8, 0):
+        return torch.bfloat16
+    if capability >= (7, 0) and "GTX 16" not in card:
+        return torch.float16
+    return torch.float32
+
+
+def matmul_rate(machine: Machine, size: int = 2048, seconds: float = 5.0) -> float:
+    """The machine's limit: floating-point operations a second of a plain square matrix product, best of ten.
+
+    On a card twenty are queued at a time, so that the way to it is not measured. Ends after `seconds`: in a format that
+    a CPU emulates, one product takes that long.
+    """
     a = b = torch.ones(size, size, device=machine.device, dtype=machine.dtype)  # no random number is drawn
-    best = math.inf
+    queued = 20 if machine.device.type == "cuda" else 1
+    best, end = math.inf, time.perf_counter() + seconds
     for _ in range(10):
         start = time.perf_counter()
-        (a @ b)[0, 0].item()  # waits for the device
-        best = min(best, time.perf_counter() - start)
+        for _ in range(queued):
+            product = a @ b
+        product[0, 0].item()  # waits for the device
+        best = min(best, (time.perf_counter() - start) / queued)
+        if time.perf_counter() > end:
+            break
     return 2 * size**3 / best

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -9,7 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.model import CausalLM
+from model.operators import card_capability
 from training.machine import Machine
+from training.packing import send
 
 MUON_BATCH = 2**23  # numbers whose update is computed at a time: several copies of them exist then
 
@@ -19,10 +22,10 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     """Makes all singular values of each matrix (n, rows, columns) roughly 1, by Newton-Schulz iteration.
 
     The polynomial's coefficients are Keller Jordan's (Muon, 2024): they lift small singular values in few steps and
-    leave all between about 0.7 and 1.2. In float32 on a CPU, where bfloat16 products can be a hundred times slower.
+    leave all between about 0.7 and 1.2. In float32 where bfloat16 is emulated, which can be a hundred times slower.
     """
     x = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices  # the products below are of the short side
-    if x.device.type == "cuda":
+    if card_capability(x.device) >= (8, 0):
         x = x.bfloat16()
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
@@ -57,8 +60,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for parameter in group["params"]:
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            torch._foreach_mul_(group["params"], 1 - group["lr"] * group["weight_decay"])
             if group["matrices"]:
                 self._muon(group)
             else:
@@ -75,32 +77,40 @@ class Muon(torch.optim.Optimizer):
 
     def _update(self, parameters: list[Tensor], group: dict):
         """Of matrices of one shape."""
-        updates = []
         for parameter in parameters:
-            state, gradient = self.state[parameter], parameter.grad
-            momentum = state.setdefault("momentum", torch.zeros_like(parameter))
-            momentum.lerp_(gradient, 1 - group["momentum"])
-            updates.append(gradient.lerp(momentum, group["momentum"]))  # Nesterov
+            if "momentum" not in self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in parameters]
+        momenta = [self.state[parameter]["momentum"] for parameter in parameters]
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov
         size = -group["lr"] * 0.2 * max(parameters[0].shape) ** 0.5
         for parameter, update in zip(parameters, _orthogonalize_together(torch.stack(updates))):
             # An expert that no token visited stays: whatever is left of its momentum would give a whole update.
             parameter.addcmul_(update, parameter.grad.any().to(update.dtype), value=size)
 
     def _adam(self, group: dict):
-        for parameter in group["params"]:
-            state, (beta1, beta2) = self.state[parameter], group["betas"]
+        """Of all parameters of the group at once: on a card a kernel for each operation, not for each parameter."""
+        parameters, (beta1, beta2) = group["params"], group["betas"]
+        for parameter in parameters:
+            state = self.state[parameter]
             if not state:
                 state |= {
                     "step": torch.zeros(()),
                     "mean": torch.zeros_like(parameter),
                     "square": torch.zeros_like(parameter),
                 }
-            state["step"] += 1
-            n = state["step"].item()
-            state["mean"].lerp_(parameter.grad, 1 - beta1)
-            state["square"].mul_(beta2).addcmul_(parameter.grad, parameter.grad, value=1 - beta2)
-            scale = (state["square"] / (1 - beta2**n)).sqrt_().add_(group["eps"])
-            parameter.addcdiv_(state["mean"], scale, value=-group["lr"] / (1 - beta1**n))
+            state["step"] = state["step"].cpu() + 1  # a resumed run finds it on the card, where asking for it waits
+        n = self.state[parameters[0]]["step"].item()
+        gradients = [parameter.grad for parameter in parameters]
+        means, squares = ([self.state[parameter][name] for parameter in parameters] for name in ("mean", "square"))
+        torch._foreach_lerp_(means, gradients, 1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, gradients, gradients, value=1 - beta2)
+        scales = torch._foreach_div(squares, 1 - beta2**n)
+        torch._foreach_sqrt_(scales)
+        torch._foreach_add_(scales, group["eps"])
+        torch._foreach_addcdiv_(parameters, means, scales, value=-group["lr"] / (1 - beta1**n))
 
 
 def _kind(name: str, parameter: Tensor, tied: bool) -> str:
@@ -161,6 +171,7 @@ class GradientBuffer:
         self.flat = torch.zeros(total + sum(sizes.values()), device=parameters[0].device)
         self.gradients, self.sums = self.flat[:total], self.flat[total:]
         self.slices = {}
+        self.host_sums = np.zeros(len(self.sums), np.float32)
         at = 0
         for name, size in sizes.items():
             self.slices[name] = slice(at, at + size)
@@ -171,34 +182,49 @@ class GradientBuffer:
             at += parameter.numel()
 
     def add(self, **sums: float | Tensor):
-        """Adds to the sums of these names. KeyError for one that was not declared."""
-        for name, value in sums.items():
-            value = torch.as_tensor(value, device=self.flat.device)
-            self.sums[self.slices[name]] += value.flatten()
+        """Adds to the sums of these names. KeyError for one that was not declared.
 
-    def all_reduce(self, machine: Machine) -> dict[str, float | np.ndarray]:
-        """Adds the gradients and sums of all processes; returns the sums."""
+        Numbers of the host stay there until the all-reduce: each copy to a card would be one to wait for.
+        """
+        for name, value in sums.items():
+            where = self.slices[name]
+            if isinstance(value, Tensor):
+                self.sums[where] += value.flatten()
+            else:
+                self.host_sums[where] += value
+
+    def all_reduce(self, machine: Machine, scale: float, unscale: Callable[[], None]) -> dict[str, float | np.ndarray]:
+        """Adds the gradients and sums of all processes, and makes the gradients those of the mean: multiplies them by
+        `scale` over the count, and calls unscale(). Returns the sums, and "grad_norm": for these numbers, and once a
+        step, the device is waited for.
+        """
+        self.sums += send(torch.from_numpy(self.host_sums.copy()), self.flat.device)
+        self.host_sums[:] = 0
         machine.sum(self.flat)
-        sums = self.sums.cpu().numpy().copy()
-        result = {}
+        count = self.sums[self.slices["count"]][0]
+        if count.device.type != "mps":  # which has no float64
+            count = count.double()
+        self.gradients.mul_((scale / count.clamp(min=1)).float())
+        unscale()
+        numbers = torch.cat((self.sums, self.gradients.norm()[None])).cpu().numpy()
+        result = {"grad_norm": numbers[-1].item()}
         for name, shape in self.shapes.items():
-            value = sums[self.slices[name]].reshape(shape)
+            value = numbers[self.slices[name]].reshape(shape)
             result[name] = value if shape else value.item()
         return result
 
 
-def optimizer_step(optimizer, buffer: GradientBuffer, scaler, scale: float, grad_clip: float) -> float:
-    """Multiplies the gradients by `scale`, clips their norm, updates the weights; returns the norm before clipping.
+def optimizer_step(optimizer, buffer: GradientBuffer, scaler, sums: dict, grad_clip: float) -> float:
+    """Clips the gradients' norm, updates the weights; returns the norm before clipping. sums: all_reduce's.
 
-    Where it is not finite, on any process and so after the all-reduce on all of them, the weights stay as they are.
+    Where it, or a sum, is not finite, on any process and so after the all-reduce on all of them, the weights stay as
+    they are.
     """
-    buffer.gradients.mul_(scale)
-    scaler.unscale_(optimizer)  # does nothing but for float16
-    norm = buffer.gradients.norm().item()
-    if math.isfinite(norm) and bool(buffer.sums.isfinite().all()):
+    norm = sums["grad_norm"]
+    if all(np.isfinite(value).all() for value in sums.values()):
         if norm > grad_clip:
             buffer.gradients.mul_(grad_clip / norm)
-        scaler.step(optimizer)
+        optimizer.step()  # not scaler.step(), which asks the device what the norm has told
     else:
         norm = math.nan
     scaler.update()

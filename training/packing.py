@@ -1,15 +1,18 @@
 """Prepared data on disk -> full rows of whole documents, in an order that depends on the seed alone."""
 
 import argparse
-from dataclasses import dataclass, replace
+import functools
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from base.cli import UserError
+from base.cli import UserError, above_zero
+from base.files import read_json
 from corpus.prepared import Prepared
+from model.operators import DocumentOffsets
 
 IGNORE = -100  # the label of a token that is not scored
 
@@ -26,10 +29,40 @@ class Batch:
     split: str  # "train" or "val"
     real_tokens: int  # tokens that are not padding
     attention_pairs: int  # query-key pairs inside documents, to count the work
+    # Labels that are not IGNORE: counted where the batch is made, for there no device has to be waited for.
+    scored: int | None = field(default=None, kw_only=True)
+    # A mask for Decoder.forward; None on a CPU, which needs none.
+    documents_on_card: DocumentOffsets | None = field(default=None, kw_only=True)
+
+    def __post_init__(self):
+        if self.scored is None:
+            self.scored = int((self.labels != IGNORE).sum())
 
     def to(self, device: torch.device) -> "Batch":
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+        """On a device; nobody waits for it. What every batch has goes in one copy."""
+        if device.type == "cpu":
+            return self
+        names = ("input_ids", "labels", "position_ids", "document_index")
+        more = {name: value for name, value in vars(self).items() if isinstance(value, Tensor) and name not in names}
+        B, T = self.input_ids.shape
+        begins = self.position_ids == 0
+        begins[:, 0] = True
+        starts = begins.flatten().nonzero().flatten()
+        ends = torch.full((1 << len(starts).bit_length(),), B * T)  # as many as a power of two: few recompilations
+        ends[: len(starts)] = starts
+        flat = send(torch.cat([*(getattr(self, name).flatten() for name in names), ends]), device)
+        tensors, offsets = flat[: -len(ends)].view(len(names), B, T), flat[-len(ends) :].int()
+        more = {name: send(tensor, device) for name, tensor in more.items()}
+        return replace(self, **dict(zip(names, tensors)), **more, documents_on_card=DocumentOffsets(offsets, T))
+
+    def scored_places(self) -> Tensor:
+        """Where a label is not IGNORE, counted through all rows, (scored,)."""
+        return (self.labels != IGNORE).flatten().nonzero_static(size=self.scored)[:, 0]
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copies to a device without waiting for it: to a card from memory that stays in place (pinned)."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def pack(lengths: np.ndarray, capacity: int) -> np.ndarray:
@@ -149,18 +182,196 @@ class PackedDataset:
                 at += n
             position_ids[b, at:] = np.arange(T - at)
             real_tokens += int(at)
+        if input_ids.max(initial=0) >= len(self.token_bytes) or labels.max(initial=0) >= len(self.token_bytes):
+            raise UserError(
+                f"{self.prepared.folder}/{self.split}.bin holds tokens that no vocabulary has: it is damaged"
+            )
         tensors = (torch.from_numpy(array) for array in (input_ids, labels, position_ids, document_index))
         return Batch(*tensors, documents, self.split, real_tokens, attention_pairs)
 
 
-def open_data(args: argparse.Namespace, *kinds: str) -> tuple[PackedDataset, PackedDataset]:
-    """The two splits, train and val, of args.data. UserError where the folder is of another kind than those named."""
-    train_set, val_set = (PackedDataset(args.data, split, args.max_seq_len) for split in ("train", "val"))
-    kind = train_set.prepared.kind
-    if kind not in kinds:
+class TrainingData:
+    """What a run knows of its data, in whatever form a stage reads them: prepared folders by name, of one tokenizer.
+
+    Documents are numbered through: those of the first folder, then those of the second, …
+    """
+
+    def __init__(self, prepared: dict[str, Prepared], shares: dict[str, float]):
+        """shares: of the tokens, by name."""
+        self.folders, self.shares = prepared, shares
+        first = next(iter(prepared.values()))
+        self.split, self.kind, self.group = first.split, first.kind, first.group
+        self.token_bytes, self.tokenizer_dir = first.token_bytes, first.tokenizer_dir
+        self.vocab_size, self.tokenizer_sha256 = first.meta["vocab_size"], first.meta["tokenizer_sha256"]
+        self.masked = any(other.meta["masked"] for other in prepared.values())
+        for other in prepared.values():
+            if other.meta["tokenizer_sha256"] != self.tokenizer_sha256:
+                raise UserError(
+                    f"{first.folder} and {other.folder} were made with different tokenizers; make one of them anew"
+                )
+        n_documents = np.array([len(one.offsets) - 1 for one in prepared.values()])
+        self.first_document = np.cumsum(n_documents) - n_documents  # of each folder
+
+    @property
+    def paths(self) -> str:
+        """The folders, as one types them."""
+        return " ".join(str(one.folder) for one in self.folders.values())
+
+    @property
+    def fingerprint(self) -> str | dict[str, str]:
+        """Of the content; of several folders, by name."""
+        fingerprints = {name: one.fingerprint for name, one in self.folders.items()}
+        return fingerprints if len(fingerprints) > 1 else next(iter(fingerprints.values()))
+
+    def samples(self, documents: list[int]) -> dict[str, list[int]]:
+        """Where documents lie: by folder, their numbers as `data_process.py show --index` counts."""
+        samples: dict[str, set[int]] = {}
+        folders = [str(one.folder) for one in self.folders.values()]
+        for document in documents:
+            i = np.searchsorted(self.first_document, document, side="right") - 1
+            index = (document - int(self.first_document[i])) // self.group
+            samples.setdefault(folders[i], set()).add(index)
+        return {folder: sorted(found) for folder, found in samples.items()}
+
+
+class Mixture(TrainingData):
+    """Packed datasets that are read as one, each with its share of the tokens; a single one as if it stood alone.
+
+    An epoch has as many tokens as all sources together, in shares that are exact to a row; their turns are shuffled. A
+    source is read in its own epochs, end to end, each in another order: what is left of one when an epoch of the
+    mixture ends comes first in the next, so that no row comes again before all others of its source have come.
+
+    Rows are numbered through as documents are.
+    """
+
+    def __init__(self, sources: dict[str, PackedDataset], shares: dict[str, float] | None = None):
+        """shares: how much each source counts, in any unit; without it, by its tokens: each is read once an epoch."""
+        self.sources = dict(sorted(sources.items()))  # the order of --data does not matter
+        self.n_rows = np.array([len(source) for source in self.sources.values()])
+        self.source_tokens = np.array([source.n_tokens for source in self.sources.values()])
+        weights = self.source_tokens if shares is None else np.array([shares[name] for name in self.sources])
+        weights = weights / max(weights.sum(), 1e-9)  # they add up to 1
+        prepared = {name: source.prepared for name, source in self.sources.items()}
+        super().__init__(prepared, dict(zip(self.sources, weights.tolist())))
+        self.max_seq_len = next(iter(self.sources.values())).max_seq_len
+        self.first_row = np.cumsum(self.n_rows) - self.n_rows  # of each source
+        self.truncated = sum(source.truncated for source in self.sources.values())
+        self.dropped = sum(source.dropped for source in self.sources.values())
+
+    @functools.cached_property
+    def epoch_rows(self) -> np.ndarray:
+        """Rows of each source in an epoch, (sources,)."""
+        tokens = np.array([*self.shares.values()]) * self.source_tokens.sum()
+        tokens_a_row = self.source_tokens / self.n_rows
+        return np.maximum(np.rint(tokens / tokens_a_row), 1).astype(np.int64)
+
+    def __len__(self) -> int:
+        """Rows of an epoch."""
+        return int(self.epoch_rows.sum())
+
+    @property
+    def n_tokens(self) -> int:
+        """Pairs of a token and the next in an epoch."""
+        return round(float((self.epoch_rows * self.source_tokens / self.n_rows).sum()))
+
+    @property
+    def real_share(self) -> float:
+        return self.n_tokens / (len(self) * self.max_seq_len)
+
+    def turns(self, seed: int, epoch: int) -> np.ndarray:
+        """Whose turn it is: the number of a source for every row of this epoch."""
+        turns = np.repeat(np.arange(len(self.sources)), self.epoch_rows)
+        np.random.default_rng([seed, epoch, len(self.sources)]).shuffle(turns)
+        return turns
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """The row numbers in the order of this epoch."""
+        rows = self.turns(seed, epoch)
+        turns = rows.copy()
+        for i, source in enumerate(self.sources.values()):
+            start = epoch * self.epoch_rows[i]  # so many of its rows are behind us
+            nth = np.arange(start // len(source), -(-(start + self.epoch_rows[i]) // len(source)))  # epochs of its own
+            own = np.concatenate([source.order(seed, n) for n in nth])[start % len(source) :]
+            rows[turns == i] = self.first_row[i] + own[: self.epoch_rows[i]]
+        return rows
+
+    def validation_rows(self, rows: int | None) -> dict[str, np.ndarray]:
+        """Of each source the same `rows` rows every time, or all."""
+        orders = (source.order(seed=0, epoch=0)[:rows] for source in self.sources.values())
+        return {name: first + order for name, first, order in zip(self.sources, self.first_row, orders)}
+
+    def times_seen(self, seed: int, epoch: int, row: int) -> dict[str, float]:
+        """How often each source has been read when the run is at this row of this epoch."""
+        rows = epoch * self.epoch_rows + np.bincount(self.turns(seed, epoch)[:row], minlength=len(self.sources))
+        return dict(zip(self.sources, (rows / self.n_rows).tolist()))
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        """The rows, those of the first source before those of the second."""
+        owners = np.searchsorted(self.first_row, rows, side="right") - 1  # (B,)
+        parts, documents = [], []
+        for i, source in enumerate(self.sources.values()):
+            if (owners == i).any():
+                part = source.batch(rows[owners == i] - self.first_row[i])
+                part.document_index += len(documents) * (part.document_index >= 0)
+                documents += [int(self.first_document[i]) + document for document in part.documents]
+                parts.append(part)
+        names = ("input_ids", "labels", "position_ids", "document_index")
+        tensors = (torch.cat([getattr(part, name) for part in parts]) for name in names)
+        real_tokens = sum(part.real_tokens for part in parts)
+        return Batch(*tensors, documents, self.split, real_tokens, sum(part.attention_pairs for part in parts))
+
+
+def open_data(args: argparse.Namespace, *kinds: str) -> tuple[Mixture, Mixture]:
+    """The two splits, train and val, of the folders of args.data in the shares of args.mix.
+
+    UserError where a folder is of another kind than those named, or where shares and folders do not go together.
+    """
+    train_set, val_set = (open_sources(args.data, split, args.max_seq_len) for split in ("train", "val"))
+    for source in train_set.values():
+        folder, kind = source.prepared.folder, source.prepared.kind
+        if kind not in kinds:
+            raise UserError(
+                f"{folder} was made with `data_process.py {kind}`; this stage needs {' or '.join(kinds)} data"
+            )
+        if not len(source):
+            raise UserError(f"{folder} holds no training rows; give data_process.py more text")
+    mixture = Mixture(train_set, read_mix(args.mix, list(train_set)))
+    return mixture, Mixture(val_set, mixture.shares)
+
+
+def open_sources(data: Path | list[str], split: str, max_seq_len: int) -> dict[str, PackedDataset]:
+    """A split of the folders of --data, by name."""
+    return {name: PackedDataset(folder, split, max_seq_len) for name, folder in named_folders(data).items()}
+
+
+def named_folders(data: Path | list[str]) -> dict[str, Path]:
+    """The folders of --data, or a stage's default: DIR has its last part for a name, or another in NAME=DIR."""
+    folders = {}
+    for text in map(str, [data] if isinstance(data, Path) else data):
+        name, _, folder = text.partition("=")
+        if not (name and folder) or Path(name).name != name:  # no NAME= before it: an = further on belongs to a folder
+            name, folder = Path(text).resolve().name, text
+        if name in folders:
+            raise UserError(f"two sources have the name {name}; give --data NAME={folder}")
+        folders[name] = Path(folder)
+    return folders
+
+
+def read_mix(words: list[str] | None, names: list[str]) -> dict[str, float] | None:
+    """Shares by source, from NAME=SHARE words or a file of JSON; UserError where they are not those of `names`."""
+    if not words:
+        return None
+    if "=" in words[0]:
+        shares = dict(word.partition("=")[::2] for word in words)
+    elif Path(words[0]).is_file():
+        shares = read_json(Path(words[0]))
+    else:
+        raise UserError(f"--mix {words[0]}: neither NAME=SHARE nor a file")
+    if sorted(shares) != sorted(names):
         raise UserError(
-            f"{args.data} was made with `data_process.py {kind}`; this stage needs {' or '.join(kinds)} data"
+            f"--mix names {', '.join(sorted(shares))}; the sources of --data are {', '.join(sorted(names))}"
         )
-    if not len(train_set):
-        raise UserError(f"{args.data} holds no training rows; give data_process.py more text")
-    return train_set, val_set
+    try:
+        return {name: above_zero(share) for name, share in shares.items()}
+    except (argparse.ArgumentTypeError, TypeError, ValueError):
+        raise UserError(f"--mix: shares must be numbers above 0, not {', '.join(map(str, shares.values()))}") from None

@@ -23,7 +23,7 @@ from model.chat import THINK, TOOL_CALL, load_tokenizer
 from model.lora import has_lora, merge_lora
 from model.model import CausalLM
 from training.machine import Machine
-from training.packing import IGNORE, Batch, pack
+from training.packing import IGNORE, Batch, TrainingData, named_folders, pack
 from training.rewards import load_reward, read_reply
 
 ROLLOUT_FLAGS = {  # for stages whose model writes: name -> options of argparse's add_argument
@@ -36,14 +36,17 @@ ROLLOUT_FLAGS = {  # for stages whose model writes: name -> options of argparse'
 }
 
 
-class Tasks:
+class Tasks(TrainingData):
     """One split of a folder of questions: prompts and notes, in an order that depends on the seed alone."""
 
-    def __init__(self, folder: Path, split: str, args: argparse.Namespace):
+    def __init__(self, data: Path | list[str], split: str, args: argparse.Namespace):
+        (name, folder), *more = named_folders(data).items()
+        if more or args.mix:
+            raise UserError("this stage reads one folder of questions: give --data DIR alone, and no --mix")
         self.prepared = Prepared(folder, split)
+        super().__init__({name: self.prepared}, {name: 1.0})
         if self.prepared.kind != "rl":
             raise UserError(f"{folder} was made with `data_process.py {self.prepared.kind}`; this stage needs rl data")
-        self.split, self.group = split, 1
         self.notes = self.prepared.notes()
         lengths = np.diff(self.prepared.offsets)
         self.kept = np.flatnonzero(lengths + args.max_new_tokens <= args.max_seq_len)  # those with room for an answer

@@ -19,6 +19,7 @@ import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import filelock
 import torch
 
 from base.cli import UserError, command_line
@@ -29,7 +30,7 @@ from model.lora import has_lora
 from model.model import CausalLM
 from training.log import Log
 from training.machine import Machine
-from training.packing import PackedDataset
+from training.packing import TrainingData
 
 STATE_FILE = "training_state/state.safetensors"
 RUN_FILE = "run.json"
@@ -88,6 +89,19 @@ def resumes(args: argparse.Namespace) -> bool:
     return args.resume is not None and (args.out_dir / STATE_FILE).exists()
 
 
+def lock_run(out_dir: Path) -> filelock.BaseFileLock:
+    """Held until the process ends, also by a kill. UserError while another run has it: their files would mix."""
+    lock = filelock.FileLock(out_dir.with_name(f".{out_dir.name}.lock"))
+    try:
+        out_dir.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        raise UserError(f"another run is writing to {out_dir}; wait for it, or choose another --out_dir") from None
+    except OSError as error:
+        raise UserError(f"--out_dir {out_dir} cannot be written ({error.strerror or error})") from None
+    return lock
+
+
 def check_out_dir(args: argparse.Namespace):
     """UserError where a new run would put away a model that it reads, or something that no run has made."""
     old = args.out_dir.with_name(f"{args.out_dir.name}.old")  # goes when out_dir takes its name
@@ -107,21 +121,27 @@ class Checkpointer:
     out_dir, and an earlier run that stood there is moved to out_dir.old: this one has something to show for itself.
     """
 
-    def __init__(self, args: argparse.Namespace, machine: Machine, model: CausalLM, optimizer, data: PackedDataset):
-        self.args, self.machine, self.model, self.optimizer = args, machine, model, optimizer
+    def __init__(
+        self, args: argparse.Namespace, machine: Machine, model: CausalLM, optimizer, scaler, data: TrainingData
+    ):
+        self.args, self.machine, self.model = args, machine, model
+        self.optimizer, self.scaler = optimizer, scaler
         self.out_dir = args.out_dir
-        self.tokenizer_dir = args.init_from or data.prepared.tokenizer_dir
+        self.tokenizer_dir = args.init_from or data.tokenizer_dir
         self.resumed = resumes(args)
         self.directory = self.out_dir if self.resumed else self.out_dir.with_name(f".{self.out_dir.name}.writing")
         self.saved_step = 0
         self.names = {parameter: name for name, parameter in model.named_parameters()}
         self.must_agree = {
-            "data": data.prepared.fingerprint,
-            "tokenizer": data.prepared.meta["tokenizer_sha256"],
+            "data": data.fingerprint,
+            "mix": data.shares if len(data.shares) > 1 else None,
+            "tokenizer": data.tokenizer_sha256,
             "seed": args.seed,
             "max_seq_len": args.max_seq_len,
             "base": weights_fingerprint(args.init_from) if has_lora(model) else None,  # which an adapter belongs to
         }
+        if machine.rank == 0:
+            self.lock = lock_run(self.out_dir)
         if not self.resumed:
             check_out_dir(args)
             if machine.rank == 0:
@@ -131,7 +151,7 @@ class Checkpointer:
                 )  # before the first step: a folder that cannot be written is known now
 
     def save(self, progress: Progress, log: Log):
-        random_states = self.machine.gather(torch.get_rng_state())
+        random_states = self.machine.gather(self.machine.random_state())
         if self.machine.rank == 0:
             tensors = {}
             for name, parameter in self.model.named_parameters():
@@ -144,7 +164,7 @@ class Checkpointer:
                     tensors[f"optimizer.{self.names[parameter]}/{entry}"] = value
             for rank, state in enumerate(random_states):
                 tensors[f"random.{rank}"] = state
-            info = {"progress": asdict(progress), "must_agree": self.must_agree}
+            info = {"progress": asdict(progress), "must_agree": self.must_agree, "scaler": self.scaler.state_dict()}
             save_tensors(self.directory / STATE_FILE, tensors, info=json.dumps(info))
             save_model(self.directory, self.model, self.tokenizer_dir, self.args.init_from)
             write_json(self.directory / RUN_FILE, self.run_record())
@@ -166,7 +186,7 @@ class Checkpointer:
         tensors, texts = load_tensors(state_file(self.out_dir), self.machine.device)
         info = json.loads(texts["info"])
         for name, here in self.must_agree.items():
-            there = info["must_agree"][name]
+            there = info["must_agree"].get(name)  # a run of one source may be older than "mix"
             if there != here:
                 raise UserError(f"cannot resume {self.out_dir}: its {name} was {there}, and is {here} now")
         parameters = {name: parameter for parameter, name in self.names.items()}
@@ -180,7 +200,9 @@ class Checkpointer:
                 name, _, entry = name.rpartition("/")
                 self.optimizer.state[parameters[name]][entry] = tensor
             elif kind == "random" and int(name) == self.machine.rank:
-                torch.set_rng_state(tensor.cpu())
+                self.machine.set_random_state(tensor.cpu())
+        if self.scaler.is_enabled() and info.get("scaler"):  # of a run in another format there is none
+            self.scaler.load_state_dict(info["scaler"])
         self.saved_step = info["progress"]["step"]
         return Progress(**info["progress"])
 

@@ -20,7 +20,7 @@ from base.cli import UserError, command_line, python_command, run
         (OSError("cannot write a.json"), 1, "error: cannot write a.json\n"),
         (FloatingPointError("10 steps"), 1, "error: 10 steps\n"),
         (KeyboardInterrupt(), 130, "error: interrupted\n"),
-        (RuntimeError("CUDA out of memory.\nTried"), 1, "lower --batch_size"),
+        (RuntimeError("CUDA out of memory.\nTried"), 1, "--batch_size auto"),
     ],
 )
 def test_what_a_user_can_mend_is_one_line(error, status, words, capsys):
@@ -77,3 +77,5 @@ def test_a_command_names_a_python_that_has_the_packages(monkeypatch, tmp_path):
     monkeypatch.setattr(cli.shutil, "which", lambda name: sys.executable)
     assert python_command() == "python"
     assert command_line().startswith("torchrun --nproc_per_node 2 1-pretrain.py")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "3")  # machines
+    assert command_line().startswith("torchrun --nnodes 3 --nproc_per_node 2 1-pretrain.py")

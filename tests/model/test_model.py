@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import TOKENIZER, random_ids, random_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from base.cli import UserError
 from model import cpu
 from model.checkpoint import load_model, save_model
-from model.LMConfig import PRESETS, LMConfig
+from model.LMConfig import CARD_PRESETS, PRESETS, LMConfig
 from model.model import CausalLM
 from model.operators import DocumentLengths, apply_rope, document_mask, rope_tables
 
@@ -145,11 +145,10 @@ def test_documents_of_a_row_do_not_see_each_other(path, qk_norm, monkeypatch):
         assert (a - b).norm() <= 1e-5 * a.norm(), name
 
 
-def test_the_two_ways_to_mask_are_both_taken(monkeypatch):
+def test_the_ways_to_mask_say_the_same():
     positions = packed([torch.ones(n, dtype=torch.int64) for n in DOCUMENTS], 26)[1]
-    assert document_mask(positions) == DocumentLengths([*DOCUMENTS, 3])
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    mask = document_mask(positions)
+    assert document_mask(positions, "by hand") == DocumentLengths([*DOCUMENTS, 3])
+    mask = document_mask(positions, "masked")
     assert mask.shape == (1, 1, 26, 26)
     assert mask.sum() == sum(n * (n + 1) // 2 for n in [*DOCUMENTS, 3])
 
@@ -275,11 +274,37 @@ def test_the_seed_decides_the_first_weights():
     assert not torch.equal(weights[0], weights[2])
 
 
-@pytest.mark.parametrize(("preset", "millions"), [("tiny", 1), ("mini", 5), ("small", 26), ("base", 100)])
+@pytest.mark.parametrize(
+    ("preset", "millions"), [("tiny", 1), ("mini", 5), ("small", 26), ("base", 100), ("large", 350), ("xl", 1000)]
+)
 def test_presets_have_the_size_that_they_claim(preset, millions):
     with torch.device("meta"):
         model = CausalLM(LMConfig(**PRESETS[preset]))
     assert model.num_parameters() == pytest.approx(millions * 1e6, rel=0.15)
+
+
+@pytest.mark.parametrize("preset", CARD_PRESETS)
+def test_a_preset_is_a_model_of_transformers_with_as_many_weights(preset):
+    config = LMConfig(**PRESETS[preset])
+    with torch.device("meta"):
+        ours = CausalLM(config)
+        theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.to_hf()))
+    assert theirs.num_parameters() == ours.num_parameters()
+
+
+@pytest.mark.slow  # gigabytes go to the disk and back
+@pytest.mark.parametrize("preset", ["large", "large-moe", "xl"])
+@torch.no_grad()
+def test_a_large_model_is_exported_too(preset, tmp_path):
+    torch.manual_seed(0)
+    ours, ids = CausalLM(LMConfig(**PRESETS[preset])).eval(), random_ids(1, 12)
+    logits = ours(ids)
+    save_model(tmp_path, ours, TOKENIZER)
+    del ours
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(theirs(ids).logits, logits, atol=1e-4, rtol=0)
+    del theirs
+    assert torch.equal(load_model(tmp_path).eval()(ids), logits)
 
 
 def test_tied_weights_are_one_matrix():

@@ -381,7 +381,7 @@ def test_only_the_experts_at_work_are_counted():
     assert step_flops(model, 10, 0) == 10 * (4 * dense + 6 * trained)
 
 
-@pytest.mark.parametrize("size", ["tiny", "mini", "small", "base"])
+@pytest.mark.parametrize("size", ["tiny", "mini", "small", "base", "large", "xl"])
 def test_a_moe_preset_has_as_many_weights_at_work_as_the_dense_one(size):
     with torch.device("meta"):
         dense, moe = CausalLM(LMConfig(**PRESETS[size])), CausalLM(LMConfig(**PRESETS[f"{size}-moe"]))

@@ -32,7 +32,7 @@ from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
 from training import loss, state
 from training.loss import next_token_loss
-from training.packing import PackedDataset
+from training.packing import Mixture, PackedDataset, open_sources
 
 # 27 rows, 6 a step: an epoch is 5 steps, the last one of 3 rows and one pass, which makes 9 passes.
 # Saved after steps 3 and 6, ended after step 8, in the second epoch.
@@ -91,7 +91,7 @@ def test_sigterm_saves_and_the_printed_command_finishes_the_run(data, uninterrup
     out_dir = tmp_path / "my out"
     run = ["1-pretrain.py", "--data", data, "--out_dir", out_dir, *RUN]
     (result,) = start(*run, patch=partial(signal_in_pass, 9 + 2 + 1, signal.SIGTERM)).wait()  # in step 7
-    assert (result.status, result.err) == (0, "")
+    assert (result.status, result.err) == (128 + signal.SIGTERM, "")
     assert saved_progress(out_dir)["step"] == 6, "the step that was not whole must be left out"
     command = shlex.split(result.out.splitlines()[-1])
     assert command[:2] == [python_command(), "1-pretrain.py"]
@@ -116,7 +116,7 @@ def test_ctrl_c_saves_and_muon_goes_on_bit_for_bit(data, run_here, interrupt, tm
     assert run_here(*run, "--out_dir", tmp_path / "whole").status == 0
     interrupt(3)
     result = run_here(*run, "--out_dir", tmp_path / "out")
-    assert (result.status, result.err) == (0, "")
+    assert (result.status, result.err) == (130, "")
     assert "stopped at step 2" in result.out
     assert result.out.splitlines()[-1].endswith(" --resume")
     assert saved_progress(tmp_path / "out")["step"] == 2
@@ -143,7 +143,7 @@ def test_an_adapter_and_its_dropout_go_on_bit_for_bit(adapter_run, run_here, int
     """Dropout draws random numbers in every step, so this needs the random state too."""
     assert run_here(*adapter_run, "--out_dir", tmp_path / "whole").status == 0
     interrupt(3)
-    assert run_here(*adapter_run, "--out_dir", tmp_path / "out").status == 0
+    assert run_here(*adapter_run, "--out_dir", tmp_path / "out").status == 130
     assert saved_progress(tmp_path / "out")["step"] == 2
     result = run_here(*adapter_run, "--out_dir", tmp_path / "out", "--resume")
     assert result.status == 0, result.err
@@ -152,7 +152,7 @@ def test_an_adapter_and_its_dropout_go_on_bit_for_bit(adapter_run, run_here, int
 
 def test_an_adapter_is_not_resumed_on_another_base(adapter_run, base, run_here, interrupt, tmp_path):
     interrupt(3)
-    assert run_here(*adapter_run, "--out_dir", tmp_path / "out").status == 0
+    assert run_here(*adapter_run, "--out_dir", tmp_path / "out").status == 130
     shutil.copytree(base, tmp_path / "other")
     torch.manual_seed(1)
     save_model(tmp_path / "other", CausalLM(LMConfig(**PRESETS["tiny"])), TOKENIZER)
@@ -160,9 +160,14 @@ def test_an_adapter_is_not_resumed_on_another_base(adapter_run, base, run_here, 
     assert "cannot resume" in result.error_line(status=2)
 
 
-def test_two_processes_killed_and_one_resumed_see_every_document_once(data, start, tmp_path):
+@pytest.mark.parametrize("mix", [[], ["--mix", "pretrain=2", "more=1"]], ids=["one source", "two sources"])
+def test_two_processes_killed_and_one_resumed_see_every_document_once(mix, data, start, tmp_path):
     out_dir, record = tmp_path / "out", str(tmp_path / "documents.")
-    run = ["1-pretrain.py", "--data", data, "--out_dir", out_dir, *SHORT_RUN, "--batch_size", "3"]
+    sources = [data]
+    if mix:
+        documents = make_documents("pretrain", 24, seed=5)
+        sources.append(write_data(tmp_path / "more", documents[2:], documents[:2]))
+    run = ["1-pretrain.py", "--data", *sources, *mix, "--out_dir", out_dir, *SHORT_RUN, "--batch_size", "3"]
     run += ["--accumulation_steps", "2", "--epochs", "1", "--save_interval", "2"]
     in_step_4 = partial(record_documents, record, killed_in_pass=2 * 3 + 2)
     results = start(*run, patch=in_step_4, processes=2).wait()
@@ -180,7 +185,11 @@ def test_two_processes_killed_and_one_resumed_see_every_document_once(data, star
     assert result.status == 0, result.err
     for line in Path(record + "0").read_text().splitlines():
         seen.update(json.loads(line)[1])
-    assert seen == Counter(PackedDataset(data, "train", 64).piece_document.tolist())
+    if mix:
+        mixture = Mixture(open_sources(sources, "train", 64), {"pretrain": 2, "more": 1})
+        assert seen == Counter(mixture.batch(mixture.order(0, 0)).documents)
+    else:
+        assert seen == Counter(PackedDataset(data, "train", 64).piece_document.tolist())
 
 
 @pytest.fixture

@@ -4,21 +4,24 @@ import errno
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, SHORT_RUN, TIMEOUT, TOKENIZER, Processes, saved_progress, snapshot, steps_of
+from helpers import ROOT, SHORT_RUN, TIMEOUT, TOKENIZER, Processes, saved_progress, signal_in_pass, snapshot, steps_of
 from safetensors.torch import save_file
 
 from model import checkpoint
 from model.checkpoint import load_model, load_tensors, save_model, save_tensors
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
+from training import state
 from training.state import STATE_FILE
 
 TINY = LMConfig(**PRESETS["tiny"])
@@ -125,7 +128,7 @@ def test_a_kill_between_the_two_renames_is_mended_by_whoever_comes_next(trained,
     monkeypatch.setattr(Path, "rename", killed_at_the_second)
     assert run_here("1-pretrain.py", *trained, "--max_steps", "2").status == 130
     monkeypatch.undo()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.new", "out.old"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", ".out.new", "out.old"]
     assert run_here("1-pretrain.py", *trained, "--max_steps", "3", "--resume").status == 0
     assert saved_progress(tmp_path / "out")["step"] == 3
     (tmp_path / "out").rename(tmp_path / ".out.new")
@@ -179,6 +182,40 @@ def test_a_restart_by_torchrun_does_not_begin_anew_unasked(data, run_here, tmp_p
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     result = run_here("1-pretrain.py", "--data", data, "--out_dir", tmp_path / "out", "--preset", "tiny")
     assert "--resume auto" in result.error_line(status=2)
+
+
+def test_two_runs_do_not_write_into_one_folder(data, run_here, tmp_path):
+    flags = ["--data", data, "--out_dir", tmp_path / "out", "--preset", "tiny", "--max_seq_len", "32"]
+    flags += ["--batch_size", "2", "--eval_rows", "1", "--max_steps", "1"]
+    with state.lock_run(tmp_path / "out"):
+        assert "another run is writing" in run_here("1-pretrain.py", *flags).error_line(status=2)
+    assert run_here("1-pretrain.py", *flags).status == 0
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no terminal to lose on Windows")
+def test_a_terminal_that_goes_away_saves_first(data, start, tmp_path):
+    flags = ["--data", data, "--out_dir", tmp_path / "out", *SHORT_RUN, "--batch_size", "2"]
+    (result,) = start("1-pretrain.py", *flags, patch=partial(signal_in_pass, 3, signal.SIGHUP)).wait()
+    assert result.status == 128 + signal.SIGHUP
+    assert saved_progress(tmp_path / "out")["step"] == 2
+
+
+def test_a_reader_who_goes_away_does_not_end_the_run(data, tmp_path):
+    flags = ["--data", data, "--out_dir", tmp_path / "out", *SHORT_RUN, "--batch_size", "2", "--max_steps", "2"]
+    command = shlex.join([sys.executable, str(ROOT / "1-pretrain.py"), *map(str, flags)])
+    result = subprocess.run(f"{command} | head -1", shell=True, capture_output=True, text=True, timeout=TIMEOUT)
+    assert result.stdout.startswith("model ")
+    assert result.stderr == ""
+    assert saved_progress(tmp_path / "out")["step"] == 2
+
+
+@pytest.mark.parametrize("place", ["a file", "below a file"])
+def test_a_place_that_cannot_be_written_is_known_before_the_first_step(place, data, run_here, tmp_path):
+    (tmp_path / "file").touch()
+    out_dir = tmp_path / "file" if place == "a file" else tmp_path / "file" / "out"
+    result = run_here("1-pretrain.py", "--data", data, "--out_dir", out_dir, "--preset", "tiny")
+    assert str(out_dir) in result.error_line(status=2)
+    assert "step" not in result.out
 
 
 KILLED_ONCE = """

@@ -1,0 +1,219 @@
+"""What a card computes, without one: each of its paths against plain torch, on a CPU or on tensors without values."""
+
+import pytest
+import torch
+import torch.nn.attention.varlen as varlen
+import torch.nn.functional as F
+from helpers import random_ids, random_model, relative_difference
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.overrides import TorchFunctionMode
+
+from bench.train_speed import made_up_batch
+from model import experts
+from model import model as model_module
+from model.LMConfig import PRESETS, LMConfig
+from model.model import CausalLM
+from model.operators import DocumentOffsets, attend, attention_kind, document_mask
+from training.loss import next_token_loss
+
+LONG = torch.arange(64).repeat(2, 1)
+CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
+
+
+# ------------------------------------------------------------------------------------------------------------ attention
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "dtype", "head_dim", "kind"),
+    [
+        (CPU, (0, 0), torch.float32, 64, "by hand"),
+        (CUDA, (9, 0), torch.bfloat16, 64, "flash"),
+        (CUDA, (8, 6), torch.float16, 64, "flash"),
+        (CUDA, (8, 0), torch.float32, 64, "masked"),
+        (CUDA, (8, 0), torch.bfloat16, 20, "masked"),
+        (CUDA, (8, 0), torch.bfloat16, 264, "masked"),
+        (CUDA, (7, 5), torch.float16, 64, "masked"),
+        (MPS, (0, 0), torch.float32, 64, "masked"),
+    ],
+    ids=str,
+)
+def test_each_machine_has_its_attention(device, capability, dtype, head_dim, kind):
+    assert attention_kind(device, dtype, head_dim, capability) == kind
+
+
+def plain_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa):
+    """varlen_attn in plain torch, with what its kernel wants and does not check."""
+    assert query.dtype == key.dtype == value.dtype
+    assert query.dtype.itemsize == 2
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert window_size == (-1, 0), "not causal"
+    assert enable_gqa
+    out = []
+    for start, end in zip(cu_seq_q.tolist(), cu_seq_k.tolist()[1:]):
+        assert end - start <= max_q == max_k
+        q, k, v = (x[start:end].transpose(0, 1).float() for x in (query, key, value))  # (heads, n, D)
+        k, v = (x.repeat_interleave(len(q) // len(x), dim=0) for x in (k, v))
+        out.append(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(0, 1))
+    return torch.cat(out).to(query.dtype)
+
+
+def test_flash_attention_gets_the_documents_that_attention_by_hand_gets(monkeypatch):
+    monkeypatch.setattr(varlen, "varlen_attn", plain_varlen)
+    torch.manual_seed(0)
+    positions = torch.tensor([[*range(7), *range(5), *range(4)], [*range(16)]])
+    q, k, v = (torch.randn(2, heads, 16, 8, requires_grad=True) for heads in (6, 2, 2))
+    results = []
+    for kind in ("by hand", "masked", "flash"):
+        mask = document_mask(positions, kind)
+        inputs = (q, k, v.bfloat16()) if kind == "flash" else (q, k, v)  # as under autocast
+        out = attend(*inputs, mask).float()
+        results.append((out, *torch.autograd.grad(out.tanh().sum(), (q, k, v))))
+    for name, *found in zip(("out", "q", "k", "v"), *results):
+        assert relative_difference(found[1], found[0]) < 1e-5, name
+        assert relative_difference(found[2], found[0]) < 2e-2, name
+
+
+def test_a_batch_brings_its_offsets_and_they_are_those_of_its_positions():
+    batch = made_up_batch(4, 128, 6400)
+    moved = batch.to(torch.device("meta"))
+    assert moved.input_ids.shape == moved.labels.shape == (4, 128)
+    assert moved.documents_on_card.offsets.dtype == torch.int32
+    found = document_mask(batch.position_ids, "flash").offsets.tolist()
+    assert len(moved.documents_on_card.offsets) == 1 << (len(found) - 1).bit_length()
+    assert found[0] == 0
+    assert found[-1] == 4 * 128
+    assert document_mask(batch.position_ids, "flash", DocumentOffsets(moved.position_ids, 1)).longest == 1
+
+
+class FastKernelsOnly(TorchFunctionMode):
+    """Fails where scaled_dot_product_attention would fall to torch's slow kernel on a card."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention:
+            q, k, v = args
+            self.calls += 1
+            assert q.shape[1] == k.shape[1] == v.shape[1], "unequal heads"
+            assert q.dtype == k.dtype == v.dtype
+            assert not kwargs.get("enable_gqa")
+            assert kwargs.get("attn_mask") is None or not kwargs["is_causal"]
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("preset", ["tiny", "tiny-moe"])
+def test_a_forward_and_backward_pass_asks_the_device_nothing(preset, monkeypatch):
+    """Tensors without values cannot be asked: .item(), .tolist(), nonzero and bincount raise."""
+    monkeypatch.setattr(experts, "groups_at_once", lambda *_: True)
+    with torch.device("meta"):
+        model = CausalLM(LMConfig(**PRESETS[preset])).train()
+    batch = made_up_batch(2, 64, 6400).to(torch.device("meta"))
+    with FastKernelsOnly() as mode:
+        loss_sum, count, _ = next_token_loss(model, batch)
+    loss_sum.backward()
+    assert mode.calls == model.config.num_hidden_layers
+    assert count == 2 * 64
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+# -------------------------------------------------------------------------------------------------------------- experts
+
+
+def random_visits(dtype=torch.float64):
+    torch.manual_seed(0)
+    M, k, E, H, m = 40, 3, 8, 16, 8
+    tokens, gate_up, down = (torch.randn(*shape, dtype=dtype) for shape in ((M, H), (E, 2 * m, H), (E, H, m)))
+    weights, chosen = torch.rand(M, k, dtype=dtype), torch.rand(M, E - 1).topk(k).indices  # nobody visits the last
+    return [tokens.requires_grad_(), weights.requires_grad_(), chosen, gate_up.requires_grad_(), down.requires_grad_()]
+
+
+def test_the_operators_gradients_are_right():
+    tokens, weights, chosen, gate_up, down = random_visits()
+
+    def visit(tokens, weights, gate_up, down):
+        return experts.visit_experts(tokens, weights, chosen, gate_up, down)[0]
+
+    assert torch.autograd.gradcheck(visit, (tokens, weights, gate_up, down))
+    torch.library.opcheck(experts.visit_experts, (tokens, weights, chosen, gate_up, down))
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_the_operator_computes_what_the_loop_does(at_once, monkeypatch):
+    monkeypatch.setattr(experts, "groups_at_once", lambda *_: at_once)
+    model, batch, results = random_model(LMConfig(**PRESETS["tiny-moe"])).train(), made_up_batch(2, 64, 6400), []
+    layer = model.model.layers[1].mlp
+    for operator in (False, True):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.compiler, "is_compiling", lambda operator=operator: operator)
+            x = model.model.embed_tokens(batch.input_ids)
+            y, _ = layer(x)
+        gradients = torch.autograd.grad(y.tanh().sum(), (x, *layer.parameters()))
+        results.append((y, *gradients))
+    for loop, operator in zip(*results):
+        assert relative_difference(operator, loop) < 1e-5
+
+
+@pytest.mark.parametrize("checkpoints", [False, True])
+@pytest.mark.parametrize("preset", ["tiny", "tiny-moe"])
+def test_compiled_layers_are_one_graph(preset, checkpoints):
+    batch, gradients = made_up_batch(2, 64, 6400), []
+    for compiled in (False, True):
+        model = random_model(LMConfig(**PRESETS[preset] | dict(num_hidden_layers=2))).train()
+        model.model.gradient_checkpointing = checkpoints
+        if compiled:
+            model.model.compile(backend="aot_eager", fullgraph=True)
+        next_token_loss(model, batch)[0].backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    assert relative_difference(gradients[1], gradients[0]) < 1e-5
+
+
+def masked_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa):
+    """plain_varlen without a question to the host, to be compiled."""
+    place = torch.arange(len(query), device=query.device)
+    document = torch.bucketize(place, cu_seq_q, right=True)
+    mask = (document[:, None] == document) & (place[:, None] >= place)
+    q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+
+
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_compiled_layers_with_flash_attention_are_one_graph_for_every_batch(checkpoints, monkeypatch):
+    monkeypatch.setattr(varlen, "varlen_attn", masked_varlen)
+    monkeypatch.setattr(model_module, "attention_here", lambda *_: "flash")
+    graphs, gradients = CompileCounterWithBackend("aot_eager"), {}
+    for compiled in (False, True):
+        model = random_model(LMConfig(**PRESETS["tiny"] | dict(num_hidden_layers=2))).train()
+        model.model.gradient_checkpointing = checkpoints
+        if compiled:
+            model.model.compile(backend=graphs, fullgraph=True)
+        for lengths in ([30, 34, 64], [7, 57, 60, 4], [128]):
+            positions = torch.cat([torch.arange(n) for n in lengths]).view(2, 64) if len(lengths) > 1 else LONG
+            mask = document_mask(positions, "flash")
+            ends = torch.full((8,), 128, dtype=torch.int32)
+            ends[: len(mask.offsets)] = mask.offsets
+            with torch.autocast("cpu", torch.bfloat16):
+                hidden = model.model(random_ids(2, 64), positions, DocumentOffsets(ends, 64))
+            hidden.float().tanh().sum().backward()
+        gradients[compiled] = torch.cat([p.grad.flatten() for p in model.model.parameters()])
+    assert graphs.frame_count == 1, "compiled anew for another batch"
+    assert relative_difference(gradients[True], gradients[False]) < 3e-2
+
+
+@torch.no_grad()
+def test_key_heads_are_repeated_as_grouped_queries_would_have_them():
+    q, k, v = (torch.randn(2, heads, 9, 8) for heads in (6, 2, 2))
+    expected = attend(q, k, v, None)
+    with torch.device("meta"):
+        assert attend(*(x.to("meta") for x in (q, k, v)), None).shape == expected.shape
+    k, v = (x.repeat_interleave(3, dim=1) for x in (k, v))
+    torch.testing.assert_close(F.scaled_dot_product_attention(q, k, v, is_causal=True), expected)
+
+
+def test_a_model_on_a_card_decodes_with_the_loop(monkeypatch):
+    """Which reads the weights of the experts that are visited, not of all."""
+    model = random_model(LMConfig(**PRESETS["tiny-moe"]))
+    monkeypatch.setattr(experts, "visit_experts", None)
+    assert model(random_ids(1, 5)).shape == (1, 5, 6400)

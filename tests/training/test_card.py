@@ -1,0 +1,246 @@
+"""Training on a card, without one: number formats, the loss head in 16 bits, the scaler, what waits for the device."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    ONCE,
+    Processes,
+    make_documents,
+    observe,
+    relative_difference,
+    run_stage,
+    saved_progress,
+    write_data,
+)
+from safetensors import safe_open
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from base.cli import UserError
+from bench.train_speed import made_up_batch
+from model.LMConfig import PRESETS, LMConfig
+from model.model import CausalLM
+from training import loss
+from training.balance import count_each
+from training.flags import parse_flags
+from training.loss import CARD_CHUNK, TokenLosses, cross_entropy_sum, next_token_loss, token_losses
+from training.machine import Machine, auto_dtype, choose_device
+from training.optimizer import GradientBuffer, build_optimizer, optimizer_step
+from training.packing import IGNORE, PackedDataset
+from training.rollouts import RolloutBatch
+
+
+@pytest.mark.parametrize(
+    ("card", "capability", "dtype"),
+    [
+        ("", (0, 0), torch.float32),
+        ("NVIDIA GeForce GTX 1060 6GB", (6, 1), torch.float32),
+        ("NVIDIA GeForce GTX 1650", (7, 5), torch.float32),
+        ("NVIDIA GeForce GTX 1660 Ti", (7, 5), torch.float32),
+        ("Tesla T4", (7, 5), torch.float16),
+        ("NVIDIA GeForce RTX 2060", (7, 5), torch.float16),
+        ("NVIDIA GeForce RTX 3050", (8, 6), torch.bfloat16),
+        ("NVIDIA H100 80GB HBM3", (9, 0), torch.bfloat16),
+    ],
+)
+def test_each_card_has_its_number_format(card, capability, dtype):
+    assert auto_dtype(card, capability) == dtype
+
+
+# ------------------------------------------------------------------------------------------------------------- the loss
+
+
+def random_head(tokens: int, dtype=torch.float32):
+    torch.manual_seed(0)
+    hidden = torch.randn(tokens, 16, dtype=dtype, requires_grad=True)
+    weight = torch.randn(50, 16, dtype=dtype, requires_grad=True)
+    labels = torch.randint(50, (tokens,))
+    labels[::7] = IGNORE
+    return hidden, weight, labels
+
+
+def test_the_loss_by_chunks_has_the_right_gradients(monkeypatch):
+    monkeypatch.setattr(loss, "CARD_CHUNK", 4)
+    hidden, weight, labels = random_head(10, torch.float64)
+    chunked = TokenLosses.apply(hidden, weight, labels, torch.float64)
+    torch.testing.assert_close(chunked, token_losses(hidden, weight, labels))
+    assert (chunked == 0).tolist() == (labels == IGNORE).tolist()
+    assert torch.autograd.gradcheck(lambda h, w: TokenLosses.apply(h, w, labels, torch.float64), (hidden, weight))
+    assert TokenLosses.apply(hidden[:0], weight, labels[:0], torch.float64).shape == (0,)
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
+def test_a_head_in_16_bits_sums_in_32(dtype, error):
+    """The sum of so many tokens is beyond float16, and none is rounded to a few digits."""
+    hidden, weight, labels = random_head(CARD_CHUNK * 9)
+    exact = cross_entropy_sum(hidden[None], weight, labels[None])
+    gradients = torch.autograd.grad(exact, (hidden, weight))
+    with torch.autocast("cpu", dtype):
+        total = cross_entropy_sum(hidden[None], weight, labels[None])
+    assert exact > 65_504
+    assert total.dtype == torch.float32
+    assert total.item() == pytest.approx(exact.item(), rel=1e-4)
+    for ours, expected in zip(torch.autograd.grad(total, (hidden, weight)), gradients):
+        assert ours.dtype == torch.float32
+        assert relative_difference(ours, expected) < error
+
+
+# ----------------------------------------------------------------------------------------------------------- no waiting
+
+
+class Transfers(TorchDispatchMode):
+    """Counts copies from a device to the CPU, and between a device's tensors and others."""
+
+    def __init__(self):
+        super().__init__()
+        self.to_device = self.to_host = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.ops.aten._to_copy.default and kwargs.get("device") not in (None, args[0].device):
+            if kwargs["device"].type == "cpu":
+                self.to_host += 1
+                return torch.zeros(args[0].shape, dtype=args[0].dtype)
+            self.to_device += 1
+            assert kwargs.get("non_blocking")
+        return function(*args, **kwargs)
+
+
+def test_a_step_copies_a_batch_once_and_waits_once(monkeypatch):
+    """On tensors without values; any other question to the device raises. (AdamW is torch's, in one kernel.)"""
+    monkeypatch.setattr("sys.argv", ["test", "--optimizer", "muon"])
+    machine, device = Machine(0, 1, torch.device("meta"), torch.float32), torch.device("meta")
+    with device:
+        model = CausalLM(LMConfig(**PRESETS["tiny"])).train()
+    buffer = GradientBuffer(list(model.parameters()), metrics={})
+    optimizer = build_optimizer(model, parse_flags(""))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    batch = made_up_batch(2, 64, 6400)
+    with Transfers() as transfers:
+        on_device = batch.to(device)
+        loss_sum, count, _ = next_token_loss(model, on_device)
+        loss_sum.backward()
+        buffer.add(loss=loss_sum.detach(), count=count, real_tokens=batch.real_tokens, flops=1e9)
+        assert (transfers.to_device, transfers.to_host) == (1, 0)
+        sums = buffer.all_reduce(machine, 1.0, lambda: None)
+        assert (transfers.to_device, transfers.to_host) == (2, 1)
+        optimizer_step(optimizer, buffer, scaler, sums | {"grad_norm": 2.0}, grad_clip=1.0)
+    assert (transfers.to_device, transfers.to_host) == (2, 1)
+
+
+def test_the_next_batch_is_made_before_the_device_is_waited_for(data, tmp_path, monkeypatch):
+    events, make, reduce = [], PackedDataset.batch, GradientBuffer.all_reduce
+
+    def made(self, rows):
+        events.append(f"batch {self.split}")
+        return make(self, rows)
+
+    def reduced(*args):
+        events.append("wait")
+        return reduce(*args)
+
+    monkeypatch.setattr(PackedDataset, "batch", made)
+    monkeypatch.setattr(GradientBuffer, "all_reduce", reduced)
+    observe(data, tmp_path / "out", "--batch_size", "2", "--max_steps", "3", *ONCE)
+    steps = [event for event in events if event != "batch val"]
+    assert steps == ["batch train", *["batch train", "wait"] * 3]
+
+
+def test_counting_is_bincount():
+    numbers = torch.tensor([0, 3, 3, 1])
+    assert count_each(numbers, 6).equal(numbers.bincount(minlength=6))
+
+
+# ----------------------------------------------------------------------------------------------------------- the scaler
+
+
+def scaler_state(out_dir) -> dict:
+    with safe_open(out_dir / "training_state/state.safetensors", framework="pt") as file:
+        return json.loads(file.metadata()["info"])["scaler"]
+
+
+HALF = ["--dtype", "float16", "--batch_size", "1", "--max_seq_len", "32", "--eval_rows", "1", "--log_interval", "1"]
+
+
+def test_float16_works_in_a_process_without_a_row(tmp_path):
+    document = make_documents("pretrain", 1, seed=3)[0][:30]
+    data = write_data(tmp_path / "data", [document], [document])
+    flags = ["--data", data, "--out_dir", tmp_path / "out", "--preset", "tiny", *HALF, "--max_steps", "2"]
+    arguments = (None, "1-pretrain.py", *flags, "--device", "cpu", "--epochs", "2")
+    results = Processes(tmp_path / "run", run_stage, *arguments, processes=2).wait()
+    assert [result.status for result in results] == [0, 0], results
+    assert saved_progress(tmp_path / "out")["step"] == 2
+
+
+def test_an_overflow_halves_the_scale_and_is_not_taken_for_broken_data(data, tmp_path, capsys, monkeypatch):
+    """Twelve in a row do not end the run, which ends after ten steps of broken data; and the scale is resumed."""
+    step, calls = GradientBuffer.all_reduce, []
+
+    def overflowing(self, *args):
+        calls.append(1)
+        if len(calls) <= 12:
+            self.gradients[0] = math.inf
+        return step(self, *args)
+
+    monkeypatch.setattr(GradientBuffer, "all_reduce", overflowing)
+    flags = [*HALF, "--epochs", "9", "--save_interval", "1000", "--eval_interval", "1000"]
+    observe(data, tmp_path / "out", *flags, "--max_steps", "13")
+    assert scaler_state(tmp_path / "out")["scale"] == 65536 / 2**12
+    said = capsys.readouterr().out
+    assert said.count("float16 overflowed") == 12
+    assert "skipped" not in said
+    observe(data, tmp_path / "out", *flags, "--max_steps", "14", "--resume")
+    state = scaler_state(tmp_path / "out")
+    assert (state["scale"], state["_growth_tracker"]) == (16.0, 2)
+
+
+# ----------------------------------------------------------------------------------------------------------- the device
+
+
+def test_a_torch_for_cards_that_finds_none_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert choose_device("auto").type == "cpu"
+    assert "no card found" in capsys.readouterr().err
+    choose_device("cpu")
+    assert not capsys.readouterr().err
+    with pytest.raises(UserError, match="--device cuda"):
+        choose_device("cuda")
+
+
+def test_the_first_lines_say_how_it_attends(data, tmp_path, capsys):
+    observe(data, tmp_path / "out", "--batch_size", "2", "--max_steps", "1", *ONCE)
+    assert "attention by hand" in capsys.readouterr().out
+
+
+def test_sums_of_the_host_and_of_the_device_add_up():
+    buffer = GradientBuffer([torch.nn.Parameter(torch.zeros(2))], {"load": (2,)})
+    buffer.gradients[:] = torch.tensor([3.0, 4.0])
+    buffer.add(loss=torch.tensor(2.0), count=3, load=torch.tensor([1, 2]))
+    buffer.add(loss=1.5, count=2, load=torch.tensor([1, 2]))
+    sums = buffer.all_reduce(Machine(0, 1, torch.device("cpu"), torch.float32), 10.0, lambda: None)
+    assert (sums["loss"], sums["count"], sums["grad_norm"]) == (3.5, 5, 10.0)
+    assert np.array_equal(sums["load"], [2, 4])
+    assert buffer.gradients.tolist() == [6, 8]
+
+
+def test_random_numbers_are_taken_up_again_also_from_a_run_on_a_card():
+    machine = Machine(0, 1, torch.device("cpu"), torch.float32)
+    state = machine.random_state()
+    drawn = torch.rand(3)
+    machine.set_random_state(torch.cat((state, torch.zeros(16, dtype=torch.uint8))))  # the card's stands behind
+    assert torch.rand(3).equal(drawn)
+
+
+def test_what_a_stage_adds_to_a_batch_goes_to_the_device_too():
+    batch = made_up_batch(2, 64, 6400)
+    tensors = (batch.input_ids, batch.labels, batch.position_ids, batch.document_index)
+    own = torch.ones(2, 64), torch.zeros(2, 64)
+    rollouts = RolloutBatch(*tensors, [0], "train", 128, 0, *own)
+    assert rollouts.scored == 128
+    moved = rollouts.to(torch.device("meta"))
+    assert {value.device.type for value in vars(moved).values() if isinstance(value, torch.Tensor)} == {"meta"}
+    assert moved.advantages.dtype == torch.float32
