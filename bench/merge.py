@@ -3,15 +3,15 @@
     python -m bench.merge corpus.jsonl [--skip_rules near_duplicate]
 
 It takes the steps of `data_process.py pretrain` that one process takes for all: read and send each batch, receive the
-results, find duplicates, write. The workers' share is done before, and is not counted. In CPU seconds of
-this process, and MB of the input.
+results, find duplicates, write. The workers' share is done before, and is not counted. In CPU seconds of this process,
+and MB of the input.
 """
 
 import argparse
 import os
-import pickle
 import tempfile
 import time
+from multiprocessing.reduction import ForkingPickler  # what a pool sends its batches by
 from pathlib import Path
 
 import data_process
@@ -32,9 +32,9 @@ def main():
     settings = data_process.parse_arguments([args.command, args.file, *flags])
 
     start = time.process_time()
-    sent = [pickle.dumps(batch) for batch in read_batches(find_files([args.file]), "text")]
+    sent = [ForkingPickler.dumps(batch) for batch in read_batches(find_files([args.file]), "text")]
     times = {"read and send": time.process_time() - start}
-    results = [pickle.dumps(work(settings, pickle.loads(batch))) for batch in sent]  # noqa: S301  our own bytes
+    results = [ForkingPickler.dumps(work(settings, ForkingPickler.loads(batch))) for batch in sent]
 
     kind, report = KINDS[args.command], Report(settings)
     with tempfile.TemporaryDirectory() as folder:
@@ -42,7 +42,7 @@ def main():
         with writing_prepared(output, args.command, Path(settings.tokenizer), kind.masked, len(kind.titles)) as writer:
             start = time.process_time()
             for result in results:
-                for document in report.without_duplicates(pickle.loads(result)):  # noqa: S301
+                for document in report.without_duplicates(ForkingPickler.loads(result)):
                     writer.add("train", document.parts, document.size)
             times["receive, compare, write"] = time.process_time() - start
 
