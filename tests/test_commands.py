@@ -14,14 +14,23 @@ from pathlib import Path
 import pytest
 from helpers import PAGES, ROOT, TIMEOUT, inline_code, make_text
 
+from corpus.fetch import read_catalogue
+
 # What follows these words, up to the next flag, are files of the reader's; write_inputs makes one to put there.
-INPUTS = dict.fromkeys(["clean", "tokenizer", "pretrain", "--val", "--perplexity"], "texts.jsonl")
-INPUTS |= {"sft": "chats.jsonl", "dpo": "pairs.jsonl", "--batch": "prompts.jsonl", "--choice": "questions.csv"}
+INPUTS = dict.fromkeys(["clean", "tokenizer", "pretrain", "look", "--val", "--perplexity"], "texts.jsonl")
+INPUTS |= {
+    "sft": "chats.jsonl",
+    "dpo": "pairs.jsonl",
+    "rl": "tasks.jsonl",
+    "--batch": "prompts.jsonl",
+    "--choice": "exam",
+}
 # Flags that make a command short; it gets those that its --help knows.
 LIMITS = dict(max_steps=2, steps=1, minutes=0.02, peer_minutes=0.02, max_new_tokens=4, eval_rows=4)
 LIMITS |= dict(batch_size=2, max_seq_len=128, vocab_size=400, workers=1, models="96x4", lengths=256, corpora=10)
 LIMITS |= dict(device="cpu", new_tokens=4, rounds=1, batch_sizes=2, only="AdamW")
 INSTALLERS = {"pip", "venv", "quickstart.py"}  # are not run: what they name must be there
+RECIPES = sorted((ROOT / "docs").glob("architecture*.md"))  # tests/test_architecture.py runs what stands there
 # What the others may need, since a page may begin in the middle.
 FIRST = """\
 python data_process.py pretrain F
@@ -29,10 +38,13 @@ python data_process.py pretrain F --output dataset/zh
 python data_process.py sft F
 python data_process.py sft F --output dataset/lora
 python data_process.py dpo F
+python data_process.py rl F
+python data_process.py pretrain F --output dataset/en
 python 1-pretrain.py
 python 2-sft.py
 python 3-lora.py
-python 4-dpo.py"""
+python 4-dpo.py
+python 5-grpo.py"""
 
 
 def commands_of(page: str) -> list[str]:
@@ -90,15 +102,22 @@ def write_inputs(folder: Path):
     pairs = [{"prompt": text[:30], "chosen": text[:60], "rejected": text[-40:]} for text in texts]
     chats = [{"instruction": pair["prompt"], "output": pair["chosen"]} for pair in pairs]
     prompts = [{"prompt": "你好"}, {"messages": [{"role": "user", "content": "Hello"}]}]
-    files = dict(texts=[{"text": text} for text in texts], chats=chats, pairs=pairs, prompts=prompts)
+    tasks = [{"prompt": text[:30], "answer": str(number)} for number, text in enumerate(texts)]
+    files = dict(texts=[{"text": text} for text in texts], chats=chats, pairs=pairs, prompts=prompts, tasks=tasks)
     for name, records in files.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    (folder / "questions.csv").write_text("question,a,b,c,d,answer\n1 + 1 = ?,2,3,4,5,A\n")
+    for part in ("dev", "val"):  # an exam as C-Eval comes
+        (folder / "exam" / part).mkdir(parents=True)
+        rows = "".join(f"{number} + 1 = ?,{number + 1},0,3,4,A\n" for number in range(3, 8))
+        (folder / "exam" / part / f"sums_{part}.csv").write_text(f"question,A,B,C,D,answer\n{rows}")
 
 
-COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands_of(page.read_text("utf-8"))))
+PAGES_TO_RUN = [page for page in PAGES if page not in RECIPES]
+COMMANDS = list(dict.fromkeys(command for page in PAGES_TO_RUN for command in commands_of(page.read_text("utf-8"))))
 TO_INSTALL = [command for command in COMMANDS if INSTALLERS & set(shlex.split(command, comments=True))]
-TO_RUN = list({str(parse(command)): command for command in COMMANDS if command not in TO_INSTALL}.values())
+TO_FETCH = [command for command in COMMANDS if "data_process.py fetch" in command]  # needs a hub
+NOT_RUN = {*TO_INSTALL, *TO_FETCH}
+TO_RUN = list({str(parse(command)): command for command in COMMANDS if command not in NOT_RUN}.values())
 NEEDS_EXTRA = re.compile(r"export\.py .*--to (gguf|ollama)")  # packages of requirements-export.txt
 
 
@@ -125,7 +144,7 @@ def test_command_runs(command, project, tmp_path):
 
 
 @pytest.mark.extra
-@pytest.mark.parametrize("command", filter(NEEDS_EXTRA.search, TO_RUN))
+@pytest.mark.parametrize("command", [command for command in TO_RUN if NEEDS_EXTRA.search(command)])
 def test_command_of_extra_packages_runs(command, project, tmp_path):
     test_command_runs(command, project, tmp_path)
 
@@ -136,6 +155,12 @@ def test_what_an_installing_command_names_is_there(command):
     assert [name for name in files if not (ROOT / name).exists()] == []
     if "quickstart.py" in files:
         assert set(re.findall(r"--(\w+)", command)) <= flags_of("quickstart.py")
+
+
+@pytest.mark.parametrize("command", TO_FETCH)
+def test_what_a_command_fetches_is_in_the_catalogue(command):
+    assert parse(command)[2][1] in read_catalogue()
+    assert set(re.findall(r"--(\w+)", command)) <= flags_of("data_process.py", "fetch")
 
 
 def test_commands_are_found_and_understood():
