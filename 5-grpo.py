@@ -113,12 +113,14 @@ def main():
         run.log.add(0.0, {"step": 0, "tokens": 0, **writer.validate(val_set, args.eval_rows)})
     order = train_set.order(args.seed, progress.epoch)
     with StopRequest() as stop:
-        while run.share_done() < 1 and not stop.made:
+        while run.share_done() < 1:
             run.begin_step()
 
             # Write answers to the next questions, and see which are better than their group.
             start = time.perf_counter()
             questions = order[progress.row : progress.row + args.questions]
+            if stop.made:  # the other processes hear of it when the gradients are added up
+                questions = questions[:0]
             groups = writer.write(train_set, questions, args.generations, f"{args.seed}/{progress.step}")
             for group in groups:
                 rewards = torch.tensor([[one.reward for one in group]])
@@ -132,11 +134,11 @@ def main():
             count = {"dapo": tokens, "dr_grpo": len(answers) * args.max_new_tokens, "grpo": len(answers)}[args.loss]
             unequal = [one for one in answers if one.advantage]
             step_sums = Counter()
-            for _ in range(args.updates):
+            for update in range(args.updates):
                 run.buffer.add(count=count)
                 for batch in rollouts.learning_batches(unequal, args.max_seq_len, args.batch_size):
                     run.accumulate(grpo_loss, batch)
-                sums = run.all_reduce(stop.made)
+                sums = run.all_reduce(stop.made and update == 0)  # once the weights have moved, the step is finished
                 if sums["stop"]:
                     break
                 grad_norm = run.update(sums) if sums["scored"] else run.skip_update()

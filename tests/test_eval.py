@@ -237,6 +237,8 @@ def test_the_newest_stage_is_taken_when_none_is_named(base, tmp_path, run_here, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     assert "sft" in run_here("eval.py").out.splitlines()[0]
+    shutil.copytree(base, tmp_path / "out" / "grpo")
+    assert "grpo" in run_here("eval.py").out.splitlines()[0]
 
 
 # --------------------------------------------------------------------------------------------------------- conversation

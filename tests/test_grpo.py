@@ -32,6 +32,7 @@ from model.checkpoint import save_model
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
 from training import rollouts
+from training.loop import Run
 from training.packing import IGNORE
 
 GRPO = runpy.run_path(str(ROOT / "5-grpo.py"))
@@ -236,6 +237,42 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tasks, base_dir, st
     assert result.status == 0, result.err
     assert_same_tensors(tmp_path / "whole", tmp_path / "cut")
     assert steps_of(tmp_path / "cut") == steps_of(tmp_path / "whole")
+
+
+def asked_to_stop(place: tuple[type, str], call: int, rank: int = 0):
+    """Has this process asked to stop after so many calls of a method."""
+    owner, name = place
+    method, calls = getattr(owner, name), itertools.count(1)
+
+    def asking(self, *arguments):
+        result = method(self, *arguments)
+        if int(os.environ["RANK"]) == rank and next(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    setattr(owner, name, asking)
+
+
+def test_a_step_whose_weights_have_moved_is_finished_before_it_stops(tasks, base_dir, start, tmp_path):
+    more = ["--updates", 2, "--max_steps", 3]
+    whole = start("5-grpo.py", *flags(tasks, base_dir, tmp_path / "whole", "parity", *more))
+    between = partial(asked_to_stop, (Run, "update"), 3)  # between the two updates of step 2
+    cut = start("5-grpo.py", *flags(tasks, base_dir, tmp_path / "cut", "parity", *more), patch=between)
+    assert whole.wait()[0].status == 0
+    assert cut.wait()[0].status == 128 + signal.SIGTERM
+    assert saved_progress(tmp_path / "cut")["step"] == 2
+    (result,) = start("5-grpo.py", *flags(tasks, base_dir, tmp_path / "cut", "parity", *more, "--resume")).wait()
+    assert result.status == 0, result.err
+    assert_same_tensors(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_processes_that_hear_of_a_stop_in_unlike_steps_stop_together(tasks, base_dir, start, tmp_path):
+    more = ["--save_interval", 1, "--max_steps", 4]
+    after_saving = partial(asked_to_stop, (Run, "save"), 1)  # one stands between two steps, the other has gone on
+    run = flags(tasks, base_dir, tmp_path / "out", "parity", *more)
+    results = start("5-grpo.py", *run, patch=after_saving, processes=2).wait()
+    assert [result.status for result in results] == [128 + signal.SIGTERM] * 2, results
+    assert saved_progress(tmp_path / "out")["step"] == 1
 
 
 def test_an_adapter_and_a_reference(tasks, base_dir, run_here, tmp_path):
