@@ -12,8 +12,7 @@ reference never changes, so its log-probabilities are computed once and kept in 
 """
 
 import argparse
-import hashlib
-import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,26 +21,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from base.cli import above_zero, fraction, not_negative, run
-from base.files import write_file
-from model.checkpoint import load_model, weights_fingerprint
+from model.checkpoint import load_model
 from model.lora import apply_lora
 from model.model import CausalLM
 from training.balance import expert_balance
 from training.flags import LORA_FLAGS, parse_flags
 from training.loop import train
-from training.loss import token_losses
+from training.loss import token_log_probs
 from training.machine import Machine, start_machine
 from training.packing import Batch, PackedDataset, open_data, send
+from training.reference import computed_once
 
 METRICS = ("accuracy", "reward_margin", "reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected")
 
 
 def answer_log_probs(model: CausalLM, batch: Batch, routing: list | None = None) -> tuple[Tensor, Tensor]:
     """ln p(answer | prompt) of every chat and the answer's number of tokens, (C,) each; chosen and rejected in turn."""
-    hidden = model.model(batch.input_ids, batch.position_ids, batch.documents_on_card, routing=routing)  # (B, T, H)
     scored = batch.scored_places()  # (M,): of the answers' tokens
-    labels = batch.labels.flatten()[scored]
-    log_probs = -token_losses(hidden.flatten(0, 1)[scored], model.lm_head.weight, labels)  # (M,)
+    log_probs = token_log_probs(model, batch, scored, routing)  # (M,)
     chat = batch.document_index.flatten()[scored]  # (M,)
     sums = log_probs.new_zeros(2, len(batch.documents))
     return sums[0].index_add(0, chat, log_probs), sums[1].index_add(0, chat, torch.ones_like(log_probs))
@@ -63,23 +60,14 @@ def preference_loss(chosen: Tensor, rejected: Tensor, beta: float, kind: str, la
 
 @torch.no_grad()
 def reference_log_probs(model: CausalLM, data: PackedDataset, machine: Machine, args: argparse.Namespace) -> Tensor:
-    """ln p_ref of every answer of the split, (documents,); read from a file if an earlier run has left it there."""
-    key = [weights_fingerprint(args.init_from), data.prepared.fingerprint, args.max_seq_len, str(machine.dtype)]
-    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    path = args.out_dir.parent / "dpo-reference" / f"{data.split}-{name}.bin"
-    documents = len(data.prepared.offsets) - 1
-    if path.exists() and path.stat().st_size == 4 * documents:
-        return torch.from_numpy(np.fromfile(path, np.float32))
-    log_probs = torch.zeros(documents, device=machine.device)
+    """ln p_ref of every answer of the split, (documents,)."""
+    log_probs = torch.zeros(len(data.prepared.offsets) - 1, device=machine.device)
     rows = np.arange(len(data))
     for start in range(machine.rank * args.batch_size, len(rows), machine.world_size * args.batch_size):
         batch = data.batch(rows[start : start + args.batch_size]).to(machine.device)
         with machine.autocast():
             log_probs[batch.documents], _ = answer_log_probs(model, batch)
-    machine.sum(log_probs)
-    if machine.rank == 0:
-        write_file(path, lambda temporary: temporary.write_bytes(log_probs.cpu().numpy().tobytes()))
-    return log_probs.cpu()
+    return machine.sum(log_probs).cpu()
 
 
 def main():
@@ -112,7 +100,10 @@ def main():
     model = load_model(args.init_from, machine.device)
     references = {}  # by split: ln p_ref of all its documents, those of the first source, then those of the second, …
     for data in (train_set, val_set):
-        parts = [reference_log_probs(model, source, machine, args) for source in data.sources.values()]
+        parts = [
+            computed_once(args, machine, source, partial(reference_log_probs, model, source, machine, args))
+            for source in data.sources.values()
+        ]
         references[data.split] = torch.cat(parts)
     if args.lora_rank:
         apply_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)

@@ -15,6 +15,7 @@ above than below (DAPO, 2503.14476), and no reference holds the model back (--be
 import math
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from training import rollouts
 from training.balance import count_each
 from training.flags import LORA_FLAGS, parse_flags
 from training.loop import Run, StopRequest
-from training.loss import token_losses
+from training.loss import token_log_probs
 from training.machine import start_machine
 
 
@@ -46,13 +47,6 @@ def policy_loss(log_probs: Tensor, old: Tensor, advantages: Tensor, clip_low: fl
     rho = (log_probs - old).exp()
     clipped = rho.clamp(1 - clip_low, 1 + clip_high)
     return -torch.min(rho * advantages, clipped * advantages)
-
-
-def token_log_probs(model: CausalLM, batch: rollouts.RolloutBatch) -> Tensor:
-    """ln p of every token that the model chose, (M,)."""
-    scored = batch.scored_places()  # (M,)
-    hidden = model.model(batch.input_ids, batch.position_ids, batch.documents_on_card)  # (B, T, H)
-    return -token_losses(hidden.flatten(0, 1)[scored], model.lm_head.weight, batch.labels.flatten()[scored])
 
 
 GRPO_FLAGS = {
@@ -90,17 +84,17 @@ def main():
         apply_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
     run = Run(args, machine, model, train_set, rollouts.METRICS)
     writer = rollouts.RolloutWriter(model, args, machine)
-    progress, window = run.progress, Counter()
+    progress = run.progress
 
     def grpo_loss(model: CausalLM, batch: rollouts.RolloutBatch) -> tuple[Tensor, float, dict[str, Tensor]]:
-        scored = batch.scored_places()  # (M,)
+        scored = batch.scored_places()  # (M,): of the tokens that the model chose
         old = batch.old_log_probs.flatten()[scored]
-        log_probs = token_log_probs(model, batch)
+        log_probs = token_log_probs(model, batch, scored)
         advantages = batch.advantages.flatten()[scored]
         losses = policy_loss(log_probs, old, advantages, args.clip_low, args.clip_high)
         if reference is not None:  # k3, an estimate of the distance that is never negative: 2402.03300, eq. 4
             with torch.no_grad():
-                reference_log_probs = token_log_probs(reference, batch)
+                reference_log_probs = token_log_probs(reference, batch, scored)
             difference = reference_log_probs - log_probs
             losses = losses + args.beta * (difference.exp() - difference - 1)
         if args.loss == "grpo":  # the mean of each answer
@@ -109,8 +103,9 @@ def main():
         gap = (log_probs.detach() - old).abs().sum()  # between the one who wrote and the one who learns
         return losses.sum(), 0.0, {"gap": gap, "scored": batch.scored, "places": batch.labels.numel()}
 
+    validate = partial(writer.validate, val_set)
     if progress.step == 0:
-        run.log.add(0.0, {"step": 0, "tokens": 0, **writer.validate(val_set, args.eval_rows)})
+        run.log.add(0.0, {"step": 0, "tokens": 0, **validate(args.eval_rows)})
     order = train_set.order(args.seed, progress.epoch)
     with StopRequest() as stop:
         while run.share_done() < 1:
@@ -154,19 +149,8 @@ def main():
                 continue
 
             # Log, validate, save.
-            window.update(step_sums, steps=machine.world_size)
-            run.meter.end_step(step_sums, step_sums["places"])
-            done = run.share_done()
-            evaluates = done >= 1 or progress.step % args.eval_interval == 0
-            if evaluates or progress.step % args.log_interval == 0:
-                record = run.record(grad_norm, metrics=()) | rollouts.describe_rollouts(window)
-                window.clear()
-                if evaluates:
-                    record |= writer.validate(val_set, args.eval_rows if done < 1 else len(val_set))
-                run.log.add(done, record)
+            if run.end_step(step_sums, step_sums["places"], grad_norm, validate, rollouts.describe_rollouts):
                 writer.write_samples(run.log.directory, progress.step, groups, train_set)
-            if progress.step % args.save_interval == 0:
-                run.save()
     run.finish(stop)
 
 

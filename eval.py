@@ -30,7 +30,6 @@ from base.cli import HelpFormatter, UserError, above_zero, fraction, natural, no
 from base.files import finish_replacing
 from corpus.records import BadRecord, each_record, prompt_of, text_of
 from engine.decoding import lay_out_for_decoding
-from engine.exams import accuracy, answer_exam, read_exam, wilson_interval
 from engine.generation import Engine
 from engine.session import ReplyStream, Session, read_tokens
 from engine.tools import load_tools
@@ -192,6 +191,8 @@ def validation(model: CausalLM, directory: Path, folders: list[str], max_seq_len
 
 def choice(model: CausalLM, tokenizer: Tokenizer, args: argparse.Namespace) -> dict:
     """Accuracy on four-choice questions, with Wilson's interval of 95 %; of an exam also by subject and category."""
+    from engine.exams import accuracy, answer_exam, read_exam, wilson_interval  # pandas: a chat need not wait for it
+
     questions, examples = read_exam(args.choice)
     results = answer_exam(model, tokenizer, questions, examples, args.shots, args.choice_by, args.batch_size)
     right, n = float(results["right"].mean()), len(results)

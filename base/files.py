@@ -1,12 +1,14 @@
-"""Files that are written whole or not at all, JSON, and SHA-256."""
+"""Files that are written whole or not at all, JSON, a user's Python file, and SHA-256."""
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 from base.cli import UserError
 
@@ -96,6 +98,19 @@ def finish_replacing(directory: Path):
 
 def _new(directory: Path) -> Path:
     return directory.with_name(f".{directory.name}.new")
+
+
+def load_module(path: Path, name: str) -> ModuleType:
+    """A Python file of the user's as a module of this name. UserError where it is missing, or fails."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever it raises
+        raise UserError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from None
+    return module
 
 
 def sha256(path: Path) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from base.cli import HelpFormatter, UserError, positive, run
-from bench.train_speed import made_up_batch
+from bench.train_speed import made_up_batch, training_step
 from engine.generation import generate
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
@@ -28,7 +28,6 @@ from model.operators import card_capability
 from training.cost import ROOM, fits_by_estimate, fits_card, largest_divisor, memory_estimate, step_flops
 from training.loss import next_token_loss
 from training.machine import Machine, auto_dtype, choose_device, keep_freed_memory, matmul_rate
-from training.optimizer import GradientBuffer, build_optimizer, optimizer_step
 from training.packing import Batch
 
 # How far gradients may be from those of a CPU in float32, in units of their length. TF32 has 10 bits, as float16.
@@ -61,24 +60,6 @@ def check(device: torch.device, formats: list[torch.dtype]) -> Iterator[str]:
                 verdict = "right" if error < LIMITS[dtype] and abs(loss - expected_loss) < 0.05 else "WRONG"
                 what = f"{preset}, {str(dtype).removeprefix('torch.')}{', checkpoints' if checkpoints else ''}"
                 yield f"  {what:36}loss off by {abs(loss - expected_loss):.5f}, gradients by {error:.1e}   {verdict}"
-
-
-def training_step(model: CausalLM, machine: Machine, args: argparse.Namespace, batch: Batch) -> Callable[[], None]:
-    """A function that does what training/loop.py does in a step."""
-    optimizer, scaler = build_optimizer(model, args), machine.scaler()
-    buffer = GradientBuffer(list(model.parameters()), metrics={})
-    size = args.batch_size * args.max_seq_len
-
-    def step():
-        on_device = batch.to(machine.device)
-        with machine.autocast():
-            loss_sum, tokens, _ = next_token_loss(model, on_device)
-        scaler.scale(loss_sum / size).backward()
-        buffer.add(loss=loss_sum.detach(), count=tokens)
-        sums = buffer.all_reduce(machine, size, lambda: scaler.unscale_(optimizer))
-        optimizer_step(optimizer, buffer, scaler, sums, grad_clip=1.0)
-
-    return step
 
 
 def count_waits(step: Callable[[], None], device: torch.device) -> str:
@@ -189,7 +170,8 @@ def main():
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no card that torch can use, and nothing to measure; --device cpu tries the program")
     args.preset = args.preset or (list(PRESETS) if args.device == "cuda" else ["tiny"])
-    args.learning_rate, args.embedding_factor, args.weight_decay, args.grad_checkpointing = 1e-4, 1.0, 0.1, False
+    args.learning_rate, args.embedding_factor, args.weight_decay = 1e-4, 1.0, 0.1
+    args.grad_checkpointing, args.grad_clip = False, 1.0
     lines = []
     for line in report(args):
         print(line, flush=True)

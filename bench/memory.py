@@ -18,13 +18,12 @@ import torch
 
 from base.cli import HelpFormatter, positive, run
 from bench.contest import cpu_machine
-from bench.train_speed import made_up_batch
+from bench.train_speed import made_up_batch, training_step
 from model.LMConfig import CARD_PRESETS, PRESETS, LMConfig
 from model.model import CausalLM
 from training.balance import expert_balance
 from training.cost import memory_estimate
 from training.loss import next_token_loss, plain_cross_entropy_sum
-from training.optimizer import GradientBuffer, build_optimizer, optimizer_step
 from training.packing import IGNORE
 
 
@@ -47,17 +46,10 @@ def train(config: LMConfig, args: argparse.Namespace) -> CausalLM:
     torch.manual_seed(0)
     model = CausalLM(config)
     model.model.gradient_checkpointing = args.grad_checkpointing
-    optimizer = build_optimizer(model, args)
-    buffer = GradientBuffer(list(model.parameters()), metrics={})
-    machine = cpu_machine()
-    scaler = machine.scaler()
     batch = made_up_batch(args.batch_size, args.max_seq_len, config.vocab_size)
+    step = training_step(model, cpu_machine(), args, batch, plain_loss if args.plain_loss else next_token_loss)
     for _ in range(args.steps):
-        loss_sum, tokens, _ = (plain_loss if args.plain_loss else next_token_loss)(model, batch)
-        loss_sum.backward()
-        buffer.add(count=tokens)
-        sums = buffer.all_reduce(machine, 1.0, lambda: scaler.unscale_(optimizer))
-        optimizer_step(optimizer, buffer, scaler, sums, args.grad_clip)
+        step()
     return model
 
 

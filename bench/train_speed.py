@@ -27,8 +27,9 @@ from bench.contest import Contest, ratio
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
 from training.cost import step_flops
-from training.loss import next_token_loss
-from training.machine import keep_freed_memory
+from training.loss import LossFunction, next_token_loss
+from training.machine import Machine, keep_freed_memory
+from training.optimizer import GradientBuffer, build_optimizer, optimizer_step
 from training.packing import IGNORE, Batch, PackedDataset, pack
 
 
@@ -48,6 +49,26 @@ def made_up_batch(rows: int, max_seq_len: int, vocab_size: int) -> Batch:
     input_ids = torch.from_numpy(generator.integers(0, vocab_size, (rows, max_seq_len)))
     positions = torch.from_numpy(position_ids)
     return Batch(input_ids, input_ids.roll(-1, 1), positions, torch.zeros_like(positions), [], "train", real, pairs)
+
+
+def training_step(
+    model: CausalLM, machine: Machine, args: argparse.Namespace, batch: Batch, loss_fn: LossFunction = next_token_loss
+) -> Callable[[], None]:
+    """A function that does what training/loop.py does in a step, with the optimizer that args name."""
+    optimizer, scaler = build_optimizer(model, args), machine.scaler()
+    buffer = GradientBuffer(list(model.parameters()), metrics={})
+    size = args.batch_size * args.max_seq_len
+
+    def step():
+        on_device = batch.to(machine.device)
+        with machine.autocast():
+            loss_sum, tokens, _ = loss_fn(model, on_device)
+        scaler.scale(loss_sum / size).backward()
+        buffer.add(loss=loss_sum.detach(), count=tokens)
+        sums = buffer.all_reduce(machine, size, lambda: scaler.unscale_(optimizer))
+        optimizer_step(optimizer, buffer, scaler, sums, args.grad_clip)
+
+    return step
 
 
 def jiezi(config: LMConfig, batch: Batch, compiled: bool = False) -> Callable[[], None]:

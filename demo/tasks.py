@@ -2,7 +2,7 @@
 
 Of every kind of question a tenth of the operands is kept for the tests: the hash of a question's operands, in any
 order, decides. The chats answer one half at once and the other with a trace, or with a call of the calculator; which of
-the two is the better way they do not say: that is left for the rewards to find out. Standard library only.
+the two is the better way they do not say: that is left for the rewards to find out.
 """
 
 import hashlib
@@ -12,24 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from engine.tools import calculator
+
 SIZES = {"chats": 20_000, "questions": 10_000, "tests": 500}
-CALCULATOR = {  # as engine.tools describes it to a model
-    "type": "function",
-    "function": {
-        "name": "calculator",
-        "description": "Computes an expression exactly.",
-        "parameters": {
-            "type": "object",
-            "properties": {
-                "expression": {
-                    "type": "string",
-                    "description": "numbers, + - * / and parentheses, such as (12 + 3) * 4",
-                }
-            },
-            "required": ["expression"],
-        },
-    },
-}
+CALCULATOR = calculator().schema
 
 
 class Puzzle(NamedTuple):

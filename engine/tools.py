@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from base.cli import UserError
+from base.files import load_module
 
 MAX_CHARACTERS, MAX_DIGITS, MAX_DEPTH = 64, 12, 16  # of an expression: `9**9**9` and its like end here
 MAX_CALLS = 4  # in one answer
@@ -167,18 +168,9 @@ def load_tools(names: list[str]) -> dict[str, Tool]:
 
 def _functions_of(path: Path) -> dict[str, Tool]:
     """A tool for each function that the file defines; its type hints and docstring (with `Args:`) become the schema."""
-    import importlib.util
-
     from transformers.utils import get_json_schema  # takes long to import
 
-    if not path.exists():
-        raise UserError(f"{path}: no such file")
-    spec = importlib.util.spec_from_file_location("tools", path)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's file raises
-        raise UserError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from None
+    module = load_module(path, "tools")
     tools = {}
     for name, function in inspect.getmembers(module, inspect.isfunction):
         if name.startswith("_") or function.__module__ != "tools":

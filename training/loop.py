@@ -4,7 +4,8 @@ import argparse
 import math
 import signal
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 from torch import Tensor
@@ -86,16 +87,7 @@ def train(
                 continue
 
             # Log, validate, save.
-            run.meter.end_step(sums, n_rows * args.max_seq_len)
-            done = run.share_done()
-            evaluates = done >= 1 or progress.step % args.eval_interval == 0
-            if evaluates or progress.step % args.log_interval == 0:
-                record = run.record(grad_norm)
-                if evaluates:
-                    record |= validate(args.eval_rows if done < 1 else None)
-                run.log.add(done, record)
-            if progress.step % args.save_interval == 0:
-                run.save()
+            run.end_step(sums, n_rows * args.max_seq_len, grad_norm, validate)
     run.finish(stop)
 
 
@@ -214,11 +206,34 @@ class Run:
                 f"samples named above with: python data_process.py show {next(iter(samples), 'DIR')} --index N"
             )
 
-    def record(self, grad_norm: float, metrics: Sequence[str] | None = None) -> dict:
-        """A line of the log, with the means of these metrics over the loss's terms; without names, of all."""
-        rate = self.optimizer.param_groups[0]["lr"]
-        shown = self.buffer.metrics if metrics is None else metrics
-        return self.meter.record(self.progress, self.share_done(), rate, grad_norm, shown)
+    def end_step(
+        self,
+        sums: dict,
+        row_tokens: int,
+        grad_norm: float,
+        validate: Callable[[int | None], dict],
+        describe: Callable[[Counter], dict] | None = None,
+    ) -> bool:
+        """Logs, validates and saves, each at its intervals and at the end; returns whether it logged.
+
+        sums: all_reduce's; row_tokens: places of its rows. validate(rows): figures over so many rows, or all (None).
+        describe(sums since the last line): what the line says beside the loss; without it, the means of all metrics.
+        """
+        args, step, done = self.args, self.progress.step, self.share_done()
+        self.meter.end_step(sums, row_tokens)
+        evaluates = done >= 1 or step % args.eval_interval == 0
+        logs = evaluates or step % args.log_interval == 0
+        if logs:
+            described = describe(self.meter.window) if describe else {}
+            metrics = [] if describe else self.buffer.metrics
+            rate = self.optimizer.param_groups[0]["lr"]
+            record = self.meter.record(self.progress, done, rate, grad_norm, metrics) | described
+            if evaluates:
+                record |= validate(args.eval_rows if done < 1 else None)
+            self.log.add(done, record)
+        if step % args.save_interval == 0:
+            self.save()
+        return logs
 
     def save(self):
         self.checkpointer.save(self.progress, self.log)

@@ -67,6 +67,12 @@ def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return TokenLosses.apply(hidden, weight, labels, dtype)
 
 
+def token_log_probs(model: CausalLM, batch: Batch, places: Tensor, routing: list | None = None) -> Tensor:
+    """ln p of the tokens that stand at `places` (M,) of the labels, as scored_places() counts, (M,)."""
+    hidden = model.model(batch.input_ids, batch.position_ids, batch.documents_on_card, routing=routing)  # (B, T, H)
+    return -token_losses(hidden.flatten(0, 1)[places], model.lm_head.weight, batch.labels.flatten()[places])
+
+
 class TokenLosses(torch.autograd.Function):
     """apply(hidden, weight, labels, dtype) = token_losses, with products in `dtype` and the rest in float32 at least.
 
@@ -158,10 +164,7 @@ def sum_up(
     sums = Counter()
     for metrics in found:
         sums.update({name: float(value) for name, value in metrics.items()})
-    total = Counter()
-    for part in machine.gather(sums):
-        total.update(part)
-    return total
+    return machine.add_up(sums)
 
 
 def means(sums: Counter, group: int) -> dict[str, float]:

@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +65,13 @@ class Machine:
         if self.world_size > 1:
             dist.all_gather_object(values, value)
         return values
+
+    def add_up(self, counts: Counter) -> Counter:
+        """The counts of all processes, by name."""
+        total = Counter()
+        for part in self.gather(counts):
+            total.update(part)
+        return total
 
 
 NO_CARD = "computing on the CPU, many times slower; look at `nvidia-smi` and the driver's version, or give --device cpu"

@@ -4,6 +4,7 @@ import argparse
 import functools
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +16,15 @@ from corpus.prepared import Prepared
 from model.operators import DocumentOffsets
 
 IGNORE = -100  # the label of a token that is not scored
+
+
+class Piece(NamedTuple):
+    """A document, or the part of one that stands in a row."""
+
+    document: int
+    input_ids: np.ndarray  # (n,)
+    labels: np.ndarray  # (n,)
+    more: tuple[np.ndarray, ...] = ()  # what else a subclass of Batch has of each token, (n,) each
 
 
 @dataclass
@@ -33,6 +43,36 @@ class Batch:
     scored: int | None = field(default=None, kw_only=True)
     # A mask for Decoder.forward; None on a CPU, which needs none.
     documents_on_card: DocumentOffsets | None = field(default=None, kw_only=True)
+
+    MORE: ClassVar[int] = 0  # how many tensors a subclass has of each token, (B, T) float32, after these fields
+
+    @classmethod
+    def of(cls, rows: list[list[Piece]], max_seq_len: int, split: str) -> "Batch":
+        """The pieces of each row, laid end to end."""
+        shape = (len(rows), max_seq_len)
+        input_ids, position_ids = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        labels, document_index = np.full(shape, IGNORE, np.int64), np.full(shape, -1, np.int64)
+        more = np.zeros((cls.MORE, *shape), np.float32)
+        documents = []
+        real_tokens = attention_pairs = 0
+        for b, pieces in enumerate(rows):
+            at = 0  # the place in the row
+            for piece in pieces:
+                n = len(piece.input_ids)
+                here = slice(at, at + n)
+                input_ids[b, here] = piece.input_ids
+                labels[b, here] = piece.labels
+                position_ids[b, here] = np.arange(n)
+                document_index[b, here] = len(documents)
+                for row, values in zip(more[:, b], piece.more, strict=True):
+                    row[here] = values
+                documents.append(piece.document)
+                attention_pairs += n * (n + 1) // 2
+                at += n
+            position_ids[b, at:] = np.arange(max_seq_len - at)
+            real_tokens += at
+        tensors = map(torch.from_numpy, (input_ids, labels, position_ids, document_index))
+        return cls(*tensors, documents, split, real_tokens, attention_pairs, *map(torch.from_numpy, more))
 
     def __post_init__(self):
         if self.scored is None:
@@ -158,36 +198,23 @@ class PackedDataset:
         return np.random.default_rng([seed, epoch]).permutation(len(self))
 
     def batch(self, rows: np.ndarray) -> Batch:
-        B, T = len(rows), self.max_seq_len
-        input_ids = np.zeros((B, T), np.int64)
-        labels = np.full((B, T), IGNORE, np.int64)
-        position_ids = np.zeros((B, T), np.int64)
-        document_index = np.full((B, T), -1, np.int64)
-        documents = []
-        real_tokens = attention_pairs = 0
-        for b, row in enumerate(rows):
-            at = 0  # the place in the row
-            first = self.row_ends[row - 1] if row else 0
-            for piece in self.pieces_by_row[first : self.row_ends[row]]:
-                start, n = self.piece_start[piece], self.piece_length[piece]
-                here = slice(at, at + n)
-                input_ids[b, here] = self.tokens[start : start + n]
-                labels[b, here] = self.tokens[start + 1 : start + 1 + n]
-                if self.mask is not None:
-                    labels[b, here][self.mask[start + 1 : start + 1 + n] == 0] = IGNORE
-                position_ids[b, here] = np.arange(n)
-                document_index[b, here] = len(documents)
-                documents.append(int(self.piece_document[piece]))
-                attention_pairs += int(n * (n + 1) // 2)
-                at += n
-            position_ids[b, at:] = np.arange(T - at)
-            real_tokens += int(at)
-        if input_ids.max(initial=0) >= len(self.token_bytes) or labels.max(initial=0) >= len(self.token_bytes):
+        batch = Batch.of([self._pieces(row) for row in rows], self.max_seq_len, self.split)
+        if len(rows) and max(batch.input_ids.max(), batch.labels.max()) >= len(self.token_bytes):
             raise UserError(
                 f"{self.prepared.folder}/{self.split}.bin holds tokens that no vocabulary has: it is damaged"
             )
-        tensors = (torch.from_numpy(array) for array in (input_ids, labels, position_ids, document_index))
-        return Batch(*tensors, documents, self.split, real_tokens, attention_pairs)
+        return batch
+
+    def _pieces(self, row: int) -> list[Piece]:
+        pieces = []
+        first = self.row_ends[row - 1] if row else 0
+        for i in self.pieces_by_row[first : self.row_ends[row]]:
+            start, n = self.piece_start[i], self.piece_length[i]
+            labels = self.tokens[start + 1 : start + 1 + n]
+            if self.mask is not None:
+                labels = np.where(self.mask[start + 1 : start + 1 + n], labels.astype(np.int64), IGNORE)
+            pieces.append(Piece(int(self.piece_document[i]), self.tokens[start : start + n], labels))
+        return pieces
 
 
 class TrainingData:

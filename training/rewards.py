@@ -4,7 +4,6 @@ An answer counts only if it is one: the model ended it by itself, with at most o
 other control token, but for calls of tools. What it says in its thoughts is not its answer.
 """
 
-import importlib.util
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from base.cli import UserError
+from base.files import load_module
 from engine.generation import Sequence
 from engine.session import PARTS, Reply, last_turn, read_tokens
 from engine.tools import calculate
@@ -59,9 +59,7 @@ def load_reward(name: str) -> RewardFunction:
     file, _, function = name.rpartition(":")
     if not file.endswith(".py") or not Path(file).exists():
         raise UserError(f"no reward is called {name}: it is {', '.join(REWARDS)}, or FILE.py:FUNCTION")
-    spec = importlib.util.spec_from_file_location("reward", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_module(Path(file), "reward")
     if not callable(getattr(module, function, None)):
         raise UserError(f"{file} has no function {function}")
     return getattr(module, function)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import jsonlines
 import numpy as np
-import torch
 from torch import Tensor
 
 from base.cli import UserError, positive
@@ -23,7 +22,7 @@ from model.chat import THINK, TOOL_CALL, load_tokenizer
 from model.lora import has_lora, merge_lora
 from model.model import CausalLM
 from training.machine import Machine
-from training.packing import IGNORE, Batch, TrainingData, named_folders, pack
+from training.packing import IGNORE, Batch, Piece, TrainingData, named_folders, pack
 from training.rewards import load_reward, read_reply
 
 ROLLOUT_FLAGS = {  # for stages whose model writes: name -> options of argparse's add_argument
@@ -85,6 +84,8 @@ class RolloutBatch(Batch):
     advantages: Tensor  # (B, T)
     old_log_probs: Tensor  # (B, T): when they were written
 
+    MORE = 2
+
 
 class RolloutWriter:
     """Writes answers with the model as it is now, and rewards them; each process takes its share of the questions."""
@@ -124,8 +125,8 @@ class RolloutWriter:
         reward = 0.0 if reply is None else float(self.reward(reply, tasks.notes[question]))
         return Rollout(question, sequence, reply, reward)
 
-    def validate(self, tasks: Tasks, limit: int) -> dict[str, float]:
-        """Mean rewards over the first `limit` questions: of the most probable answer, of sampled ones, of the best."""
+    def validate(self, tasks: Tasks, limit: int | None) -> dict[str, float]:
+        """Mean rewards over the first `limit` questions, or all: of the likeliest answer, sampled ones, the best."""
         questions = tasks.kept[:limit]
         sums = Counter()
         for (greedy,) in self.write(tasks, questions, 1, "greedy", temperature=0.0):
@@ -133,9 +134,7 @@ class RolloutWriter:
         for group in self.write(tasks, questions, self.args.generations, "sampled"):
             rewards = [one.reward for one in group]
             sums.update(sampled=sum(rewards) / len(rewards), best=max(rewards))
-        total = Counter()
-        for part in self.machine.gather(sums):
-            total.update(part)
+        total = self.machine.add_up(sums)
         names = ("accuracy", "sampled", "best", "length")
         return {f"val_{name}": total[name] / total["questions"] for name in names}
 
@@ -161,13 +160,13 @@ def decoding_copy(model: CausalLM) -> CausalLM:
 # The sums of a step over its answers, which describe() makes means of.
 METRICS = (
     *("answers", "reward", "tokens", "ended", "thinks", "surprise", "groups", "solved", "all_right", "all_wrong"),
-    *("calls", "sampling_seconds", "gap", "scored", "places"),
+    *("calls", "steps", "sampling_seconds", "gap", "scored", "places"),
 )
 
 
 def sums_of(groups: list[list[Rollout]]) -> dict[str, float]:
     """What is counted of a step's answers: METRICS, but for those that learning adds."""
-    sums = Counter()
+    sums = Counter(steps=1)  # one in each process
     for group in groups:
         rewards = [one.reward for one in group]
         sums.update(groups=1, solved=max(rewards) > 0, all_right=min(rewards) == 1, all_wrong=max(rewards) == 0)
@@ -204,35 +203,15 @@ def learning_batches(rollouts: list[Rollout], max_seq_len: int, batch_size: int)
     row_of = pack(lengths, max_seq_len)
     for first in range(0, int(row_of.max(initial=-1)) + 1, batch_size):
         rows = range(first, min(first + batch_size, row_of.max() + 1))
-        yield _fill([[rollouts[i] for i in np.flatnonzero(row_of == row)] for row in rows], max_seq_len)
+        pieces = [[_piece(rollouts[i]) for i in np.flatnonzero(row_of == row)] for row in rows]
+        yield RolloutBatch.of(pieces, max_seq_len, "train")
 
 
-def _fill(rows: list[list[Rollout]], max_seq_len: int) -> RolloutBatch:
-    shape = (len(rows), max_seq_len)
-    input_ids, position_ids = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-    labels, document_index = torch.full(shape, IGNORE), torch.full(shape, -1)
-    advantages, old_log_probs = torch.zeros(shape), torch.zeros(shape)
-    documents = []
-    real_tokens = attention_pairs = 0
-    for b, rollouts in enumerate(rows):
-        at = 0  # the place in the row
-        for one in rollouts:
-            sequence = one.sequence
-            ids = torch.tensor(sequence.prompt + sequence.tokens)
-            n = len(ids) - 1
-            here = slice(at, at + n)
-            answer = slice(at + n - len(sequence.tokens), at + n)
-            chosen = torch.tensor(sequence.chosen)
-            input_ids[b, here] = ids[:-1]
-            labels[b, answer] = torch.where(chosen, ids[-len(chosen) :], IGNORE)
-            position_ids[b, here] = torch.arange(n)
-            document_index[b, here] = len(documents)
-            advantages[b, answer] = one.advantage
-            old_log_probs[b, answer] = torch.tensor(sequence.log_probs)
-            documents.append(one.question)
-            attention_pairs += n * (n + 1) // 2
-            at += n
-        position_ids[b, at:] = torch.arange(max_seq_len - at)
-        real_tokens += at
-    tensors = (input_ids, labels, position_ids, document_index)
-    return RolloutBatch(*tensors, documents, "train", real_tokens, attention_pairs, advantages, old_log_probs)
+def _piece(one: Rollout) -> Piece:
+    """An answer after its prompt; what stands before the answer has no label."""
+    sequence = one.sequence
+    ids = np.array(sequence.prompt + sequence.tokens)
+    before = np.full(len(sequence.prompt) - 1, IGNORE)
+    labels = np.concatenate((before, np.where(sequence.chosen, sequence.tokens, IGNORE)))
+    log_probs = np.concatenate((np.zeros(len(before)), sequence.log_probs))
+    return Piece(one.question, ids[:-1], labels, (np.full(len(labels), one.advantage), log_probs))

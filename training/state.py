@@ -146,9 +146,7 @@ class Checkpointer:
             check_out_dir(args)
             if machine.rank == 0:
                 shutil.rmtree(self.directory, ignore_errors=True)
-                self.directory.mkdir(
-                    parents=True
-                )  # before the first step: a folder that cannot be written is known now
+                self.directory.mkdir(parents=True)  # one that cannot be written is known before the first step
 
     def save(self, progress: Progress, log: Log):
         random_states = self.machine.gather(self.machine.random_state())

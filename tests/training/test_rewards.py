@@ -112,6 +112,7 @@ def test_no_random_string_of_tokens_is_ever_an_error():
 def test_a_reward_of_the_users_own(tmp_path):
     (tmp_path / "mine.py").write_text("def brief(reply, task):\n    return 1 / len(reply.content)\n")
     assert score(f"{tmp_path / 'mine.py'}:brief", "四十二。", IM_END) == 0.25
-    for wrong in ("brief", "nowhere.py:brief", f"{tmp_path / 'mine.py'}:missing"):
+    (tmp_path / "broken.py").write_text("def brief(\n")
+    for wrong in ("brief", "nowhere.py:brief", f"{tmp_path / 'mine.py'}:missing", f"{tmp_path / 'broken.py'}:brief"):
         with pytest.raises(UserError):
             load_reward(wrong)
