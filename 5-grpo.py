@@ -123,15 +123,16 @@ def main():
                     one.advantage = advantage
             run.buffer.add(**rollouts.sums_of(groups), sampling_seconds=time.perf_counter() - start)
 
-            # Learn. Groups whose answers are all equally good have no advantage; their tokens only count.
+            # Learn. Without a reference, answers that are as good as their group's mean teach nothing: they are
+            # left out, and their tokens only count.
             answers = [one for group in groups for one in group]
             tokens = sum(sum(one.sequence.chosen) for one in answers)
             count = {"dapo": tokens, "dr_grpo": len(answers) * args.max_new_tokens, "grpo": len(answers)}[args.loss]
-            unequal = [one for one in answers if one.advantage]
+            teaching = [one for one in answers if one.advantage or args.beta]
             step_sums = Counter()
             for update in range(args.updates):
                 run.buffer.add(count=count)
-                for batch in rollouts.learning_batches(unequal, args.max_seq_len, args.batch_size):
+                for batch in rollouts.learning_batches(teaching, args.max_seq_len, args.batch_size):
                     run.accumulate(grpo_loss, batch)
                 sums = run.all_reduce(stop.made and update == 0)  # once the weights have moved, the step is finished
                 if sums["stop"]:

@@ -7,6 +7,8 @@ import os
 import random
 import runpy
 import signal
+import types
+from collections import defaultdict
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +30,7 @@ from safetensors.torch import load_file
 from corpus.prepared import writing_prepared
 from engine.generation import Sequence
 from model.chat import encode_chat, load_tokenizer
-from model.checkpoint import save_model
+from model.checkpoint import load_model, save_model
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
 from training import rollouts
@@ -186,6 +188,99 @@ def test_where_all_answers_are_as_good_nothing_moves(tasks, base_dir, run_here, 
     assert run_here("5-grpo.py", *flags(tasks, base_dir, tmp_path / "out", "same")).status == 0
     before, after = load_file(base_dir / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
     assert all(before[name].equal(after[name]) for name in before)
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--loss", "dapo"],
+        ["--loss", "dr_grpo"],
+        ["--loss", "grpo"],
+        ["--loss", "grpo", "--scale_rewards", "--beta", "0.1"],
+    ],
+    ids=" ".join,
+)
+def test_loss_and_gradient_of_a_step_are_trls(options, tasks, base_dir, run_here, tmp_path, monkeypatch):
+    """In a second update with the same answers, where rho is not 1 and some of it is clipped."""
+    from trl import GRPOTrainer
+
+    ours = {}
+    write, update = rollouts.RolloutWriter.write, Run.update
+
+    def writing(self, tasks, *rest, **more):
+        groups = write(self, tasks, *rest, **more)
+        if tasks.split == "train":
+            ours["answers"] = [one for group in groups for one in group]
+        return groups
+
+    def updating(self, sums):
+        ours["loss"] = sums["loss"] / sums["count"]
+        ours["weights"] = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        ours["gradients"] = {name: parameter.grad.clone() for name, parameter in self.model.named_parameters()}
+        return update(self, sums)
+
+    monkeypatch.setattr(rollouts.RolloutWriter, "write", writing)
+    monkeypatch.setattr(Run, "update", updating)
+    more = ["--max_steps", 1, "--updates", 2, "--learning_rate", 0.01, *options]
+    result = run_here("5-grpo.py", *flags(tasks, base_dir, tmp_path / "out", "parity", *more))
+    assert result.status == 0, result.err
+
+    def log_probs_of(model, answers):
+        rows = []
+        for one in answers:
+            ids = torch.tensor(one.sequence.prompt + one.sequence.tokens)
+            log_probs = model(ids[None, :-1])[0].log_softmax(-1)
+            rows.append(log_probs.gather(1, ids[1:, None])[len(one.sequence.prompt) - 1 :, 0])
+        return padded(rows)
+
+    model = load_model(base_dir)
+    answers = ours["answers"]
+    with torch.no_grad():
+        reference = log_probs_of(model, answers)
+    model.load_state_dict(ours["weights"])
+    mask = padded([torch.ones(len(one.sequence.tokens)) for one in answers])
+    inputs = dict(
+        prompt_ids=mask[:, :0],  # what stands before the answers is our affair
+        prompt_mask=mask[:, :0],
+        completion_ids=mask,
+        completion_mask=mask,
+        advantages=torch.tensor([one.advantage for one in answers]),
+        old_per_token_logps=padded([torch.tensor(one.sequence.log_probs) for one in answers]),
+        ref_per_token_logps=reference,
+        num_items_in_batch=mask.sum(),
+    )
+    trainer = types.SimpleNamespace(
+        args=types.SimpleNamespace(delta=None, steps_per_generation=1, use_bias_correction_kl=False),
+        accelerator=types.SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x),
+        model=model.train(),
+        loss_type=options[1],
+        beta=0.1 if "--beta" in options else 0.0,
+        epsilon_low=0.2,
+        epsilon_high=0.28,
+        max_completion_length=12,
+        current_gradient_accumulation_steps=1,
+        importance_sampling_level="token",
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        aux_loss_enabled=False,
+        use_vllm=False,
+        _entropy_bonus_enabled=False,
+        _metrics={"train": defaultdict(list)},
+        _get_per_token_logps_and_entropies=lambda *_, **__: (log_probs_of(model, answers), mask, None),
+    )
+    loss = GRPOTrainer._compute_loss(trainer, model, inputs)
+    loss.backward()
+    (clipped,) = trainer._metrics["train"]["clip_ratio/region_mean"]
+    assert clipped > 0, "nothing is clipped, so this does not show the clip"
+    assert ours["loss"] == pytest.approx(loss.item(), abs=1e-5)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(ours["gradients"][name], parameter.grad, atol=1e-5, rtol=1e-3, msg=name)
+
+
+def padded(rows: list[torch.Tensor]) -> torch.Tensor:
+    """(answers, longest), zeros after the ends."""
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
 # ------------------------------------------------------------------------------------------------- as every stage does
