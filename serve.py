@@ -7,6 +7,7 @@ python serve.py --host 0.0.0.0 --api_key KEY      for the network; the key may s
 """
 
 import argparse
+import contextlib
 import os
 import socket
 import sys
@@ -53,8 +54,8 @@ def main():
     try:
         family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
         listening = socket.create_server((args.host, args.port), family=family, backlog=2048)
-    except OSError as error:
-        raise UserError(f"cannot listen at {args.host}:{args.port} ({error.strerror}): give another --port") from None
+    except (OSError, OverflowError) as error:
+        raise UserError(f"cannot listen at {args.host}:{args.port} ({error}): give another --host or --port") from None
     if args.host not in LOOPBACK and not args.api_key:
         print("anyone who can reach this machine can use the models: give --api_key", file=sys.stderr)
     host = f"[{args.host}]" if ":" in args.host else args.host
@@ -63,7 +64,8 @@ def main():
     if args.open:
         threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
     options = dict(http="h11", ws="none", log_level="warning", server_header=False, timeout_graceful_shutdown=GRACE)
-    uvicorn.Server(uvicorn.Config(app, **options)).run(sockets=[listening])
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn passes it on when all is closed
+        uvicorn.Server(uvicorn.Config(app, **options)).run(sockets=[listening])
 
 
 if __name__ == "__main__":
