@@ -58,7 +58,7 @@ def main():
         raise UserError(f"cannot listen at {args.host}:{args.port} ({error}): give another --host or --port") from None
     if args.host not in LOOPBACK and not args.api_key:
         print("anyone who can reach this machine can use the models: give --api_key", file=sys.stderr)
-    host = f"[{args.host}]" if ":" in args.host else args.host
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(args.host, args.host)
     url = f"http://{host}:{listening.getsockname()[1]}"
     print(f"{url}  {', '.join(models)}", flush=True)
     if args.open:

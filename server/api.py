@@ -46,9 +46,9 @@ class Shape:
         choices = [self.choice(answer, piece, "message") for answer, piece in zip(answers, pieces)]
         return self.head | {"choices": choices, "usage": usage(answers)}
 
-    def chunk(self, choices: list[dict], usage: dict | None = None) -> dict:
+    def chunk(self, choices: list[dict], counts: dict | None = None) -> dict:
         kind = "chat.completion.chunk" if self.is_chat else "text_completion"
-        return self.head | {"object": kind, "choices": choices} | ({"usage": usage} if self.tells_usage else {})
+        return self.head | {"object": kind, "choices": choices} | ({"usage": counts} if self.tells_usage else {})
 
     def choice(self, answer: Answer, piece: dict, field: str) -> dict:
         """field: message, or delta of a stream."""
@@ -150,7 +150,6 @@ def create_app(
             raise Refusal(401, "this server wants its API key: Authorization: Bearer KEY")
 
     app = FastAPI(title="Jiezi", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.service = service
     app.add_middleware(Guard)
     if args.host in LOOPBACK:  # then a name that leads here by a stranger's DNS is not ours
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"], www_redirect=False)

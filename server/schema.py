@@ -121,6 +121,8 @@ class Request(Given):
     @model_validator(mode="before")
     @classmethod
     def is_plain_json(cls, data: Any) -> Any:
+        if not isinstance(data, dict):  # of another content type, say
+            return data
         if deeper_than(MAX_DEPTH, data):
             raise ValueError(f"the request is nested deeper than {MAX_DEPTH}")
         try:

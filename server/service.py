@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import time
 from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -46,6 +47,7 @@ class Service:
     ):
         self.models, self.args, self.device, self.tools = models, args, device, tools
         self.places = args.max_rows + args.max_queue  # of each model
+        self.tool_threads = ThreadPoolExecutor(8, "tools")  # not those that prepare requests: a tool may take seconds
         self.metrics = Metrics()
 
     def model(self, name: str) -> Served:
@@ -128,7 +130,7 @@ class Service:
                     self.metrics.first.labels(served.name).observe(time.perf_counter() - start)
                 yield answer, answer.add(token, finish_reason)
                 if answer.to_run:
-                    yield answer, await asyncio.to_thread(answer.run_tools)
+                    yield answer, await loop.run_in_executor(self.tool_threads, answer.run_tools)
                     if not answer.finish_reason:
                         begin(answer)
                 elif answer.finish_reason:

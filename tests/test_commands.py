@@ -118,7 +118,7 @@ PAGES_TO_RUN = [page for page in PAGES if page not in RECIPES]
 COMMANDS = list(dict.fromkeys(command for page in PAGES_TO_RUN for command in commands_of(page.read_text("utf-8"))))
 TO_INSTALL = [command for command in COMMANDS if INSTALLERS & set(shlex.split(command, comments=True))]
 TO_FETCH = [command for command in COMMANDS if "data_process.py fetch" in command]  # needs a hub
-TO_SERVE = [command for command in COMMANDS if "serve.py" in shlex.split(command, comments=True)]  # until they are told to leave
+TO_SERVE = [command for command in COMMANDS if "serve.py" in shlex.split(command, comments=True)]  # until told to end
 NOT_RUN = {*TO_INSTALL, *TO_FETCH, *TO_SERVE}
 TO_RUN = list({str(parse(command)): command for command in COMMANDS if command not in NOT_RUN}.values())
 NEEDS_EXTRA = re.compile(r"export\.py .*--to (gguf|ollama)")  # packages of requirements-export.txt
@@ -160,7 +160,7 @@ def test_what_is_served_answers(command, project):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "BROWSER": "true"}
     server = subprocess.Popen(words, cwd=project, env=environment, stdout=subprocess.PIPE, text=True)
     try:
-        address = server.stdout.readline().split()[0].replace("0.0.0.0", "127.0.0.1")
+        address = server.stdout.readline().split()[0]
         with urllib.request.urlopen(f"{address}/health", timeout=TIMEOUT) as answer:
             assert json.load(answer) == {"status": "ok"}
         server.send_signal(signal.SIGINT)
