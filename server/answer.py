@@ -7,7 +7,7 @@ import uuid
 from engine.generation import TextStream
 from engine.session import ReplyStream, Session, call_of, last_turn, read_tokens
 from engine.tools import Tool, run_calls
-from model.chat import IM_END, SPECIAL_TOKENS, TOOL_CALL, token_pieces
+from model.chat import IM_END, SPECIAL_TOKENS, THINK, TOOL_CALL, token_pieces
 from server.schema import ChatRequest, Request
 
 
@@ -91,6 +91,7 @@ class Answer:
             if self.request.n_top is not None and self.pieces[token]:
                 self.log_probs.append((start, self._log_probs_of(token, start)))
         elif part == "reasoning":
+            text = "\n" + text if token == THINK else text  # between two thoughts, as ReplyStream.reply joins them
             tell(piece, "reasoning_content", self.thought.add(text, drop_first=True))
         if self.is_chat:
             self._find_calls(piece, is_open=part == "tool_call")

@@ -5,6 +5,7 @@ import threading
 import time
 from types import SimpleNamespace
 
+import httpx
 import pytest
 import torch
 import uvicorn
@@ -35,6 +36,13 @@ def models(tmp_path_factory):
     return [folder / "sft", folder / "pretrain"]
 
 
+def wait_until(condition, words: str):
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < deadline, words
+        time.sleep(0.005)
+
+
 class Live:
     """A server in a thread of this process."""
 
@@ -47,11 +55,13 @@ class Live:
         self.port = listening.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.client = OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=TIMEOUT)
+        self.http = httpx.Client(base_url=self.url, timeout=TIMEOUT)
         self.thread = threading.Thread(target=self.uvicorn.run, kwargs={"sockets": [listening]}, daemon=True)
         self.thread.start()
 
     def close(self):
         self.client.close()
+        self.http.close()
         self.uvicorn.should_exit = True
         self.thread.join(TIMEOUT)
         assert not self.thread.is_alive(), "the server did not leave"
@@ -61,10 +71,7 @@ class Live:
         return len(self.served[name].batcher.receivers)
 
     def wait_for_rows(self, number: int):
-        deadline = time.monotonic() + TIMEOUT
-        while self.rows() != number:
-            assert time.monotonic() < deadline, f"{self.rows()} rows, not {number}"
-            time.sleep(0.005)
+        wait_until(lambda: self.rows() == number, f"there are not {number} rows")
 
 
 @pytest.fixture

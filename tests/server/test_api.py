@@ -5,7 +5,6 @@ import json
 import math
 import re
 
-import httpx
 import openai
 import pytest
 import torch
@@ -448,7 +447,7 @@ def test_what_is_unlike_shares_a_batch(client):
 
 def refused(live, status: int, path: str = "chat/completions", **body) -> dict:
     body = {"messages": HELLO} | body if path.startswith("chat") else body
-    reply = httpx.post(f"{live.url}/v1/{path}", content=json.dumps(body), headers=JSON)
+    reply = live.http.post(f"/v1/{path}", content=json.dumps(body), headers=JSON)
     assert reply.status_code == status, reply.text
     error = reply.json()["error"]
     assert error.keys() == {"message", "type", "param", "code"}
@@ -459,7 +458,7 @@ def test_a_model_that_is_not_there(live):
     error = refused(live, 404, model="gpt-4o")
     assert (error["code"], error["param"]) == ("model_not_found", "model")
     assert "sft" in error["message"]
-    reply = httpx.post(f"{live.url}/v1/chat/completions", json={"messages": HELLO, "max_tokens": 1})
+    reply = live.http.post("/v1/chat/completions", json={"messages": HELLO, "max_tokens": 1})
     assert reply.json()["model"] == "sft", "without a model, the first"
     assert "/v1/completions" in refused(live, 400, model="pretrain")["message"]
 
@@ -566,7 +565,7 @@ for number in FIELDS:
 
 @pytest.mark.parametrize("body", NO_REQUESTS, ids=lambda body: body[-40:])
 def test_a_body_that_is_no_request(live, body):
-    reply = httpx.post(f"{live.url}/v1/chat/completions", content=body, headers=JSON)
+    reply = live.http.post("/v1/chat/completions", content=body, headers=JSON)
     assert reply.status_code == 400, reply.text
     assert reply.json()["error"]["type"] == "invalid_request_error"
 

@@ -14,7 +14,7 @@ import httpx
 import openai
 import psutil
 import pytest
-from conftest import CONTEXT
+from conftest import CONTEXT, wait_until
 from helpers import ROOT, TIMEOUT
 from openai import OpenAI
 
@@ -58,19 +58,19 @@ def test_a_client_that_leaves_frees_its_row(serve, slow):
         live.wait_for_rows(2)
     live.wait_for_rows(1)
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{live.url}/v1/chat/completions", json={"messages": HELLO, "n": 1}, timeout=0.2)
+        live.http.post("/v1/chat/completions", json={"messages": HELLO, "n": 1}, timeout=0.2)
     live.wait_for_rows(1)
     streams[1].close()
     live.wait_for_rows(0)
-    assert 'jiezi_requests_total{end="left",model="sft"} 5.0' in httpx.get(f"{live.url}/metrics").text
-    assert live.served["sft"].batcher.engine.rows == []
+    assert 'jiezi_requests_total{end="left",model="sft"} 5.0' in live.http.get("/metrics").text
+    wait_until(lambda: not live.served["sft"].batcher.engine.busy, "a row was not freed")
 
 
 def test_one_that_waits_and_leaves_never_enters(serve, slow):
     live = serve(max_rows=1, max_queue=1)
     first = begin(live)
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{live.url}/v1/chat/completions", json={"messages": HELLO}, timeout=0.2)
+        live.http.post("/v1/chat/completions", json={"messages": HELLO}, timeout=0.2)
     live.wait_for_rows(1)
     first.close()
     live.wait_for_rows(0)
@@ -80,11 +80,11 @@ def test_too_many_are_told_to_come_again(serve, slow):
     live = serve(max_rows=1, max_queue=2)
     stream = begin(live)
     for fields in (dict(n=3), dict(n=3, stream=True)):
-        reply = httpx.post(f"{live.url}/v1/chat/completions", json={"messages": HELLO} | fields)
+        reply = live.http.post("/v1/chat/completions", json={"messages": HELLO} | fields)
         assert (reply.status_code, reply.headers["Retry-After"]) == (429, "1")
         assert reply.json()["error"]["code"] == "rate_limit_exceeded"
     assert live.rows() == 1
-    assert httpx.post(f"{live.url}/v1/chat/completions", json={"messages": HELLO, "n": 4}).status_code == 400
+    assert live.http.post("/v1/chat/completions", json={"messages": HELLO, "n": 4}).status_code == 400
     with concurrent.futures.ThreadPoolExecutor(12) as pool:  # all at once: as many get in as there are places
         statuses = [
             pool.submit(
@@ -131,10 +131,10 @@ def test_a_checkpoint_that_breaks_before_its_first_use_is_one_error(serve, model
         (tmp_path / "sft" / path.name).write_bytes(path.read_bytes())
     live = serve([tmp_path / "sft", models[1]])
     (tmp_path / "sft" / "model.safetensors").write_bytes(b"x")
-    reply = httpx.post(f"{live.url}/v1/chat/completions", json={"messages": HELLO})
+    reply = live.http.post("/v1/chat/completions", json={"messages": HELLO})
     assert (reply.status_code, reply.json()["error"]["type"]) == (500, "server_error")
     assert "model.safetensors" in reply.json()["error"]["message"]
-    answer = httpx.post(f"{live.url}/v1/completions", json={"prompt": "x", "model": "pretrain", "max_tokens": 1})
+    answer = live.http.post("/v1/completions", json={"prompt": "x", "model": "pretrain", "max_tokens": 1})
     assert answer.status_code == 200
 
 
@@ -143,7 +143,6 @@ def test_a_checkpoint_that_breaks_before_its_first_use_is_one_error(serve, model
 
 def test_a_key_opens_all_but_health(serve):
     live = serve(api_key="芥子-key")
-    url = live.url
     key = {"Authorization": "Bearer 芥子-key".encode()}
     for headers in (
         {},
@@ -152,20 +151,20 @@ def test_a_key_opens_all_but_health(serve):
         {"Authorization": "Basic x"},
     ):
         for path in ("/v1/models", "/metrics", "/v1/models/sft"):
-            reply = httpx.get(url + path, headers=headers)
+            reply = live.http.get(path, headers=headers)
             assert (reply.status_code, reply.json()["error"]["code"]) == (401, "invalid_api_key"), path
         for path in ("/v1/chat/completions", "/v1/completions"):
-            reply = httpx.post(url + path, headers=headers, json={"messages": HELLO, "prompt": "x"})
+            reply = live.http.post(path, headers=headers, json={"messages": HELLO, "prompt": "x"})
             assert reply.status_code == 401, path
-    assert httpx.get(url + "/health").json() == {"status": "ok"}
+    assert live.http.get("/health").json() == {"status": "ok"}
     for path in ("/v1/models", "/metrics"):
-        assert httpx.get(url + path, headers=key).status_code == 200
+        assert live.http.get(path, headers=key).status_code == 200
     assert live.served["sft"].batcher is None, "a model was loaded for a stranger"
-    assert httpx.post(url + "/v1/completions", headers=key, json={"prompt": "x", "max_tokens": 1}).status_code == 200
+    assert live.http.post("/v1/completions", headers=key, json={"prompt": "x", "max_tokens": 1}).status_code == 200
 
 
 def test_pages_from_elsewhere_are_refused(live):
-    url, body = f"{live.url}/v1/completions", {"prompt": "x", "max_tokens": 1}
+    url, body = "/v1/completions", {"prompt": "x", "max_tokens": 1}
     port = live.port
     for origin in (
         "https://evil.example",
@@ -175,32 +174,32 @@ def test_pages_from_elsewhere_are_refused(live):
         "file://",
         "://[",
     ):
-        reply = httpx.post(url, json=body, headers={"Origin": origin})
+        reply = live.http.post(url, json=body, headers={"Origin": origin})
         assert (reply.status_code, reply.json()["error"]["code"]) == (403, "foreign_origin"), origin
-        assert httpx.get(f"{live.url}/v1/models", headers={"Origin": origin}).status_code == 403
-    reply = httpx.options(url, headers={"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"})
+        assert live.http.get("/v1/models", headers={"Origin": origin}).status_code == 403
+    reply = live.http.options(url, headers={"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"})
     assert reply.status_code == 403
     assert not [name for name in reply.headers if name.startswith("access-control")]
-    assert httpx.post(url, json=body, headers={"Origin": live.url}).status_code == 200
-    assert httpx.post(url, content='{"prompt": "x"}', headers={"Content-Type": "text/plain"}).status_code == 400
+    assert live.http.post(url, json=body, headers={"Origin": live.url}).status_code == 200
+    assert live.http.post(url, content='{"prompt": "x"}', headers={"Content-Type": "text/plain"}).status_code == 400
 
 
 @pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "localhost.evil.example:8000", "[::2]", ""])
 def test_a_name_that_leads_here_by_a_strangers_dns_is_refused(live, host):
-    assert httpx.get(f"{live.url}/v1/models", headers={"Host": host}).status_code == 400
+    assert live.http.get("/v1/models", headers={"Host": host}).status_code == 400
     same = {"Host": "evil.example", "Origin": "http://evil.example"}
-    assert httpx.post(f"{live.url}/v1/completions", json={"prompt": "x"}, headers=same).status_code == 400
+    assert live.http.post("/v1/completions", json={"prompt": "x"}, headers=same).status_code == 400
 
 
 @pytest.mark.parametrize("host", ["localhost", "localhost:8000", "127.0.0.1", "[::1]:8000"])
 def test_names_of_this_machine_are_let_in(live, host):
-    assert httpx.get(f"{live.url}/v1/models", headers={"Host": host}).status_code == 200
+    assert live.http.get("/v1/models", headers={"Host": host}).status_code == 200
 
 
 def test_a_server_for_the_network_answers_to_any_name(serve):
     live = serve(host="0.0.0.0")
-    assert httpx.get(f"{live.url}/v1/models", headers={"Host": "box.lan"}).status_code == 200
-    assert httpx.get(f"{live.url}/v1/models", headers={"Host": "box.lan", "Origin": "http://a.b"}).status_code == 403
+    assert live.http.get("/v1/models", headers={"Host": "box.lan"}).status_code == 200
+    assert live.http.get("/v1/models", headers={"Host": "box.lan", "Origin": "http://a.b"}).status_code == 403
 
 
 # ----------------------------------------------------------------------------------------------------- what is too much
@@ -208,7 +207,7 @@ def test_a_server_for_the_network_answers_to_any_name(serve):
 
 def test_a_body_that_is_too_large_is_refused(live):
     large = b" " * (guard.MAX_BODY + 1)
-    reply = httpx.post(f"{live.url}/v1/completions", content=large, headers={"Content-Type": "application/json"})
+    reply = live.http.post("/v1/completions", content=large, headers={"Content-Type": "application/json"})
     assert (reply.status_code, reply.json()["error"]["code"]) == (413, "request_too_large")
 
     def chunks():
@@ -216,7 +215,7 @@ def test_a_body_that_is_too_large_is_refused(live):
             yield b" " * (guard.MAX_BODY // 10)
 
     try:
-        reply = httpx.post(f"{live.url}/v1/completions", content=chunks(), headers={"Content-Type": "application/json"})
+        reply = live.http.post("/v1/completions", content=chunks(), headers={"Content-Type": "application/json"})
         assert reply.status_code == 413
     except (httpx.WriteError, httpx.RemoteProtocolError):
         pass  # it has hung up before all was sent
@@ -249,7 +248,7 @@ def test_a_flood_of_headers_ends_the_connection(live):
             pytest.fail("ten megabytes of headers were taken in")
         except OSError:
             pass
-    assert httpx.get(f"{live.url}/health").status_code == 200
+    assert live.http.get("/health").status_code == 200
 
 
 def test_random_bytes_harm_nothing(live):
@@ -257,14 +256,14 @@ def test_random_bytes_harm_nothing(live):
     for _ in range(50):
         with socket.create_connection(("127.0.0.1", live.port), timeout=TIMEOUT) as sock:
             sock.sendall(rng.choice([b"", b"GET ", b"POST /v1/completions HTTP/1.1\r\n"]) + rng.randbytes(200))
-    assert httpx.get(f"{live.url}/health").status_code == 200
+    assert live.http.get("/health").status_code == 200
 
 
 def test_unknown_routes_and_methods_are_errors_of_the_same_shape(live):
     for reply in (
-        httpx.get(f"{live.url}/v1/none"),
-        httpx.get(f"{live.url}/v1/completions"),
-        httpx.get(f"{live.url}/docs"),
+        live.http.get("/v1/none"),
+        live.http.get("/v1/completions"),
+        live.http.get("/docs"),
     ):
         assert reply.status_code in (404, 405)
         assert reply.json()["error"]["type"] == "invalid_request_error"
