@@ -27,7 +27,7 @@ def main():
     parser.add_argument("models", type=Path, nargs="*", metavar="DIR", help="folders of models or adapters")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: of all networks")
     parser.add_argument("--port", type=natural, default=8000, help="0: any that is free")
-    parser.add_argument("--api_key", default=os.environ.get("JIEZI_API_KEY"), help="refuse who does not say it")
+    parser.add_argument("--api_key", help="refuse who does not say it; without it, JIEZI_API_KEY")
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--half_weights", action="store_true", help="on a CPU, weights in float16, as eval.py has it")
@@ -37,6 +37,10 @@ def main():
     parser.add_argument("--max_new_tokens", type=positive, default=1024, help="tokens at most, whatever is asked")
     parser.add_argument("--request_timeout", type=above_zero, default=600, help="seconds for a request")
     args = parser.parse_args()
+    if args.api_key is None:  # not as a default, which --help would show
+        args.api_key = os.environ.get("JIEZI_API_KEY")
+    if args.api_key == "":
+        raise UserError("the API key is empty, and would let everyone in: look at --api_key and JIEZI_API_KEY")
     for name in ("fastapi", "uvicorn", "prometheus_client"):
         import_extra(name, "requirements-serve.txt")
     import uvicorn

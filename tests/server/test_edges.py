@@ -4,6 +4,7 @@ import concurrent.futures
 import http.client
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,12 +15,17 @@ import httpx
 import openai
 import psutil
 import pytest
+import torch
 from conftest import CONTEXT, wait_until
-from helpers import ROOT, TIMEOUT
+from helpers import ROOT, TIMEOUT, TOKENIZER
 from openai import OpenAI
 
 from engine.generation import Engine
+from model.chat import EOS, IM_END
+from model.checkpoint import load_model, save_model
+from model.lora import apply_lora, lora_layers
 from server import api, guard
+from server.models import find_models
 
 HELLO = [{"role": "user", "content": "你好"}]
 LONG = dict(model="sft", messages=HELLO, temperature=0, max_tokens=CONTEXT)
@@ -126,9 +132,7 @@ def test_a_failure_of_the_engine_is_said_and_the_next_request_works(serve, monke
 
 
 def test_a_checkpoint_that_breaks_before_its_first_use_is_one_error(serve, models, tmp_path):
-    for path in models[0].iterdir():
-        (tmp_path / "sft").mkdir(exist_ok=True)
-        (tmp_path / "sft" / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(models[0], tmp_path / "sft")
     live = serve([tmp_path / "sft", models[1]])
     (tmp_path / "sft" / "model.safetensors").write_bytes(b"x")
     reply = live.http.post("/v1/chat/completions", json={"messages": HELLO})
@@ -349,6 +353,7 @@ def test_a_long_answer_does_not_keep_it_from_leaving(serve, slow):
         (["out/sft", "--host", "203.0.113.9"], "cannot listen"),
         (["out/sft", "--tools", "abacus"], "abacus"),
         (["out/sft", "--device", "quantum"], "quantum"),
+        (["out/sft", "--api_key", ""], "the API key is empty"),
     ],
 )
 def test_mistakes_are_one_line(flags, words, models, tmp_path, monkeypatch, run_here):
@@ -364,24 +369,45 @@ def test_no_model_at_all_and_a_port_that_is_taken_are_one_line(tmp_path, monkeyp
     assert "give another --host or --port" in run_here("serve.py", models[0], "--port", live.port).error_line(status=2)
 
 
+def test_help_does_not_tell_the_key(run_here, monkeypatch):
+    monkeypatch.setenv("JIEZI_API_KEY", "hush")
+    assert "hush" not in run_here("serve.py", "--help").out
+
+
 def test_without_its_packages_it_names_the_command(monkeypatch, run_here):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     line = run_here("serve.py").error_line(status=2)
     assert "pip install -r requirements-serve.txt -c constraints.txt" in line
 
 
-def test_models_are_found_newest_first_with_adapters_and_without_the_broken(models, tmp_path, monkeypatch, capsys):
-    from server.models import find_models
-
+def test_models_are_found_newest_first_and_without_the_broken(models, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for age, name in enumerate(["pretrain", "sft", "broken", ".sft.new"]):
-        (tmp_path / "out" / name).mkdir(parents=True)
-        for path in models[age % 2].iterdir():
-            (tmp_path / "out" / name / path.name).write_bytes(path.read_bytes())
+        shutil.copytree(models[age % 2], tmp_path / "out" / name)
         os.utime(tmp_path / "out" / name / "model.safetensors", (1000 - age, 1000 - age))
     (tmp_path / "out" / "broken" / "config.json").write_text("{}")
     assert list(find_models([])) == ["pretrain", "sft"]
     assert "broken" in capsys.readouterr().err
+
+
+def test_an_adapter_comes_with_its_model(models, tmp_path, serve, run_here):
+    model = load_model(models[1])
+    apply_lora(model, r=4)
+    torch.manual_seed(0)
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B.weight, std=0.5)
+    model.stop_token_ids = [EOS, IM_END]
+    save_model(tmp_path / "lora", model, TOKENIZER, base_dir=models[1])
+    live = serve([tmp_path / "lora", models[1]])
+    assert [one.is_chat for one in live.client.models.list()] == [True, False]
+    answer = live.client.chat.completions.create(model="lora", messages=HELLO, temperature=0, max_tokens=12)
+    flags = ["--lora", tmp_path / "lora", "--prompt", HELLO[0]["content"], "--temperature", "0", "--device", "cpu"]
+    result = run_here("eval.py", "--model", models[1], *flags, "--max_new_tokens", "12")
+    assert result.out == answer.choices[0].message.content + "\n"
+    base = live.client.completions.create(model="pretrain", prompt="x", temperature=0, max_tokens=12)
+    assert base.choices[0].text != live.client.completions.create(
+        prompt="x", model="lora", temperature=0, max_tokens=12
+    )
 
 
 @pytest.mark.slow
