@@ -67,7 +67,7 @@ def make_student(args: argparse.Namespace, train_set: Mixture | rollouts.Tasks) 
     if args.keep_ffn:
         if not isinstance(train_set, Mixture):
             raise UserError(
-                "--keep_ffn looks at texts or chats to see which neurons are busy; use it with --mode logits"
+                "--keep_ffn looks at texts or chats to see which neurons are busy; use it with --mode text or logits"
             )
         batches = (train_set.batch(train_set.order(0, 0)[i : i + 1]) for i in range(min(64, len(train_set))))
         model = keep_neurons(
@@ -152,6 +152,8 @@ def main():
         raise UserError("--preset is a new student: there is nothing to keep or to adapt")
     if not args.temperature and args.mode != "text":
         raise UserError("--temperature 0 is for --mode text, where the teacher then writes its most probable tokens")
+    if args.jsd_beta in (0, 1):
+        raise UserError("--jsd_beta 0 and 1 make every divergence 0: give --divergence forward or reverse")
     machine = start_machine(args)
     if args.mode == "text":
         args.data = write_answers(args, machine)

@@ -21,12 +21,11 @@ from model.checkpoint import MODEL_FILE, load_config, load_merged
 from model.model import CausalLM
 from model.operators import product_dtype
 from training.balance import expert_balance
-from training.loss import CARD_CHUNK
+from training.loss import CARD_CHUNK, LOSS_CHUNK
 from training.machine import Machine
 from training.packing import Batch, TrainingData
 from training.rollouts import RolloutWriter, Tasks
 
-CPU_CHUNK = 128  # tokens whose logits, of both models, exist at a time: in a processor's cache
 # What is known of each scored token beside its loss; all but the first, of the distributions at temperature 1.
 METRICS = ("divergence", "cross_entropy", "agreement", "student_entropy", "teacher_entropy")
 
@@ -51,24 +50,22 @@ class Divergence(NamedTuple):
     jsd_beta: float = 0.5
     ce_weight: float = 0.0
 
-    def of(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    def of(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         """The divergence of each row, (M,), in nats, and its gradient for the logits behind log_p, (M, V), both of
-        which were divided by the temperature already. log_p, log_q: logarithms of distributions, (M, V).
+        which were divided by the temperature already. Two distributions, (M, V), and their logarithms; p is spent.
         """
-        p, q = log_p.exp(), log_q.exp()
         if self.kind == "forward":
             return torch.linalg.vecdot(q, log_q - log_p), p.sub_(q)
         if self.kind == "reverse":
             log_ratio = log_p - log_q
             distance = own = torch.linalg.vecdot(p, log_ratio)
-            share = 1.0
-        else:
-            share = 1 - self.jsd_beta  # of p in m
-            log_m = torch.logaddexp(log_p + math.log(share), log_q + math.log(self.jsd_beta))
-            log_ratio = log_p - log_m
-            own = torch.linalg.vecdot(p, log_ratio)
-            distance = self.jsd_beta * torch.linalg.vecdot(q, log_q - log_m) + share * own
-        return distance, log_ratio.sub_(own[:, None]).mul_(p).mul_(share)
+            return distance, p.mul_(log_ratio.sub_(own[:, None]))
+        share = 1 - self.jsd_beta  # of p in m
+        log_m = (share * p + self.jsd_beta * q).clamp_(min=torch.finfo(p.dtype).tiny).log_()
+        log_ratio = log_p - log_m
+        own = torch.linalg.vecdot(p, log_ratio)
+        distance = self.jsd_beta * torch.linalg.vecdot(q, log_q - log_m) + share * own
+        return distance, p.mul_(log_ratio.sub_(own[:, None])).mul_(share)
 
 
 def plain_divergence_sum(
@@ -116,20 +113,23 @@ class DivergenceSum(torch.autograd.Function):
         d_weight = torch.zeros_like(weight) if learns and weight.requires_grad else None
         loss_sum = hidden.new_zeros((), dtype=wide)
         metrics = hidden.new_empty(len(METRICS), len(hidden), dtype=wide)
-        chunk = CPU_CHUNK if hidden.device.type == "cpu" else CARD_CHUNK
+        chunk = LOSS_CHUNK if hidden.device.type == "cpu" else CARD_CHUNK
         for start in range(0, len(hidden), chunk):
             here = slice(start, start + chunk)
             h, label = hidden[here].to(dtype), labels[here, None]
             logits = (h @ narrow.mT).to(wide)  # (chunk, V)
             teacher_logits = (teacher_hidden[here] @ teacher_narrow.mT).to(wide)
             log_p, log_q = logits.log_softmax(-1), teacher_logits.log_softmax(-1)
+            p, q = log_p.exp(), log_q.exp()
             log_prob = log_p.gather(1, label)[:, 0]
-            agreement = (logits.argmax(-1) == teacher_logits.argmax(-1)).to(wide)
-            entropies = [-torch.linalg.vecdot(x.exp(), x) for x in (log_p, log_q)]
-            d_label = log_p.exp() if how.ce_weight and learns else None
+            best = teacher_logits.argmax(-1, keepdim=True)
+            agreement = (logits.gather(1, best)[:, 0] == logits.amax(-1)).to(wide)
+            entropies = -torch.linalg.vecdot(p, log_p), -torch.linalg.vecdot(q, log_q)
+            d_label = p.clone() if how.ce_weight and learns else None
             if how.temperature != 1:
                 log_p, log_q = ((x / how.temperature).log_softmax(-1) for x in (logits, teacher_logits))
-            distance, d_logits = how.of(log_p, log_q)
+                p, q = log_p.exp(), log_q.exp()
+            distance, d_logits = how.of(log_p, log_q, p, q)
             loss_sum += (distance - how.ce_weight * log_prob).sum()
             metrics[:, here] = torch.stack((distance, -log_prob, agreement, *entropies))
             if not learns:
