@@ -298,6 +298,8 @@ def write_answers(args: argparse.Namespace, machine: Machine) -> Path:
             f"the teacher in {args.teacher} is of an architecture that the engine does not write with; let another "
             "program write, and give the chats to: python data_process.py sft"
         )
+    if args.only_right and not train_set.checked:
+        raise UserError(f"{train_set.paths} holds chats: which answers are right is known of rl data only")
     names = ("prompts", "only_right", "reward", "tools", "generations", "max_new_tokens", "max_seq_len", "temperature")
     settings = {name: getattr(args, name) for name in (*names, "seed")}
     weights = [sha256(path) for path in sorted(args.teacher.glob("*.safetensors"))]
@@ -335,9 +337,8 @@ def answers_to(writer: RolloutWriter, tasks: Tasks) -> Iterator[tuple[int, list[
     args = writer.args
     prompts = tasks.kept[: args.prompts]
     block = 8 * args.rollout_rows  # written together
-    for start in tqdm(
-        range(0, len(prompts), block), unit_scale=block, unit=" prompts", disable=writer.machine.rank > 0 or None
-    ):
+    quiet = writer.machine.rank > 0 or None  # None: if there is no terminal
+    for start in tqdm(range(0, len(prompts), block), unit_scale=block, unit=" prompts", disable=quiet):
         questions = prompts[start : start + block]
         for group in writer.write(tasks, questions, args.generations, f"{args.seed}/text", args.temperature):
             for one in group:
