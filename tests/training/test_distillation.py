@@ -18,6 +18,7 @@ from training import distillation
 from training.distillation import Divergence, divergence_sum, load_teacher, plain_divergence_sum
 from training.machine import Machine
 from training.packing import Mixture, PackedDataset
+from training.rollouts import Tasks
 
 CPU = Machine(0, 1, torch.device("cpu"), torch.float32)
 KINDS = [
@@ -137,6 +138,22 @@ def test_in_16_bits_loss_and_gradient_are_nearly_those_of_32(dtype):
 # ------------------------------------------------------------------------------------------------------------- teachers
 
 
+def test_a_chat_is_a_question_up_to_its_last_answer(tmp_path):
+    chats = make_documents("sft", 20, seed=4)
+    folder = write_data(tmp_path / "sft", chats, chats[:2], kind="sft")
+    args = argparse.Namespace(mix=None, max_new_tokens=8, max_seq_len=4096)
+    tasks = Tasks(folder, "train", args, ("rl", "sft"))
+    several = 0
+    for question, (ids, mask) in enumerate(chats):
+        prompt = tasks.prompt(question)
+        assert ids[: len(prompt)] == prompt
+        assert (mask[len(prompt) - 1], mask[len(prompt)]) == (0, 1)
+        rest = mask[len(prompt) :]
+        assert rest == [1] * sum(rest) + [0]  # one answer, and the line's end
+        several += 1 in mask[: len(prompt)]
+    assert several, "no chat has an answer before its last"
+
+
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> Mixture:
     """Packed chats, several in a row."""
@@ -217,10 +234,9 @@ def test_a_model_of_another_architecture_teaches(model_type, rows, tmp_path):
     assert_is_taught(teacher, lambda ids: model(ids).logits, rows)
 
 
-@pytest.mark.parametrize("model_type", ["ours", "gpt_neox"])
-def test_a_teacher_in_16_bits_says_nearly_the_same(model_type, rows, tmp_path):
-    save = save_ours if model_type == "ours" else lambda folder: save_foreign(folder, model_type)
-    save(tmp_path)
+@pytest.mark.parametrize("name", ["tiny", "gpt_neox"])
+def test_a_teacher_in_16_bits_says_nearly_the_same(name, rows, tmp_path):
+    save_foreign(tmp_path, name) if name in FOREIGN else save_ours(tmp_path, **PRESETS[name])
     batch = rows.batch(np.arange(len(rows)))
     real = batch.document_index >= 0
     whole, half = (
