@@ -22,7 +22,6 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,6 +32,7 @@ import torch
 from base.cli import HelpFormatter, above_zero, available_cores, join_words, natural, positive, python_command
 from base.cli import run as run_main
 from bench.contest import TOKENIZER, cpu_machine
+from corpus.prepared import read_meta
 from engine.exams import wilson_interval
 from model.checkpoint import load_model, save_model
 from model.LMConfig import PRESETS, LMConfig
@@ -159,13 +159,11 @@ def answers(bench: Bench):
 
     def written() -> tuple[Path, float]:
         """The teacher's answers, and the minutes that it took to write them."""
-        note = bench.folder / "written.json"
-        if not note.exists():
-            begun = time.perf_counter()
+        texts = bench.folder / "distill-text"
+        if not texts.exists() or not [*texts.glob("*/meta.json")]:
             bench.start("6-distill.py", *taught, *text, "--max_steps", 1, "--out_dir", bench.folder / "writing")
-            note.write_text(json.dumps({"minutes": (time.perf_counter() - begun) / 60}))
-        folders = sorted((bench.folder / "distill-text").iterdir(), key=lambda path: path.stat().st_mtime)
-        return folders[-1], json.loads(note.read_text())["minutes"]
+        folder = max(texts.iterdir(), key=lambda path: path.stat().st_mtime)
+        return folder, read_meta(folder)["minutes_of_writing"]
 
     def learn(name: str, script: str, share: float, *flags, wrote: float = 0.0) -> dict:
         left = max(share * minutes - wrote, 0.1 * minutes)

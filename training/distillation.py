@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -311,6 +312,7 @@ def write_answers(args: argparse.Namespace, machine: Machine) -> Path:
     writer = RolloutWriter(model, args, machine, train_set.tokenizer_dir)
     if machine.rank == 0:
         folder.parent.mkdir(parents=True, exist_ok=True)
+    begun = time.perf_counter()
     chats = {split: sum(machine.gather(list(answers_to(writer, tasks))), []) for split, tasks in sets.items()}
     for split, found in chats.items():
         if not found:
@@ -321,6 +323,7 @@ def write_answers(args: argparse.Namespace, machine: Machine) -> Path:
             )
     if machine.rank == 0:
         with writing_prepared(folder, "sft", train_set.tokenizer_dir, masked=True) as prepared:
+            prepared.meta["minutes_of_writing"] = (time.perf_counter() - begun) / 60
             for split, found in chats.items():
                 for _, ids, mask in sorted(found):
                     size = int(train_set.token_bytes[ids].sum())
