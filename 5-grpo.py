@@ -12,9 +12,6 @@ above than below (DAPO, 2503.14476), and no reference holds the model back (--be
     python 5-grpo.py --reward my_rewards.py:score                a function of your own: score(reply, task) -> number
 """
 
-import math
-import time
-from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +25,7 @@ from model.model import CausalLM
 from training import rollouts
 from training.balance import count_each
 from training.flags import LORA_FLAGS, parse_flags
-from training.loop import Run, StopRequest
+from training.loop import Run
 from training.loss import token_log_probs
 from training.machine import start_machine
 
@@ -82,9 +79,18 @@ def main():
     reference = load_model(args.init_from, machine.device) if args.beta else None
     if args.lora_rank:
         apply_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
-    run = Run(args, machine, model, train_set, rollouts.METRICS)
-    writer = rollouts.RolloutWriter(model, args, machine)
-    progress = run.progress
+
+    def choose(groups: list[list[rollouts.Rollout]]) -> tuple[list[rollouts.Rollout], int]:
+        """The answers to learn from, with their advantages. Without a reference, answers as good as their group's mean
+        teach nothing: they are left out, and their tokens only count."""
+        answers = [one for group in groups for one in group]
+        for group in groups:
+            rewards = torch.tensor([[one.reward for one in group]])
+            for one, advantage in zip(group, group_advantages(rewards, args.scale_rewards)[0].tolist()):
+                one.advantage = advantage
+        tokens = sum(sum(one.sequence.chosen) for one in answers)
+        count = {"dapo": tokens, "dr_grpo": len(answers) * args.max_new_tokens, "grpo": len(answers)}[args.loss]
+        return [one for one in answers if one.advantage or args.beta], count
 
     def grpo_loss(model: CausalLM, batch: rollouts.RolloutBatch) -> tuple[Tensor, float, dict[str, Tensor]]:
         scored = batch.scored_places()  # (M,): of the tokens that the model chose
@@ -103,56 +109,10 @@ def main():
         gap = (log_probs.detach() - old).abs().sum()  # between the one who wrote and the one who learns
         return losses.sum(), 0.0, {"gap": gap, "scored": batch.scored, "places": batch.labels.numel()}
 
-    validate = partial(writer.validate, val_set)
-    if progress.step == 0:
-        run.log.add(0.0, {"step": 0, "tokens": 0, **validate(args.eval_rows)})
-    order = train_set.order(args.seed, progress.epoch)
-    with StopRequest() as stop:
-        while run.share_done() < 1:
-            run.begin_step()
-
-            # Write answers to the next questions, and see which are better than their group.
-            start = time.perf_counter()
-            questions = order[progress.row : progress.row + args.questions]
-            if stop.made:  # the other processes hear of it when the gradients are added up
-                questions = questions[:0]
-            groups = writer.write(train_set, questions, args.generations, f"{args.seed}/{progress.step}")
-            for group in groups:
-                rewards = torch.tensor([[one.reward for one in group]])
-                for one, advantage in zip(group, group_advantages(rewards, args.scale_rewards)[0].tolist()):
-                    one.advantage = advantage
-            run.buffer.add(**rollouts.sums_of(groups), sampling_seconds=time.perf_counter() - start)
-
-            # Learn. Without a reference, answers that are as good as their group's mean teach nothing: they are
-            # left out, and their tokens only count.
-            answers = [one for group in groups for one in group]
-            tokens = sum(sum(one.sequence.chosen) for one in answers)
-            count = {"dapo": tokens, "dr_grpo": len(answers) * args.max_new_tokens, "grpo": len(answers)}[args.loss]
-            teaching = [one for one in answers if one.advantage or args.beta]
-            step_sums = Counter()
-            for update in range(args.updates):
-                run.buffer.add(count=count)
-                for batch in rollouts.learning_batches(teaching, args.max_seq_len, args.batch_size):
-                    run.accumulate(grpo_loss, batch)
-                sums = run.all_reduce(stop.made and update == 0)  # once the weights have moved, the step is finished
-                if sums["stop"]:
-                    break
-                grad_norm = run.update(sums) if sums["scored"] else run.skip_update()
-                step_sums.update(sums)
-            if sums["stop"]:  # leave the step out; --resume does it again
-                run.forget_step()
-                break
-            progress.advance(len(questions), len(train_set), step_sums)
-            if progress.row == 0:
-                order = train_set.order(args.seed, progress.epoch)
-            if not math.isfinite(grad_norm):
-                run.report_skipped()
-                continue
-
-            # Log, validate, save.
-            if run.end_step(step_sums, step_sums["places"], grad_norm, validate, rollouts.describe_rollouts):
-                writer.write_samples(run.log.directory, progress.step, groups, train_set)
-    run.finish(stop)
+    run = Run(args, machine, model, train_set, rollouts.METRICS)
+    writer = rollouts.RolloutWriter(model, args, machine, train_set.tokenizer_dir)
+    validate, describe = partial(writer.validate, val_set), rollouts.describe_rollouts
+    rollouts.learn_from_rollouts(run, writer, train_set, grpo_loss, choose, validate, describe, args.updates)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from training.loss import evaluate, next_token_loss
 from training.machine import Machine, choose_device, keep_freed_memory
 from training.packing import Mixture, open_sources
 
-STAGES = ("pretrain", "sft", "dpo", "grpo")
+STAGES = ("pretrain", "sft", "dpo", "grpo", "distill")
 THINK_CHOICES = ("show", "hide", "off")
 HELP = """/clear           forget the conversation
 /system TEXT     begin anew under this system prompt (nothing: none)

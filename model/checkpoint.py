@@ -19,7 +19,7 @@ from base.cli import UserError
 from base.files import finish_replacing, read_json, sha256, write_file, write_json
 from model.chat import TOKENIZER_FILES
 from model.LMConfig import LMConfig
-from model.lora import from_peft, has_lora, to_peft
+from model.lora import from_peft, has_lora, merge_lora, to_peft
 from model.model import CausalLM
 
 MODEL_FILE = "model.safetensors"
@@ -165,6 +165,18 @@ def load_model(directory: Path, device: torch.device | str = "cpu") -> CausalLM:
     tensors, _ = load_tensors(path, device)
     load_weights(model, from_disk(model.config, tensors), path)
     return model.to(device)
+
+
+def load_merged(directory: Path, device: torch.device | str = "cpu") -> CausalLM:
+    """The model in `directory`; where that holds an adapter, the model that it names as its base, merged with it."""
+    adapter = Path(directory) / "adapter_config.json"
+    if (Path(directory) / "config.json").exists() or not adapter.exists():
+        return load_model(directory, device)
+    base_dir = Path(read_json(adapter).get("base_model_name_or_path") or "")
+    model = load_model(base_dir, device)
+    load_adapter(model, directory, base_dir)
+    merge_lora(model)
+    return model
 
 
 def load_weights(model: CausalLM, tensors: dict[str, Tensor], path: Path):

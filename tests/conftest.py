@@ -1,5 +1,7 @@
 """Fixtures: prepared data of a small made-up corpus, and ways to run the project's scripts."""
 
+import json
+import random
 import runpy
 import signal
 import sys
@@ -9,10 +11,16 @@ import pytest
 import torch
 from helpers import ROOT, TOKENIZER, Processes, Result, hurry, make_documents, run_stage, write_data
 
-from model.chat import EOS, IM_END
+from corpus.prepared import writing_prepared
+from model.chat import EOS, IM_END, encode_chat, load_tokenizer
 from model.checkpoint import save_model
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
+
+# Half of what an untrained model writes gets a reward, so that groups differ.
+REWARD = (
+    "def parity(reply, task):\n    return float(len(reply.content) % 2)\n\ndef same(reply, task):\n    return 0.0\n"
+)
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +46,46 @@ def base_dir(tmp_path_factory) -> Path:
     model.stop_token_ids = [EOS, IM_END]
     save_model(directory, model, TOKENIZER)
     return directory
+
+
+@pytest.fixture(scope="session")
+def tasks(tmp_path_factory) -> Path:
+    """A folder of 24 questions, and beside it rewards.py."""
+    folder = tmp_path_factory.mktemp("tasks") / "rl"
+    tokenizer = load_tokenizer(TOKENIZER)
+    with writing_prepared(folder, "rl", TOKENIZER, noted=True) as writer:
+        for i in range(24):
+            question = f"{i % 5} 加 {i} 等于几？"
+            ids, _ = encode_chat(tokenizer, [{"role": "user", "content": question}], add_generation_prompt=True)
+            ids = torch.tensor(ids).numpy().astype(writer.dtype).tobytes()
+            note = json.dumps({"question": question, "answer": str(i % 5 + i)})
+            writer.add("val" if i < 4 else "train", [(ids, b"")], note=note)
+    (folder.parent / "rewards.py").write_text(REWARD)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def brief_dir(tmp_path_factory) -> Path:
+    """A model that answers with one to three characters and stops: enough for some answers to be better than others."""
+    folder = tmp_path_factory.mktemp("brief")
+    tokenizer = load_tokenizer(TOKENIZER)
+    rng = random.Random(0)
+    chats = []
+    for i in range(200):
+        messages = [{"role": "user", "content": f"{i % 5} 加 {i % 29} 等于几？"}]
+        messages.append({"role": "assistant", "content": "一二三"[: rng.randint(1, 3)]})
+        chats.append(encode_chat(tokenizer, messages))
+    write_data(folder / "data", chats[10:], chats[:10], kind="sft")
+    torch.manual_seed(0)
+    save_model(folder / "random", CausalLM(LMConfig(**PRESETS["tiny"])), TOKENIZER)
+    options = (
+        "--max_seq_len 64 --batch_size 8 --optimizer muon --learning_rate 1e-2 --max_steps 25 --eval_rows 2".split()
+    )
+    paths = ["--data", folder / "data", "--init_from", folder / "random", "--out_dir", folder / "sft"]
+    command = [None, "2-sft.py", *paths, *options, "--warmup_steps", 1]
+    (result,) = Processes(folder / "logs", run_stage, *command).wait()
+    assert result.status == 0, result.err
+    return folder / "sft"
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ INPUTS |= {
 # Flags that make a command short; it gets those that its --help knows.
 LIMITS = dict(max_steps=2, steps=1, minutes=0.02, peer_minutes=0.02, max_new_tokens=4, eval_rows=4)
 LIMITS |= dict(batch_size=2, max_seq_len=128, vocab_size=400, workers=1, models="96x4", lengths=256, corpora=10)
-LIMITS |= dict(device="cpu", new_tokens=4, rounds=1, batch_sizes=2, only="AdamW")
+LIMITS |= dict(device="cpu", new_tokens=4, rounds=1, batch_sizes=2, only="AdamW", teacher_minutes=0.02, chats=40)
 INSTALLERS = {"pip", "venv", "quickstart.py"}  # are not run: what they name must be there
 RECIPES = sorted((ROOT / "docs").glob("architecture*.md"))  # tests/test_architecture.py runs what stands there
 # What the others may need, since a page may begin in the middle.

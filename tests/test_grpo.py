@@ -10,84 +10,31 @@ import signal
 import types
 from collections import defaultdict
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from helpers import (
     ROOT,
-    TOKENIZER,
-    Processes,
     assert_same_tensors,
     records,
-    run_stage,
     saved_progress,
     steps_of,
-    write_data,
 )
 from safetensors.torch import load_file
 
-from corpus.prepared import writing_prepared
 from engine.generation import Sequence
-from model.chat import encode_chat, load_tokenizer
-from model.checkpoint import load_model, save_model
-from model.LMConfig import PRESETS, LMConfig
-from model.model import CausalLM
+from model.checkpoint import load_model
 from training import rollouts
 from training.loop import Run
 from training.packing import IGNORE
 
 GRPO = runpy.run_path(str(ROOT / "5-grpo.py"))
-# Half of what an untrained model writes gets a reward, so that groups differ.
-REWARD = (
-    "def parity(reply, task):\n    return float(len(reply.content) % 2)\n\ndef same(reply, task):\n    return 0.0\n"
-)
 SHORT = "--questions 4 --generations 4 --max_new_tokens 12 --max_seq_len 64 --log_interval 1 --eval_rows 2".split()
 SHORT += "--warmup_steps 1 --learning_rate 1e-3 --min_learning_rate 1e-4".split()
 
 
-@pytest.fixture(scope="module")
-def tasks(tmp_path_factory) -> Path:
-    """A folder of 24 questions, and beside it rewards.py."""
-    folder = tmp_path_factory.mktemp("tasks") / "rl"
-    tokenizer = load_tokenizer(TOKENIZER)
-    with writing_prepared(folder, "rl", TOKENIZER, noted=True) as writer:
-        for i in range(24):
-            question = f"{i % 5} 加 {i} 等于几？"
-            ids, _ = encode_chat(tokenizer, [{"role": "user", "content": question}], add_generation_prompt=True)
-            ids = torch.tensor(ids).numpy().astype(writer.dtype).tobytes()
-            note = json.dumps({"question": question, "answer": str(i % 5 + i)})
-            writer.add("val" if i < 4 else "train", [(ids, b"")], note=note)
-    (folder.parent / "rewards.py").write_text(REWARD)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def base_dir(tmp_path_factory) -> Path:
-    """A model that answers with one to three characters and stops: enough for some answers to be better than others."""
-    folder = tmp_path_factory.mktemp("brief")
-    tokenizer = load_tokenizer(TOKENIZER)
-    rng = random.Random(0)
-    chats = []
-    for i in range(200):
-        messages = [{"role": "user", "content": f"{i % 5} 加 {i % 29} 等于几？"}]
-        messages.append({"role": "assistant", "content": "一二三"[: rng.randint(1, 3)]})
-        chats.append(encode_chat(tokenizer, messages))
-    write_data(folder / "data", chats[10:], chats[:10], kind="sft")
-    torch.manual_seed(0)
-    save_model(folder / "random", CausalLM(LMConfig(**PRESETS["tiny"])), TOKENIZER)
-    options = (
-        "--max_seq_len 64 --batch_size 8 --optimizer muon --learning_rate 1e-2 --max_steps 25 --eval_rows 2".split()
-    )
-    paths = ["--data", folder / "data", "--init_from", folder / "random", "--out_dir", folder / "sft"]
-    command = [None, "2-sft.py", *paths, *options, "--warmup_steps", 1]
-    (result,) = Processes(folder / "logs", run_stage, *command).wait()
-    assert result.status == 0, result.err
-    return folder / "sft"
-
-
-def flags(tasks, base_dir, out_dir, reward="parity", *more) -> list:
-    own = ["--data", tasks, "--init_from", base_dir, "--out_dir", out_dir, *SHORT, "--max_steps", 3]
+def flags(tasks, brief_dir, out_dir, reward="parity", *more) -> list:
+    own = ["--data", tasks, "--init_from", brief_dir, "--out_dir", out_dir, *SHORT, "--max_steps", 3]
     return [*own, "--reward", f"{tasks.parent / 'rewards.py'}:{reward}", *more]
 
 
@@ -172,8 +119,8 @@ def test_exactly_the_chosen_tokens_are_learnt_each_with_its_own_advantage(order)
         assert found[one.question][-1][0] == 4, "the stop token is learnt"
 
 
-def test_the_one_who_writes_and_the_one_who_learns_agree(tasks, base_dir, run_here, tmp_path):
-    assert run_here("5-grpo.py", *flags(tasks, base_dir, tmp_path / "out")).status == 0
+def test_the_one_who_writes_and_the_one_who_learns_agree(tasks, brief_dir, run_here, tmp_path):
+    assert run_here("5-grpo.py", *flags(tasks, brief_dir, tmp_path / "out")).status == 0
     lines = [record for record in records(tmp_path / "out") if "gap" in record]
     assert len(lines) == 3
     assert all(record["gap"] < 1e-4 for record in lines)
@@ -184,9 +131,9 @@ def test_the_one_who_writes_and_the_one_who_learns_agree(tasks, base_dir, run_he
     assert {"val_accuracy", "val_sampled", "val_best"} <= records(tmp_path / "out")[0].keys()
 
 
-def test_where_all_answers_are_as_good_nothing_moves(tasks, base_dir, run_here, tmp_path):
-    assert run_here("5-grpo.py", *flags(tasks, base_dir, tmp_path / "out", "same")).status == 0
-    before, after = load_file(base_dir / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+def test_where_all_answers_are_as_good_nothing_moves(tasks, brief_dir, run_here, tmp_path):
+    assert run_here("5-grpo.py", *flags(tasks, brief_dir, tmp_path / "out", "same")).status == 0
+    before, after = load_file(brief_dir / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
     assert all(before[name].equal(after[name]) for name in before)
 
 
@@ -201,7 +148,7 @@ def test_where_all_answers_are_as_good_nothing_moves(tasks, base_dir, run_here, 
     ],
     ids=" ".join,
 )
-def test_loss_and_gradient_of_a_step_are_trls(options, tasks, base_dir, run_here, tmp_path, monkeypatch):
+def test_loss_and_gradient_of_a_step_are_trls(options, tasks, brief_dir, run_here, tmp_path, monkeypatch):
     """In a second update with the same answers, where rho is not 1 and some of it is clipped."""
     from trl import GRPOTrainer
 
@@ -223,7 +170,7 @@ def test_loss_and_gradient_of_a_step_are_trls(options, tasks, base_dir, run_here
     monkeypatch.setattr(rollouts.RolloutWriter, "write", writing)
     monkeypatch.setattr(Run, "update", updating)
     more = ["--max_steps", 1, "--updates", 2, "--learning_rate", 0.01, *options]
-    result = run_here("5-grpo.py", *flags(tasks, base_dir, tmp_path / "out", "parity", *more))
+    result = run_here("5-grpo.py", *flags(tasks, brief_dir, tmp_path / "out", "parity", *more))
     assert result.status == 0, result.err
 
     def log_probs_of(model, answers):
@@ -234,7 +181,7 @@ def test_loss_and_gradient_of_a_step_are_trls(options, tasks, base_dir, run_here
             rows.append(log_probs.gather(1, ids[1:, None])[len(one.sequence.prompt) - 1 :, 0])
         return padded(rows)
 
-    model = load_model(base_dir)
+    model = load_model(brief_dir)
     answers = ours["answers"]
     with torch.no_grad():
         reference = log_probs_of(model, answers)
@@ -294,16 +241,16 @@ def weights_after(result, out_dir) -> torch.Tensor:
 
 @pytest.mark.parametrize("loss", ["dapo", "dr_grpo", "grpo"])
 def test_rows_at_once_one_by_one_and_in_two_processes_are_the_same_step(
-    loss, tasks, base_dir, run_here, start, tmp_path
+    loss, tasks, brief_dir, run_here, start, tmp_path
 ):
     options = ["--loss", loss, "--max_steps", 1, "--optimizer", "muon"]
-    many = run_here("5-grpo.py", *flags(tasks, base_dir, tmp_path / "8", "parity", *options, "--batch_size", 8))
+    many = run_here("5-grpo.py", *flags(tasks, brief_dir, tmp_path / "8", "parity", *options, "--batch_size", 8))
     expected = weights_after(many, tmp_path / "8")
     assert "step 1" in many.out
-    one = run_here("5-grpo.py", *flags(tasks, base_dir, tmp_path / "1", "parity", *options, "--batch_size", 1))
+    one = run_here("5-grpo.py", *flags(tasks, brief_dir, tmp_path / "1", "parity", *options, "--batch_size", 1))
     torch.testing.assert_close(weights_after(one, tmp_path / "1"), expected, atol=1e-5, rtol=1e-4)
     if loss == "dapo":
-        two = start("5-grpo.py", *flags(tasks, base_dir, tmp_path / "2", "parity", *options), processes=2).wait()
+        two = start("5-grpo.py", *flags(tasks, brief_dir, tmp_path / "2", "parity", *options), processes=2).wait()
         torch.testing.assert_close(weights_after(two[0], tmp_path / "2"), expected, atol=1e-5, rtol=1e-4)
 
 
@@ -319,16 +266,16 @@ def killed_in_step(number: int):
     rollouts.RolloutWriter.write = killing
 
 
-def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tasks, base_dir, start, tmp_path):
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tasks, brief_dir, start, tmp_path):
     more = ["--save_interval", 1, "--updates", 2, "--max_steps", 4]
-    whole = start("5-grpo.py", *flags(tasks, base_dir, tmp_path / "whole", "parity", *more))
+    whole = start("5-grpo.py", *flags(tasks, brief_dir, tmp_path / "whole", "parity", *more))
     cut = start(
-        "5-grpo.py", *flags(tasks, base_dir, tmp_path / "cut", "parity", *more), patch=partial(killed_in_step, 3)
+        "5-grpo.py", *flags(tasks, brief_dir, tmp_path / "cut", "parity", *more), patch=partial(killed_in_step, 3)
     )
     assert whole.wait()[0].status == 0
     assert cut.wait()[0].status == -signal.SIGKILL
     assert saved_progress(tmp_path / "cut")["step"] == 2
-    (result,) = start("5-grpo.py", *flags(tasks, base_dir, tmp_path / "cut", "parity", *more, "--resume")).wait()
+    (result,) = start("5-grpo.py", *flags(tasks, brief_dir, tmp_path / "cut", "parity", *more, "--resume")).wait()
     assert result.status == 0, result.err
     assert_same_tensors(tmp_path / "whole", tmp_path / "cut")
     assert steps_of(tmp_path / "cut") == steps_of(tmp_path / "whole")
@@ -348,31 +295,31 @@ def asked_to_stop(place: tuple[type, str], call: int, rank: int = 0):
     setattr(owner, name, asking)
 
 
-def test_a_step_whose_weights_have_moved_is_finished_before_it_stops(tasks, base_dir, start, tmp_path):
+def test_a_step_whose_weights_have_moved_is_finished_before_it_stops(tasks, brief_dir, start, tmp_path):
     more = ["--updates", 2, "--max_steps", 3]
-    whole = start("5-grpo.py", *flags(tasks, base_dir, tmp_path / "whole", "parity", *more))
+    whole = start("5-grpo.py", *flags(tasks, brief_dir, tmp_path / "whole", "parity", *more))
     between = partial(asked_to_stop, (Run, "update"), 3)  # between the two updates of step 2
-    cut = start("5-grpo.py", *flags(tasks, base_dir, tmp_path / "cut", "parity", *more), patch=between)
+    cut = start("5-grpo.py", *flags(tasks, brief_dir, tmp_path / "cut", "parity", *more), patch=between)
     assert whole.wait()[0].status == 0
     assert cut.wait()[0].status == 128 + signal.SIGTERM
     assert saved_progress(tmp_path / "cut")["step"] == 2
-    (result,) = start("5-grpo.py", *flags(tasks, base_dir, tmp_path / "cut", "parity", *more, "--resume")).wait()
+    (result,) = start("5-grpo.py", *flags(tasks, brief_dir, tmp_path / "cut", "parity", *more, "--resume")).wait()
     assert result.status == 0, result.err
     assert_same_tensors(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_processes_that_hear_of_a_stop_in_unlike_steps_stop_together(tasks, base_dir, start, tmp_path):
+def test_processes_that_hear_of_a_stop_in_unlike_steps_stop_together(tasks, brief_dir, start, tmp_path):
     more = ["--save_interval", 1, "--max_steps", 4]
     after_saving = partial(asked_to_stop, (Run, "save"), 1)  # one stands between two steps, the other has gone on
-    run = flags(tasks, base_dir, tmp_path / "out", "parity", *more)
+    run = flags(tasks, brief_dir, tmp_path / "out", "parity", *more)
     results = start("5-grpo.py", *run, patch=after_saving, processes=2).wait()
     assert [result.status for result in results] == [128 + signal.SIGTERM] * 2, results
     assert saved_progress(tmp_path / "out")["step"] == 1
 
 
-def test_an_adapter_and_a_reference(tasks, base_dir, run_here, tmp_path):
+def test_an_adapter_and_a_reference(tasks, brief_dir, run_here, tmp_path):
     more = ["--lora_rank", 2, "--beta", 0.1, "--scale_rewards"]
-    result = run_here("5-grpo.py", *flags(tasks, base_dir, tmp_path / "out", "parity", *more))
+    result = run_here("5-grpo.py", *flags(tasks, brief_dir, tmp_path / "out", "parity", *more))
     assert result.status == 0, result.err
     assert (tmp_path / "out/adapter_model.safetensors").exists()
 
@@ -386,11 +333,11 @@ def test_an_adapter_and_a_reference(tasks, base_dir, run_here, tmp_path):
         (["--data", "one", "two"], "reads one folder"),
     ],
 )
-def test_what_cannot_be_is_one_line(more, named, tasks, base_dir, run_here, tmp_path):
-    result = run_here("5-grpo.py", *flags(tasks, base_dir, tmp_path / "out"), *more)
+def test_what_cannot_be_is_one_line(more, named, tasks, brief_dir, run_here, tmp_path):
+    result = run_here("5-grpo.py", *flags(tasks, brief_dir, tmp_path / "out"), *more)
     assert named in result.error_line(status=2)
 
 
-def test_chats_are_refused(chat_data, base_dir, run_here, tmp_path):
-    result = run_here("5-grpo.py", "--data", chat_data, "--init_from", base_dir, "--out_dir", tmp_path / "out")
+def test_chats_are_refused(chat_data, brief_dir, run_here, tmp_path):
+    result = run_here("5-grpo.py", "--data", chat_data, "--init_from", brief_dir, "--out_dir", tmp_path / "out")
     assert "needs rl data" in result.error_line(status=2)

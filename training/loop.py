@@ -297,7 +297,7 @@ def check_data(args: argparse.Namespace, config: LMConfig, data: TrainingData):
 
 def check_first_loss(log: Log, vocab_size: int):
     """A model that knows nothing gives every token the same probability: its loss is ln(vocab_size)."""
-    loss = log.records[-1]["val_loss"]
+    loss = log.records[-1].get("val_cross_entropy", log.records[-1]["val_loss"])
     expected = math.log(vocab_size)
     log.say(f"first validation loss {loss:.3f}; a model that knows nothing has ln({vocab_size}) = {expected:.3f}")
     if not abs(loss - expected) < 0.5:

@@ -170,7 +170,7 @@ def sum_up(
 def means(sums: Counter, group: int) -> dict[str, float]:
     """What sum_up's result comes to; `group` sequences are one sample."""
     result = {"val_loss": sums["loss"] / sums["count"]}
-    if group == 1:  # the loss of a pair is not one of its text
-        result["val_bits_per_byte"] = sums["loss"] / math.log(2) / sums["bytes"]
+    if group == 1:  # the loss of a pair is not one of its text, and of a divergence it is cross_entropy
+        result["val_bits_per_byte"] = sums.get("cross_entropy", sums["loss"]) / math.log(2) / sums["bytes"]
     metrics = (name for name in sums if name not in ("loss", "count", "bytes"))
     return result | {f"val_{name}": sums[name] / sums["count"] for name in metrics}

@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import math
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +23,8 @@ from engine.tools import load_tools
 from model.chat import THINK, TOOL_CALL, load_tokenizer
 from model.lora import has_lora, merge_lora
 from model.model import CausalLM
+from training.loop import Run, StopRequest
+from training.loss import LossFunction
 from training.machine import Machine
 from training.packing import IGNORE, Batch, Piece, TrainingData, named_folders, pack
 from training.rewards import load_reward, read_reply
@@ -36,18 +40,26 @@ ROLLOUT_FLAGS = {  # for stages whose model writes: name -> options of argparse'
 
 
 class Tasks(TrainingData):
-    """One split of a folder of questions: prompts and notes, in an order that depends on the seed alone."""
+    """One split of a folder of questions: prompts and notes, in an order that depends on the seed alone.
 
-    def __init__(self, data: Path | list[str], split: str, args: argparse.Namespace):
+    A chat, too, is a question, up to its last answer; whether another answer is right no one knows then.
+    """
+
+    def __init__(self, data: Path | list[str], split: str, args: argparse.Namespace, kinds: tuple[str, ...] = ("rl",)):
         (name, folder), *more = named_folders(data).items()
         if more or args.mix:
             raise UserError("this stage reads one folder of questions: give --data DIR alone, and no --mix")
         self.prepared = Prepared(folder, split)
         super().__init__({name: self.prepared}, {name: 1.0})
-        if self.prepared.kind != "rl":
-            raise UserError(f"{folder} was made with `data_process.py {self.prepared.kind}`; this stage needs rl data")
-        self.notes = self.prepared.notes()
-        lengths = np.diff(self.prepared.offsets)
+        if self.kind not in kinds:
+            raise UserError(
+                f"{folder} was made with `data_process.py {self.kind}`; this stage needs {' or '.join(kinds)} data"
+            )
+        self.checked = self.kind == "rl"
+        self.notes = self.prepared.notes() if self.checked else [{}] * len(self.prepared)
+        starts = self.prepared.offsets[:-1]
+        self.ends = self.prepared.offsets[1:] if self.checked else last_answers(self.prepared)  # of each prompt
+        lengths = self.ends - starts
         self.kept = np.flatnonzero(lengths + args.max_new_tokens <= args.max_seq_len)  # those with room for an answer
         self.truncated, self.dropped = 0, len(lengths) - len(self.kept)
         self.n_tokens, self.real_share = int(lengths[self.kept].sum()), 1.0
@@ -62,8 +74,13 @@ class Tasks(TrainingData):
         return np.random.default_rng([seed, epoch]).permutation(self.kept)
 
     def prompt(self, question: int) -> list[int]:
-        ((ids, _),) = self.prepared.record(question)
-        return ids.tolist()
+        return self.prepared.tokens[self.prepared.offsets[question] : self.ends[question]].tolist()
+
+
+def last_answers(chats: Prepared) -> np.ndarray:
+    """Where the last answer of each chat begins, (chats,): the last run of its trained tokens."""
+    begins = np.flatnonzero(np.diff(chats.mask, prepend=np.uint8(0)) == 1)
+    return begins[np.searchsorted(begins, chats.offsets[1:]) - 1]
 
 
 @dataclass(eq=False)
@@ -90,9 +107,9 @@ class RolloutBatch(Batch):
 class RolloutWriter:
     """Writes answers with the model as it is now, and rewards them; each process takes its share of the questions."""
 
-    def __init__(self, model: CausalLM, args: argparse.Namespace, machine: Machine):
+    def __init__(self, model: CausalLM, args: argparse.Namespace, machine: Machine, tokenizer_dir: Path):
         self.model, self.args, self.machine = model, args, machine
-        self.tokenizer = load_tokenizer(args.init_from)
+        self.tokenizer = load_tokenizer(tokenizer_dir)
         self.reward = load_reward(args.reward)
         self.tools = load_tools(args.tools)
 
@@ -122,7 +139,7 @@ class RolloutWriter:
 
     def _rewarded(self, question: int, tasks: Tasks, sequence: Sequence) -> Rollout:
         reply = read_reply(sequence, self.tokenizer)
-        reward = 0.0 if reply is None else float(self.reward(reply, tasks.notes[question]))
+        reward = 0.0 if reply is None or not tasks.checked else float(self.reward(reply, tasks.notes[question]))
         return Rollout(question, sequence, reply, reward)
 
     def validate(self, tasks: Tasks, limit: int | None) -> dict[str, float]:
@@ -195,6 +212,66 @@ def describe_rollouts(window: Counter) -> dict[str, float]:
         "gap": window["gap"] / max(window["scored"], 1),
         "sampling_seconds": window["sampling_seconds"] / max(window["steps"], 1),
     }
+
+
+def learn_from_rollouts(
+    run: Run,
+    writer: RolloutWriter,
+    train_set: Tasks,
+    loss_fn: LossFunction,
+    choose: Callable[[list[list[Rollout]]], tuple[list[Rollout], int]],
+    validate: Callable[[int | None], dict],
+    describe: Callable[[Counter], dict],
+    updates: int = 1,
+):
+    """The loop of a stage whose model writes what it learns from: write, choose, learn, log, validate, save.
+
+    choose(groups of answers) -> those to learn from, and what the sum of their loss is divided by, so that loss_fn
+    itself counts 0. `updates` steps of the optimizer are made with the same answers. validate, describe: as in
+    Run.end_step.
+    """
+    args, progress = run.args, run.progress
+    if progress.step == 0:
+        run.log.add(0.0, {"step": 0, "tokens": 0, **validate(args.eval_rows)})
+    order = train_set.order(args.seed, progress.epoch)
+    with StopRequest() as stop:
+        while run.share_done() < 1:
+            run.begin_step()
+
+            # Write answers to the next questions.
+            start = time.perf_counter()
+            questions = order[progress.row : progress.row + args.questions]
+            if stop.made:  # the other processes hear of it when the gradients are added up
+                questions = questions[:0]
+            groups = writer.write(train_set, questions, args.generations, f"{args.seed}/{progress.step}")
+            run.buffer.add(**sums_of(groups), sampling_seconds=time.perf_counter() - start)
+
+            # Learn.
+            chosen, count = choose(groups)
+            step_sums = Counter()
+            for update in range(updates):
+                run.buffer.add(count=count)
+                for batch in learning_batches(chosen, args.max_seq_len, args.batch_size):
+                    run.accumulate(loss_fn, batch)
+                sums = run.all_reduce(stop.made and update == 0)  # once the weights have moved, the step is finished
+                if sums["stop"]:
+                    break
+                grad_norm = run.update(sums) if sums["scored"] else run.skip_update()
+                step_sums.update(sums)
+            if sums["stop"]:  # leave the step out; --resume does it again
+                run.forget_step()
+                break
+            progress.advance(len(questions), len(train_set), step_sums)
+            if progress.row == 0:
+                order = train_set.order(args.seed, progress.epoch)
+            if not math.isfinite(grad_norm):
+                run.report_skipped()
+                continue
+
+            # Log, validate, save.
+            if run.end_step(step_sums, step_sums["places"], grad_norm, validate, describe):
+                writer.write_samples(run.log.directory, progress.step, groups, train_set)
+    run.finish(stop)
 
 
 def learning_batches(rollouts: list[Rollout], max_seq_len: int, batch_size: int) -> Iterator[RolloutBatch]:

@@ -106,8 +106,10 @@ def check_out_dir(args: argparse.Namespace):
     """UserError where a new run would put away a model that it reads, or something that no run has made."""
     old = args.out_dir.with_name(f"{args.out_dir.name}.old")  # goes when out_dir takes its name
     for directory in (args.out_dir, old):
-        if args.init_from and directory.resolve() == args.init_from.resolve():
-            raise UserError(f"--out_dir {args.out_dir} would replace the model of --init_from; choose another")
+        for flag in ("init_from", "teacher"):
+            model = vars(args).get(flag)
+            if model and directory.resolve() == model.resolve():
+                raise UserError(f"--out_dir {args.out_dir} would replace the model of --{flag}; choose another")
         if not directory.exists() or (directory / RUN_FILE).exists():
             continue
         if not directory.is_dir() or any(directory.iterdir()):

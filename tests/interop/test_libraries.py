@@ -16,6 +16,7 @@ from model.chat import EOS, IM_END, encode_chat, load_tokenizer
 from model.checkpoint import load_adapter, load_model, save_model
 from model.LMConfig import PRESETS, LMConfig
 from model.lora import apply_lora, lora_layers, merge_lora
+from training.distillation import Divergence, divergence_sum
 
 QUESTION = [{"role": "user", "content": "你好"}]
 
@@ -125,6 +126,25 @@ def test_trl_learns_its_preferences(sft, tmp_path):
     trainer.train()
     losses = assert_trained(trainer, tmp_path / "trained", sft)
     assert losses[0] == pytest.approx(0.6931, abs=1e-3)  # ln 2, where model and reference are one
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize(("kind", "trl_beta"), [("forward", 0), ("reverse", 1), ("jsd", 0.3)])
+def test_trl_means_the_same_by_a_divergence(kind, trl_beta, monkeypatch):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    from trl.experimental.gkd import GKDTrainer
+
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(40, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    teacher_hidden, teacher_weight, labels = torch.randn(40, 16), torch.randn(50, 16), torch.arange(40)
+    how = Divergence(kind, temperature=1.5, jsd_beta=trl_beta)
+    loss, _ = divergence_sum(hidden, weight, teacher_hidden, teacher_weight, labels, how)
+    logits = hidden @ weight.T, teacher_hidden @ teacher_weight.T
+    theirs = GKDTrainer.generalized_jsd_loss(*logits, beta=trl_beta, temperature=1.5, reduction="sum")
+    torch.testing.assert_close(loss, theirs)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(theirs, (hidden, weight))
+    )
 
 
 def test_wandb_writes_a_run_offline(data, tmp_path, run_here, monkeypatch):

@@ -1,0 +1,351 @@
+"""A teacher, and how far a student is from it: a divergence of two distributions over the whole vocabulary."""
+
+import argparse
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from base.cli import UserError
+from base.files import sha256
+from corpus.prepared import META, SPLITS, writing_prepared
+from model.chat import tokenizer_fingerprint
+from model.checkpoint import MODEL_FILE, load_config, load_merged
+from model.model import CausalLM
+from model.operators import product_dtype
+from training.balance import expert_balance
+from training.loss import CARD_CHUNK, LOSS_CHUNK
+from training.machine import Machine
+from training.packing import Batch, TrainingData
+from training.rollouts import RolloutWriter, Tasks
+
+# What is known of each scored token beside its loss; all but the first, of the distributions at temperature 1.
+METRICS = ("divergence", "cross_entropy", "agreement", "student_entropy", "teacher_entropy")
+
+
+# ------------------------------------------------------------------------------------------------------------ formulas
+
+
+class Divergence(NamedTuple):
+    """What is small where the student says what the teacher would. Of p, the student's distribution, and q:
+
+    forward  KL(q || p) = sum q ln(q / p): dear where the teacher may say what the student never would
+    reverse  KL(p || q) = sum p ln(p / q): dear where the student may say what the teacher never would
+    jsd      beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p: arXiv 2306.13649, eq. 1, which
+             vanishes where beta is 0 or 1
+
+    Both distributions are softmax(logits / temperature) (arXiv 1503.02531, eq. 1). ce_weight adds so many times -ln p
+    of the label, at temperature 1.
+    """
+
+    kind: str = "forward"
+    temperature: float = 1.0
+    jsd_beta: float = 0.5
+    ce_weight: float = 0.0
+
+    def of(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        """The divergence of each row, (M,), in nats, and its gradient for the logits behind log_p, (M, V), both of
+        which were divided by the temperature already. Two distributions, (M, V), and their logarithms; p is spent.
+        """
+        if self.kind == "forward":
+            return torch.linalg.vecdot(q, log_q - log_p), p.sub_(q)
+        if self.kind == "reverse":
+            log_ratio = log_p - log_q
+            distance = own = torch.linalg.vecdot(p, log_ratio)
+            return distance, p.mul_(log_ratio.sub_(own[:, None]))
+        share = 1 - self.jsd_beta  # of p in m
+        log_m = (share * p + self.jsd_beta * q).clamp_(min=torch.finfo(p.dtype).tiny).log_()
+        log_ratio = log_p - log_m
+        own = torch.linalg.vecdot(p, log_ratio)
+        distance = self.jsd_beta * torch.linalg.vecdot(q, log_q - log_m) + share * own
+        return distance, p.mul_(log_ratio.sub_(own[:, None])).mul_(share)
+
+
+def plain_divergence_sum(
+    hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, labels: Tensor, how: Divergence
+) -> Tensor:
+    """What divergence_sum means, by autograd and with all logits at once."""
+    logits, teacher_logits = hidden @ weight.mT, teacher_hidden @ teacher_weight.mT  # (M, V)
+    log_p, log_q = ((x / how.temperature).log_softmax(-1) for x in (logits, teacher_logits))
+    p, q = log_p.exp(), log_q.exp()
+    if how.kind == "jsd":
+        log_m = (how.jsd_beta * q + (1 - how.jsd_beta) * p).log()
+        losses = how.jsd_beta * q * (log_q - log_m) + (1 - how.jsd_beta) * p * (log_p - log_m)
+    else:
+        losses = q * (log_q - log_p) if how.kind == "forward" else p * (log_p - log_q)
+    log_probs = logits.log_softmax(-1).gather(1, labels[:, None])
+    return losses.sum() - how.ce_weight * log_probs.sum()
+
+
+def divergence_sum(
+    hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, labels: Tensor, how: Divergence
+) -> tuple[Tensor, Tensor]:
+    """The loss of all scored tokens, summed, and the METRICS of each, (5, M), which have no gradient; in float32.
+
+    hidden (M, H) and weight (V, H), the student's, give its logits; teacher_hidden (M, H') and teacher_weight (V, H')
+    the teacher's. labels (M,). Products are in autocast's format, if it is on.
+    """
+    learns = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return DivergenceSum.apply(hidden, weight, teacher_hidden, teacher_weight, labels, how, learns)
+
+
+class DivergenceSum(torch.autograd.Function):
+    """The logits (M, V) of both models are made, compared and turned into gradients a chunk of tokens at a time.
+
+    The gradient is made with the loss, since a head, of a small model the dearest product, would else be computed
+    twice. It is not scaled yet then; so float16, in which small numbers of it would be lost, gives way to float32.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, teacher_hidden, teacher_weight, labels, how: Divergence, learns: bool):
+        dtype = product_dtype(hidden.device.type, hidden.dtype)
+        narrow, teacher_narrow = weight.to(dtype), teacher_weight
+        wide = torch.promote_types(dtype, torch.float32)
+        d_dtype = wide if dtype == torch.float16 else dtype
+        d_hidden = torch.empty_like(hidden) if learns else None
+        d_weight = torch.zeros_like(weight) if learns and weight.requires_grad else None
+        loss_sum = hidden.new_zeros((), dtype=wide)
+        metrics = hidden.new_empty(len(METRICS), len(hidden), dtype=wide)
+        chunk = LOSS_CHUNK if hidden.device.type == "cpu" else CARD_CHUNK
+        for start in range(0, len(hidden), chunk):
+            here = slice(start, start + chunk)
+            h, label = hidden[here].to(dtype), labels[here, None]
+            logits = (h @ narrow.mT).to(wide)  # (chunk, V)
+            teacher_logits = (teacher_hidden[here] @ teacher_narrow.mT).to(wide)
+            log_p, log_q = logits.log_softmax(-1), teacher_logits.log_softmax(-1)
+            p, q = log_p.exp(), log_q.exp()
+            log_prob = log_p.gather(1, label)[:, 0]
+            best = teacher_logits.argmax(-1, keepdim=True)
+            agreement = (logits.gather(1, best)[:, 0] == logits.amax(-1)).to(wide)
+            entropies = -torch.linalg.vecdot(p, log_p), -torch.linalg.vecdot(q, log_q)
+            d_label = p.clone() if how.ce_weight and learns else None
+            if how.temperature != 1:
+                log_p, log_q = ((x / how.temperature).log_softmax(-1) for x in (logits, teacher_logits))
+                p, q = log_p.exp(), log_q.exp()
+            distance, d_logits = how.of(log_p, log_q, p, q)
+            loss_sum += (distance - how.ce_weight * log_prob).sum()
+            metrics[:, here] = torch.stack((distance, -log_prob, agreement, *entropies))
+            if not learns:
+                continue
+            d_logits.div_(how.temperature)
+            if d_label is not None:
+                d_label.scatter_add_(1, label, d_label.new_full(label.shape, -1))
+                d_logits.add_(d_label, alpha=how.ce_weight)
+            d_logits = d_logits.to(d_dtype)
+            d_hidden[here] = d_logits @ weight.to(d_dtype)
+            if d_weight is not None:
+                d_weight += d_logits.mT @ h.to(d_dtype)
+        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.mark_non_differentiable(metrics)
+        return loss_sum, metrics
+
+    @staticmethod
+    def backward(ctx, d_loss: Tensor, _):
+        d_hidden, d_weight = ctx.saved_tensors
+        return d_hidden * d_loss, None if d_weight is None else d_weight * d_loss, *[None] * 5
+
+
+# ------------------------------------------------------------------------------------------------------------- teachers
+
+
+class Teacher(NamedTuple):
+    """A frozen model of the student's vocabulary; the product of the two is its logits."""
+
+    hidden: Callable[[Batch], Tensor]  # packed rows -> (B, T, H')
+    weight: Tensor  # (V, H')
+
+
+def load_teacher(args: argparse.Namespace, machine: Machine, data: TrainingData) -> Teacher:
+    """The model in args.teacher: one of ours, an adapter on one, or another that transformers knows.
+
+    UserError where it has another tokenizer than the data, or where its context is shorter than a row.
+    """
+    directory = args.teacher
+    check_teacher(directory, data)
+    dtype = machine.dtype if args.teacher_dtype == "auto" else getattr(torch, args.teacher_dtype)
+    if is_ours(directory):
+        model = load_merged(directory, machine.device)
+        context = model.config.max_position_embeddings
+        teacher = own_teacher(model.to(dtype))
+    else:
+        model = load_foreign(directory, machine.device, dtype)
+        context = getattr(model.config, "max_position_embeddings", math.inf)
+        teacher = foreign_teacher(model, directory)
+    if args.max_seq_len > context:
+        raise UserError(f"--max_seq_len {args.max_seq_len} is above the context of the teacher, {context} tokens")
+    if len(teacher.weight) < data.vocab_size:
+        raise UserError(
+            f"the teacher in {directory} knows {len(teacher.weight)} tokens, its tokenizer {data.vocab_size}"
+        )
+    return teacher._replace(weight=teacher.weight[: data.vocab_size])  # rows that only fill up belong to no token
+
+
+def check_teacher(directory: Path, data: TrainingData):
+    """UserError where there is no teacher of the data's tokenizer."""
+    if not any((directory / name).exists() for name in ("config.json", "adapter_config.json")):
+        raise UserError(
+            f"no teacher in {directory}: give --teacher DIR, a model that is larger or knows more, with the student's "
+            "tokenizer"
+        )
+    if not (directory / "tokenizer.json").exists() or tokenizer_fingerprint(directory) != data.tokenizer_sha256:
+        raise UserError(
+            f"the teacher in {directory} has another tokenizer than {data.paths}: its distribution is over other "
+            "tokens. What it writes can be learnt: as chats, by 2-sft.py"
+        )
+
+
+def is_ours(directory: Path) -> bool:
+    """Whether model.py computes it."""
+    if not (directory / "config.json").exists():
+        return True  # an adapter
+    try:
+        load_config(directory)
+    except UserError:
+        return False
+    return (directory / MODEL_FILE).exists()
+
+
+def own_teacher(model: CausalLM) -> Teacher:
+    model.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def hidden(batch: Batch) -> Tensor:
+        return model.model(batch.input_ids, batch.position_ids, batch.documents_on_card)
+
+    return Teacher(hidden, model.lm_head.weight)
+
+
+def load_foreign(directory: Path, device: torch.device, dtype: torch.dtype):
+    """A model of an architecture that transformers knows and we do not: no code and no pickle of the folder is run."""
+    from transformers import AutoModelForCausalLM  # seconds
+
+    options = dict(use_safetensors=True, trust_remote_code=False, local_files_only=True, dtype=dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(directory, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"transformers cannot load the teacher in {directory}: {reason}") from None
+    return model.eval().requires_grad_(False).to(device)
+
+
+@torch.no_grad()
+def foreign_teacher(model, directory: Path) -> Teacher:
+    """Any causal language model of transformers. UserError for one whose logits are more than a product, such as
+    capped or scaled ones."""
+    trunk, head = model.base_model, model.get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    ids = torch.arange(16, device=model.device)[None]
+    logits = model(ids).logits.float()
+    product = None if weight is None else (trunk(ids).last_hidden_state @ weight.mT).float()
+    if product is None or product.shape != logits.shape or (product - logits).abs().max() > 0.02 * logits.abs().max():
+        raise UserError(
+            f"the teacher in {directory} ({model.config.model_type}) makes its logits by more than a matrix product; "
+            "such a one cannot be a teacher here"
+        )
+
+    @torch.no_grad()
+    def hidden(batch: Batch) -> Tensor:
+        """Every document in a row of its own, which what fills it up does not reach: masks of packed rows are not
+        something that all architectures take."""
+        real = batch.document_index >= 0
+        document, place = batch.document_index[real], batch.position_ids[real]  # (tokens,)
+        ids = batch.input_ids.new_zeros(len(batch.documents), int(place.max()) + 1)  # (documents, longest)
+        seen = torch.zeros_like(ids)
+        ids[document, place] = batch.input_ids[real]
+        seen[document, place] = 1
+        unpacked = trunk(input_ids=ids, attention_mask=seen).last_hidden_state  # (documents, longest, H')
+        packed = unpacked.new_zeros(*batch.input_ids.shape, unpacked.shape[-1])
+        packed[real] = unpacked[document, place]
+        return packed
+
+    return Teacher(hidden, weight)
+
+
+# ------------------------------------------------------------------------------------------------------------- learning
+
+
+def distillation_loss(
+    model: CausalLM, batch: Batch, teacher: Teacher, how: Divergence
+) -> tuple[Tensor, int, dict[str, Tensor], Tensor]:
+    """next_token_loss with a teacher, who reads the same rows; and ln p of each scored token, (M,)."""
+    places, routing = batch.scored_places(), []  # (M,)
+    hidden = model.model(batch.input_ids, batch.position_ids, batch.documents_on_card, routing=routing)  # (B, T, H)
+    hidden, teacher_hidden = (x.flatten(0, 1)[places] for x in (hidden, teacher.hidden(batch)))
+    labels = batch.labels.flatten()[places]
+    loss_sum, figures = divergence_sum(hidden, model.lm_head.weight, teacher_hidden, teacher.weight, labels, how)
+    balance, metrics = expert_balance(model, batch, routing)
+    return loss_sum + balance, batch.scored, metrics | dict(zip(METRICS, figures.sum(1))), -figures[1]
+
+
+def write_answers(args: argparse.Namespace, machine: Machine) -> Path:
+    """A folder of sft data: the answers of args.teacher to the prompts of args.data, a folder of questions or chats.
+
+    Beside out_dir, under a name that depends on all that the answers depend on; what an earlier run wrote is taken.
+    UserError for a teacher that the engine cannot run, or where no answer is left.
+    """
+    sets = {split: Tasks(args.data, split, args, ("rl", "sft")) for split in SPLITS}
+    train_set = sets["train"]
+    check_teacher(args.teacher, train_set)
+    if not is_ours(args.teacher):
+        raise UserError(
+            f"the teacher in {args.teacher} is of an architecture that the engine does not write with; let another "
+            "program write, and give the chats to: python data_process.py sft"
+        )
+    if args.only_right and not train_set.checked:
+        raise UserError(f"{train_set.paths} holds chats: which answers are right is known of rl data only")
+    names = ("prompts", "only_right", "reward", "tools", "generations", "max_new_tokens", "max_seq_len", "temperature")
+    settings = {name: getattr(args, name) for name in (*names, "seed")}
+    weights = [sha256(path) for path in sorted(args.teacher.glob("*.safetensors"))]
+    key = hashlib.sha256(json.dumps([train_set.fingerprint, weights, settings]).encode()).hexdigest()[:16]
+    folder = args.out_dir.parent / "distill-text" / key
+    if (folder / META).exists():
+        return folder
+    model = load_merged(args.teacher, machine.device)
+    writer = RolloutWriter(model, args, machine, train_set.tokenizer_dir)
+    if machine.rank == 0:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    begun = time.perf_counter()
+    chats = {split: sum(machine.gather(list(answers_to(writer, tasks))), []) for split, tasks in sets.items()}
+    for split, found in chats.items():
+        if not found:
+            right = " rightly" if args.only_right else ""
+            raise UserError(
+                f"no prompt of {split} in {train_set.paths} was answered{right} within --max_new_tokens "
+                f"{args.max_new_tokens} by the teacher in {args.teacher}"
+            )
+    if machine.rank == 0:
+        with writing_prepared(folder, "sft", train_set.tokenizer_dir, masked=True) as prepared:
+            prepared.meta["minutes_of_writing"] = (time.perf_counter() - begun) / 60
+            for split, found in chats.items():
+                for _, ids, mask in sorted(found):
+                    size = int(train_set.token_bytes[ids].sum())
+                    prepared.add(split, [(np.array(ids, prepared.dtype).tobytes(), mask)], size)
+        counts = {split: f"{len(found):,}" for split, found in chats.items()}
+        print(f"the teacher's answers: {counts['train']} to learn from, {counts['val']} to validate -> {folder}")
+    machine.gather(None)  # the others wait for the files
+    return folder
+
+
+def answers_to(writer: RolloutWriter, tasks: Tasks) -> Iterator[tuple[int, list[int], bytes]]:
+    """What the writer's model answers to this process's share of the prompts: the number of each, and a chat as ids
+    and mask. An answer that did not end by itself would teach not to stop, and is left out."""
+    args = writer.args
+    prompts = tasks.kept[: args.prompts]
+    block = 8 * args.rollout_rows  # written together
+    quiet = writer.machine.rank > 0 or None  # None: if there is no terminal
+    for start in tqdm(range(0, len(prompts), block), unit_scale=block, unit=" prompts", disable=quiet):
+        questions = prompts[start : start + block]
+        for group in writer.write(tasks, questions, args.generations, f"{args.seed}/text", args.temperature):
+            for one in group:
+                if one.reply and (one.reward == 1 or not args.only_right):
+                    sequence = one.sequence
+                    mask = bytes(len(sequence.prompt)) + bytes(sequence.chosen)
+                    yield one.question, sequence.prompt + sequence.tokens, mask
