@@ -2,8 +2,8 @@
 
 import { make, number, word } from "./page.js";
 
-const [WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM] = [520, 250, 56, 12, 10, 34]; // margins within the view box
-const MOST = 300; // of points in a curve that are drawn; of more, the lowest and the highest of neighbours
+const [WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM] = [400, 210, 50, 10, 8, 32]; // margins within the view box
+const MOST = 400; // points of a curve that are drawn
 
 function svg(tag, attributes, ...children) {
   const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
@@ -12,7 +12,7 @@ function svg(tag, attributes, ...children) {
   return element;
 }
 
-/** At most about 2 * MOST / 2 points [x, y] with the same extremes as all. */
+/** At most about MOST of the points [x, y], among them the lowest and the highest of each stretch. */
 export function thin(points) {
   if (points.length <= MOST) return points;
   const size = Math.ceil((2 * points.length) / MOST);
@@ -89,7 +89,7 @@ export function chart() {
       return make("tr", {}, make("th", { scope: "row" }, name), ...cells);
     });
     const head = [word("series"), what.xName, word("last"), word("lowest"), word("highest")];
-    table.replaceChildren(make("tr", {}, ...head.map((text) => make("th", { scope: "col" }, text))), ...rows);
+    table.replaceChildren(make("tr", {}, ...head.map((text, i) => make("th", { scope: "col", class: i ? "figure" : "" }, text))), ...rows);
   }
 
   function curve({ drawn, color, dash, bold }) {

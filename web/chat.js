@@ -3,13 +3,13 @@
 // A conversation: {id, time, turns: [{text, answers: {MODEL: {content, reasoning, calls, runs, given, …}}}]}
 
 import { ask, stream } from "./api.js";
-import { keep, kept, language, make, number, startPage, word } from "./page.js";
+import { keep, kept, locale, make, number, startPage, word } from "./page.js";
 
 const SAMPLING = ["temperature", "top_p", "max_tokens", "seed"];
 const $ = (id) => document.getElementById(id);
 const [composer, text, turns, status] = ["composer", "text", "turns", "status"].map($);
 
-let models = []; // as /v1/models has them
+let models = []; // as /v1/models has them, in the order in which they were trained
 let chosen = kept("models", []);
 let conversation = start();
 let writing = null; // the AbortController of the answers that are being written
@@ -75,7 +75,7 @@ function toggleMenu(shown) {
 function drawModels() {
   const compare = $("compare").checked;
   const known = chosen.filter((id) => models.some((model) => model.id === id));
-  chosen = known.length ? known : models.slice(0, 1).map((model) => model.id);
+  chosen = known.length ? known : models.slice(-1).map((model) => model.id);
   if (!compare) chosen = chosen.slice(0, 1);
   const chips = models.map((model) =>
     make(
@@ -107,7 +107,7 @@ function drawAbout() {
   $("about").textContent = chosen
     .map((id) => models.find((model) => model.id === id))
     .map((model) => {
-      const saved = new Date(1000 * model.created).toLocaleString(language, { dateStyle: "medium", timeStyle: "short" });
+      const saved = new Date(1000 * model.created).toLocaleString(locale(), { dateStyle: "medium", timeStyle: "short" });
       const kind = word(model.is_chat ? "kind_chat" : "kind_base");
       return word("about_model", model.id, kind, number(model.parameters), number(model.max_position_embeddings), saved);
     })
@@ -117,7 +117,7 @@ function drawAbout() {
 
 async function loadModels() {
   try {
-    models = (await (await ask("v1/models")).json()).data;
+    models = (await (await ask("v1/models")).json()).data.sort((a, b) => a.created - b.created);
     status.textContent = models.length ? "" : word("no_models");
   } catch (error) {
     status.textContent = error.message;
@@ -251,7 +251,6 @@ function showWriting(now) {
   $("send").hidden = now;
   $("stop").hidden = !now;
   turns.setAttribute("aria-busy", now); // a screen reader reads the answer when it is whole
-  status.textContent = now ? `${word("writing")} …` : word("done");
 }
 
 /** Writes one model's answer to turn number i into `answer`. */

@@ -39,7 +39,7 @@ const WORDS = {
   kind_base: ["基座模型，接着写", "base model, continues texts"],
   about_model: ["{0}：{1}，{2} 个参数，上下文 {3}，存于 {4}", "{0}: {1}, {2} parameters, context {3}, saved {4}"],
   message: ["消息", "Message"],
-  placeholder: ["回车发送，Shift+回车换行，Esc 停止", "Enter sends, Shift+Enter breaks the line, Esc stops"],
+  placeholder: ["回车发送，Shift+回车换行，Esc 停止", "Enter sends, Shift+Enter: a new line, Esc stops"],
   send: ["发送", "Send"],
   stop: ["停止", "Stop"],
   settings: ["设置", "Settings"],
@@ -59,8 +59,6 @@ const WORDS = {
   stopped: ["已停止", "stopped"],
   cut: ["到了长度上限", "cut at the limit"],
   broken_off: ["连接断了，回答不完整", "the connection broke off; the answer is not whole"],
-  writing: ["正在写", "Writing"],
-  done: ["写完了", "Done"],
 
   runs_found: ["训练记录", "Runs"],
   run: ["名称", "Run"],
@@ -116,6 +114,11 @@ export function keep(name, value) {
 
 export let language = kept("language", navigator.language.startsWith("zh") ? "zh" : "en");
 
+/** For dates: the reader's own form of the language, say British, where it is that of the page. */
+export function locale() {
+  return navigator.language.startsWith(language) ? navigator.language : language;
+}
+
 export function word(name, ...values) {
   const text = WORDS[name][language === "zh" ? 0 : 1];
   return values.reduce((filled, value, i) => filled.replace(`{${i}}`, () => value), text);
@@ -124,7 +127,7 @@ export function word(name, ...values) {
 export function number(value, digits = 4) {
   if (typeof value !== "number") return "";
   if (value !== 0 && Math.abs(value) < 1e-3) return value.toExponential(2);
-  return value.toLocaleString(language, Number.isInteger(value) ? {} : { maximumSignificantDigits: digits });
+  return value.toLocaleString(locale(), Number.isInteger(value) ? {} : { maximumSignificantDigits: digits });
 }
 
 /** An element. Functions listen, null and false are left out, strings among the children become text. */
@@ -145,6 +148,7 @@ function translate(root) {
     const { word: text, label, placeholder } = element.dataset;
     if (text) element.textContent = word(text);
     if (label) element.setAttribute("aria-label", word(label));
+    if (label && element.matches("button")) element.title = word(label);
     if (placeholder) element.setAttribute("placeholder", word(placeholder));
   }
 }
@@ -157,7 +161,8 @@ export function startPage(title, redraw) {
     document.documentElement.lang = language === "zh" ? "zh-CN" : "en";
     document.documentElement.dataset.theme = theme;
     document.title = word(title);
-    themeSwitch.dataset.word = `theme_${theme}`;
+    themeSwitch.textContent = { auto: "◐", light: "☀", dark: "☾" }[theme];
+    themeSwitch.dataset.label = `theme_${theme}`;
     translate(document.body);
   }
   languageSwitch.addEventListener("click", () => {

@@ -2,7 +2,7 @@
 
 import { ask } from "./api.js";
 import { chart } from "./chart.js";
-import { keep, kept, language, make, number, startPage, word } from "./page.js";
+import { keep, kept, locale, make, number, startPage, word } from "./page.js";
 
 const EVERY = 3000; // milliseconds between two questions
 const AXES = ["step", "tokens", "minutes"];
@@ -76,12 +76,14 @@ async function watch() {
 
 function drawRuns() {
   const focused = document.activeElement?.value;
-  const head = ["run", "state", "step", "loss", "updated"].map((name) => make("th", { scope: "col", "data-word": name }));
+  const head = ["run", "state", "step", "loss", "updated"].map((name) =>
+    make("th", { scope: "col", "data-word": name, class: ["step", "loss"].includes(name) ? "figure" : "" }),
+  );
   const rows = runs.map((run) => {
     const { name, last } = run;
     const box = make("input", { type: "checkbox", value: name, change: choose, ...(chosen.includes(name) && { checked: true }) });
     const dot = make("span", { class: `swatch ${chosen.includes(name) ? color(name) : ""}` });
-    const updated = new Date(1000 * run.updated).toLocaleString(language, { dateStyle: "short", timeStyle: "medium" });
+    const updated = new Date(1000 * run.updated).toLocaleString(locale(), { dateStyle: "short", timeStyle: "medium" });
     return make(
       "tr",
       {},
