@@ -1,6 +1,7 @@
 """The command line: a user's mistakes, how a script ends, types of numbers, cores, and commands as one types them."""
 
 import argparse
+import importlib
 import math
 import os
 import shlex
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 
 class UserError(ValueError):
@@ -88,6 +90,15 @@ def fraction(text: str) -> float:
     if not 0 <= float(text) <= 1:
         raise argparse.ArgumentTypeError(f"must be from 0 to 1, not {text}")
     return float(text)
+
+
+def import_extra(name: str, requirements: str = "requirements-export.txt") -> ModuleType:
+    """A package of that requirements file. UserError, with the command, where it is missing."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        command = f"pip install -r {requirements} -c constraints.txt"
+        raise UserError(f"the package {name} is missing or broken ({error}): {command}") from None
 
 
 def available_cores() -> int:

@@ -45,7 +45,9 @@ class Sequence:
     forced: deque[int] = field(default_factory=deque)  # tokens that come next whatever the model says
     tokens: list[int] = field(default_factory=list)  # a stop token is the last of them
     chosen: list[bool] = field(default_factory=list)  # of each token: by the model, not forced
-    log_probs: list[float] = field(default_factory=list)  # ln p of each, at temperature 1, where the engine keeps them
+    n_top: int | None = None  # asks for log_probs, and at each place for those of this many most probable tokens
+    log_probs: list[float] = field(default_factory=list)  # ln p of each, at temperature 1, where they are kept
+    top_log_probs: list[list[tuple[int, float]]] = field(default_factory=list)  # at each place: token, ln p
     seen: Tensor | None = None  # which tokens occurred, (V,) boolean; kept where repetition_penalty needs it
     finish_reason: str | None = None  # "stop", or "length": max_new_tokens or the context is used up
 
@@ -179,12 +181,24 @@ class Engine:
                 sequence = self.rows[row]
                 sequence.chosen.append(not sequence.forced)
                 chosen[row] = sequence.forced.popleft() if sequence.forced else token
-        if self.keep_log_probs:
-            tokens = torch.tensor(chosen, device=self.device)[:, None]  # (B, 1)
-            log_probs = logits.float().gather(1, tokens)[:, 0] - logits.float().logsumexp(-1)
-            for sequence, log_prob in zip(self.rows, log_probs.tolist()):
-                sequence.log_probs.append(log_prob)
+        kept = [row for row, sequence in enumerate(self.rows) if self.keep_log_probs or sequence.n_top is not None]
+        if kept:
+            part = logits if len(kept) == len(self.rows) else logits[kept]
+            self._keep_log_probs(part.float(), [self.rows[row] for row in kept], [chosen[row] for row in kept])
         return chosen
+
+    def _keep_log_probs(self, logits: Tensor, sequences: list[Sequence], chosen: list[int]):
+        """Of the token chosen for each sequence, and of the most probable ones, from logits (B, V)."""
+        tokens = torch.tensor(chosen, device=self.device)[:, None]  # (B, 1)
+        normalizers = logits.logsumexp(-1)  # (B,)
+        log_probs = logits.gather(1, tokens)[:, 0] - normalizers
+        for sequence, log_prob in zip(sequences, log_probs.tolist()):
+            sequence.log_probs.append(log_prob)
+        if n := max(sequence.n_top or 0 for sequence in sequences):
+            values, ids = logits.topk(n)  # (B, n)
+            pairs = zip(ids.tolist(), (values - normalizers[:, None]).tolist())
+            for sequence, (row_ids, row_values) in zip(sequences, pairs):
+                sequence.top_log_probs.append(list(zip(row_ids, row_values))[: sequence.n_top or 0])
 
     def _rows_by_sampling(self) -> dict[Sampling, list[int]]:
         rows = {}

@@ -70,7 +70,7 @@ class ReplyStream:
         return Reply(
             content=content.lstrip("\n") if texts["reasoning"] else content,
             reasoning="\n".join(texts["reasoning"]).strip("\n"),
-            tool_calls=[_call_of(text) for text in texts["tool_call"]],
+            tool_calls=[call_of(text) for text in texts["tool_call"]],
             tool_responses=[text.strip("\n") for text in texts["tool_response"]],
         )
 
@@ -88,7 +88,8 @@ def read_tokens(tokens: list[int], tokenizer: Tokenizer) -> Reply:
     return stream.reply()
 
 
-def _call_of(text: str) -> dict:
+def call_of(text: str) -> dict:
+    """A call {"name", "arguments"} from what stands between its tags; the name is None where that is no JSON object."""
     try:
         call = json.loads(text)
     except (ValueError, RecursionError):
@@ -142,10 +143,12 @@ class Session:
     def _answers_of_tools(self, sequence: Sequence) -> list[int]:
         """What encode_chat writes after the calls of the turn that has just ended, up to the next header."""
         calls = read_tokens(last_turn(sequence.tokens), self.tokenizer).tool_calls
-        if not calls:
-            return []
+        return self.answer_ids(run_calls(self.tools, calls)) if calls else []
+
+    def answer_ids(self, answers: list[str]) -> list[int]:
+        """What stands between a turn that ended with calls and the next that the model writes."""
         ids = [*encode(self.tokenizer, "\n"), IM_START, *encode(self.tokenizer, "user")]
-        for answer in run_calls(self.tools, calls):
+        for answer in answers:
             ids += encode(self.tokenizer, "\n")
             ids += [TOOL_RESPONSE, *encode(self.tokenizer, f"\n{answer}\n"), TOOL_RESPONSE + 1]
         return [*ids, IM_END, *encode(self.tokenizer, "\n"), IM_START, *encode(self.tokenizer, "assistant\n")]

@@ -13,6 +13,7 @@ no one has to search for the answer afterwards. The format is ChatML as Qwen wri
 `tokenizer/chat_template.jinja` says the same to transformers; a test holds the two equal.
 """
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -76,6 +77,7 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
+@functools.lru_cache(maxsize=8)
 def token_pieces(tokenizer: Tokenizer) -> list[bytes]:
     """The UTF-8 bytes that each id stands for: a list of V bytes objects, empty for control tokens.
 

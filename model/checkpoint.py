@@ -115,7 +115,7 @@ def weights_fingerprint(directory: Path) -> str:
     return sha256(Path(directory) / MODEL_FILE)
 
 
-def _load_stop_ids(directory: Path, model: CausalLM):
+def load_stop_ids(directory: Path, model: CausalLM):
     """What the model in `directory` was trained to stop at, if generation_config.json says so."""
     path = Path(directory) / GENERATION_FILE
     if path.exists():
@@ -135,7 +135,7 @@ def load_adapter(model: CausalLM, directory: Path, base_dir: Path):
     if expected and expected != weights_fingerprint(base_dir):
         raise UserError(f"the adapter in {directory} was trained on other weights than those in {base_dir}")
     from_peft(model, tensors, read_json(path))
-    _load_stop_ids(directory, model)
+    load_stop_ids(directory, model)
 
 
 def load_config(directory: Path) -> LMConfig:
@@ -150,14 +150,20 @@ def load_config(directory: Path) -> LMConfig:
         raise UserError(f"{path}: {error}") from None
 
 
-def load_model(directory: Path, device: torch.device | str = "cpu") -> CausalLM:
+def load_outline(directory: Path) -> CausalLM:
+    """The model in `directory` but for its weights: no memory and no random numbers for them."""
     config = load_config(directory)
-    with torch.device("meta"):  # no memory and no random numbers for weights that are read from the file
+    with torch.device("meta"):
         model = CausalLM(config)
+    load_stop_ids(directory, model)
+    return model
+
+
+def load_model(directory: Path, device: torch.device | str = "cpu") -> CausalLM:
+    model = load_outline(directory)
     path = Path(directory) / MODEL_FILE
     tensors, _ = load_tensors(path, device)
-    load_weights(model, from_disk(config, tensors), path)
-    _load_stop_ids(directory, model)
+    load_weights(model, from_disk(model.config, tensors), path)
     return model.to(device)
 
 

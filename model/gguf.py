@@ -5,13 +5,12 @@ reads such a file. The packages of both stand in requirements-export.txt.
 """
 
 import copy
-import importlib
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from base.cli import UserError
+from base.cli import import_extra
 from base.files import read_json, write_file
 from model.chat import BOS, EOS, IM_END, SPECIAL_TOKENS, THINK, TOOLS, load_tokenizer
 from model.LMConfig import LMConfig
@@ -27,15 +26,6 @@ WEIGHT_TYPES = {  # of the matrices, and gguf's name for a file of them
 # A small part, and a sensitive one. In our names and in llama.cpp's.
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight", "token_embd.weight", "output.weight")
 TAGS = range(THINK, TOOLS + 2)  # <think> to </tools>
-
-
-def import_extra(name: str):
-    """A package of requirements-export.txt. UserError, with the command, where it is missing."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        command = "pip install -r requirements-export.txt -c constraints.txt"
-        raise UserError(f"the package {name} is missing or broken ({error}): {command}") from None
 
 
 def write_gguf(path: Path, model: CausalLM, tokenizer_dir: Path, weight_type: str = "f32"):

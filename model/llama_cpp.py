@@ -4,8 +4,7 @@ import json
 import urllib.request
 from pathlib import Path
 
-from base.cli import available_cores
-from model.gguf import import_extra
+from base.cli import available_cores, import_extra
 
 
 class LlamaCpp:

@@ -21,7 +21,13 @@ PYTHONS = [f"3.{minor}" for minor in range(quickstart.OLDEST[1], quickstart.NEWE
 
 def read_requirements(name: str) -> list[Requirement]:
     lines = (re.sub(r"(^|\s)#.*", "", line).strip() for line in (ROOT / name).read_text("utf-8").splitlines())
-    return [Requirement(line) for line in lines if line]
+    found = []
+    for line in lines:
+        if line.startswith("-r "):
+            found += read_requirements(line.removeprefix("-r "))
+        elif line:
+            found.append(Requirement(line))
+    return found
 
 
 def pins_for(python: str) -> dict[str, str]:

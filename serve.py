@@ -1,0 +1,70 @@
+"""Serve models by OpenAI's API, and a page to chat with them.
+
+python serve.py                                   every model under out/, the newest first
+python serve.py out/sft out/lora --open           these, in the browser
+python serve.py --tools calculator                what the server calls while a model writes
+python serve.py --host 0.0.0.0 --api_key KEY      for the network; the key may stand in JIEZI_API_KEY
+"""
+
+import argparse
+import os
+import socket
+import sys
+import threading
+import webbrowser
+from pathlib import Path
+
+from base.cli import HelpFormatter, UserError, above_zero, import_extra, natural, positive, run
+from engine.tools import load_tools
+from training.machine import choose_device, keep_freed_memory
+
+GRACE = 5  # seconds in which answers may end when the server is told to leave
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser.add_argument("models", type=Path, nargs="*", metavar="DIR", help="folders of models or adapters")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: of all networks")
+    parser.add_argument("--port", type=natural, default=8000, help="0: any that is free")
+    parser.add_argument("--api_key", default=os.environ.get("JIEZI_API_KEY"), help="refuse who does not say it")
+    parser.add_argument("--open", action="store_true", help="open the page in the browser")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--half_weights", action="store_true", help="on a CPU, weights in float16, as eval.py has it")
+    parser.add_argument("--tools", nargs="+", default=[], metavar="NAME", help="calculator, or a Python file")
+    parser.add_argument("--max_rows", type=positive, default=16, help="answers of a model that are written at a time")
+    parser.add_argument("--max_queue", type=natural, default=64, help="answers that may wait; then 429")
+    parser.add_argument("--max_new_tokens", type=positive, default=1024, help="tokens at most, whatever is asked")
+    parser.add_argument("--request_timeout", type=above_zero, default=600, help="seconds for a request")
+    args = parser.parse_args()
+    for name in ("fastapi", "uvicorn", "prometheus_client"):
+        import_extra(name, "requirements-serve.txt")
+    import uvicorn
+
+    from server.api import LOOPBACK, create_app
+    from server.models import find_models
+
+    device = choose_device(args.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    elif args.half_weights:
+        raise UserError("--half_weights is for writing on a CPU: give --device cpu")
+    models = find_models(args.models)
+    app = create_app(models, args, device, load_tools(args.tools))
+    try:
+        family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+        listening = socket.create_server((args.host, args.port), family=family, backlog=2048)
+    except OSError as error:
+        raise UserError(f"cannot listen at {args.host}:{args.port} ({error.strerror}): give another --port") from None
+    if args.host not in LOOPBACK and not args.api_key:
+        print("anyone who can reach this machine can use the models: give --api_key", file=sys.stderr)
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    url = f"http://{host}:{listening.getsockname()[1]}"
+    print(f"{url}  {', '.join(models)}", flush=True)
+    if args.open:
+        threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
+    options = dict(http="h11", ws="none", log_level="warning", server_header=False, timeout_graceful_shutdown=GRACE)
+    uvicorn.Server(uvicorn.Config(app, **options)).run(sockets=[listening])
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,208 @@
+"""OpenAI's routes and the shapes of what they answer."""
+
+import argparse
+import asyncio
+import contextlib
+import hmac
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import torch
+from fastapi import APIRouter, Depends, FastAPI, Response
+from fastapi import Request as Call
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.staticfiles import StaticFiles
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from engine.tools import Tool
+from server.answer import Answer
+from server.guard import Guard, Refusal
+from server.models import OUT, Served
+from server.runs import router as runs_router
+from server.schema import ChatRequest, CompletionRequest, Request
+from server.service import Service, usage
+
+WEB = Path(__file__).parent.parent / "web"
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+class Shape:
+    """The objects of a response, for one of the two endpoints."""
+
+    def __init__(self, served: Served, request: Request):
+        self.request, self.is_chat = request, isinstance(request, ChatRequest)
+        kind = "chat.completion" if self.is_chat else "text_completion"
+        self.head = {"id": f"{'chatcmpl' if self.is_chat else 'cmpl'}-{uuid.uuid4().hex}", "object": kind}
+        self.head |= {"created": int(time.time()), "model": served.name}
+
+    def whole(self, answers: list[Answer], pieces: list[dict]) -> dict:
+        choices = [self.choice(answer, piece, "message") for answer, piece in zip(answers, pieces)]
+        return self.head | {"choices": choices, "usage": usage(answers)}
+
+    def chunk(self, choices: list[dict], usage: dict | None = None) -> dict:
+        told = {"usage": usage} if self.request.stream_options and self.request.stream_options.include_usage else {}
+        kind = "chat.completion.chunk" if self.is_chat else "text_completion"
+        return self.head | {"object": kind, "choices": choices} | told
+
+    def choice(self, answer: Answer, piece: dict, field: str) -> dict:
+        """field: message, or delta of a stream."""
+        choice = {"index": answer.index, "finish_reason": answer.finish_reason, "logprobs": None}
+        said = piece.get("logprobs", [])
+        if self.is_chat:
+            choice[field] = {name: value for name, value in piece.items() if name != "logprobs"}
+            if field == "message":
+                choice[field] = {"role": "assistant", "content": None if "tool_calls" in piece else ""} | choice[field]
+            log_probs = {"content": [{name: each[name] for name in each if name != "start"} for each in said]}
+        else:
+            choice["text"] = piece.get("content", "")
+            log_probs = {"tokens": [each["token"] for each in said]}
+            log_probs |= {"token_logprobs": [each["logprob"] for each in said]}
+            log_probs |= {"text_offset": [each["start"] for each in said]}
+            tops = [{top["token"]: top["logprob"] for top in each["top_logprobs"]} for each in said]
+            log_probs |= {"top_logprobs": tops if self.request.n_top else None}
+        if self.request.n_top is not None and (said or field == "message"):
+            choice["logprobs"] = log_probs
+        return choice
+
+
+async def events(service: Service, served: Served, request: Request, answers: list[Answer]) -> AsyncIterator[str]:
+    """The response as server-sent events."""
+
+    def event(data: dict) -> str:
+        return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+
+    shape = Shape(served, request)
+    try:
+        if shape.is_chat:
+            for answer in answers:
+                yield event(shape.chunk([shape.choice(answer, {"role": "assistant", "content": ""}, "delta")]))
+        async with contextlib.aclosing(service.write(served, answers)) as pieces:
+            async for answer, piece in pieces:
+                if piece:
+                    choice = shape.choice(answer, piece, "delta")
+                    yield event(shape.chunk([choice | {"finish_reason": None}]))
+                if answer.finish_reason:
+                    yield event(shape.chunk([shape.choice(answer, {}, "delta")]))
+    except Refusal as refusal:
+        yield event(refusal.body())
+        return
+    if request.stream_options and request.stream_options.include_usage:
+        yield event(shape.chunk([], usage(answers)))
+    yield "data: [DONE]\n\n"
+
+
+async def respond(service: Service, request: Request, call: Call) -> Response:
+    served, answers = await service.answers(request)
+    if request.stream:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        written = events(service, served, request, answers)
+        return StreamingResponse(written, media_type="text/event-stream", headers=headers)
+    writing = asyncio.ensure_future(collect(service, served, answers))
+    leaving = asyncio.ensure_future(call.receive())  # the body has come: what comes next is that the client has gone
+    try:
+        await asyncio.wait([writing, leaving], return_when=asyncio.FIRST_COMPLETED)
+        if not writing.done():
+            return Response(status_code=499)  # nobody reads it
+        return JSONResponse(Shape(served, request).whole(answers, writing.result()))
+    finally:
+        writing.cancel()
+        leaving.cancel()
+
+
+async def collect(service: Service, served: Served, answers: list[Answer]) -> list[dict]:
+    """The pieces of each answer put together."""
+    wholes = [{} for _ in answers]
+    async with contextlib.aclosing(service.write(served, answers)) as pieces:
+        async for answer, piece in pieces:
+            whole = wholes[answer.index]
+            for name, value in piece.items():
+                whole[name] = whole[name] + value if name in whole else value
+    return wholes
+
+
+def create_app(
+    models: dict[str, Served], args: argparse.Namespace, device: torch.device, tools: dict[str, Tool]
+) -> FastAPI:
+    """The server. args has the flags of serve.py."""
+    service = Service(models, args, device, tools)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI):
+        yield
+        for served in models.values():
+            if served.batcher:
+                await asyncio.to_thread(served.batcher.close)
+
+    async def authorize(call: Call):
+        scheme, _, key = call.headers.get("authorization", "").partition(" ")
+        given = key.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
+        if args.api_key and not hmac.compare_digest(given, args.api_key.encode()):
+            raise Refusal(401, "this server wants its API key: Authorization: Bearer KEY")
+
+    app = FastAPI(title="Jiezi", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.service = service
+    app.add_middleware(Guard)
+    if args.host in LOOPBACK:  # then a name that leads here by a stranger's DNS is not ours
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK], www_redirect=False)
+    routes = APIRouter(dependencies=[Depends(authorize)])
+
+    def described(served: Served) -> dict:
+        card = {"id": served.name, "object": "model", "created": served.created, "owned_by": "jiezi"}
+        card |= {"is_chat": served.is_chat, "max_position_embeddings": served.context}
+        return card | {"parameters": served.parameters}
+
+    @routes.get("/v1/models")
+    async def list_models() -> dict:
+        return {"object": "list", "data": [described(served) for served in models.values()]}
+
+    @routes.get("/v1/models/{name}")
+    async def one_model(name: str) -> dict:
+        return described(service.model(name))
+
+    @routes.post("/v1/chat/completions")
+    async def chat_completions(request: ChatRequest, call: Call) -> Response:
+        return await respond(service, request, call)
+
+    @routes.post("/v1/completions")
+    async def completions(request: CompletionRequest, call: Call) -> Response:
+        return await respond(service, request, call)
+
+    @routes.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.text(models), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/health")
+    async def health() -> dict:
+        return {"status": "ok"}
+
+    @app.exception_handler(Refusal)
+    async def refuse(call: Call, refusal: Refusal) -> Response:
+        service.metrics.refused.labels(refusal.status).inc()
+        return refusal.response()
+
+    @app.exception_handler(HTTPException)
+    async def refuse_as_openai(call: Call, error: HTTPException) -> Response:
+        return await refuse(call, Refusal(error.status_code, str(error.detail)))
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse_fields(call: Call, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        param = ".".join(map(str, first["loc"][1:])) or None
+        reason = first["msg"].removeprefix("Value error, ")
+        return await refuse(call, Refusal(400, f"{param}: {reason}" if param else reason, None, param))
+
+    @app.exception_handler(Exception)
+    async def fail(call: Call, error: Exception) -> Response:
+        return Refusal(500, "the server failed; its terminal says how").response()
+
+    routes.include_router(runs_router(OUT))
+    app.include_router(routes)
+    if WEB.is_dir():
+        app.mount("/", StaticFiles(directory=WEB, html=True))
+    return app

@@ -1,0 +1,76 @@
+"""The thread that drives an engine: requests come and go between two steps, and share the batch."""
+
+import asyncio
+import queue
+import threading
+import traceback
+from collections.abc import Callable
+
+from engine.generation import Engine, Sequence
+from model.model import CausalLM
+
+Receive = Callable[[int | Exception, str | None], None]  # a token and, with the last, why it ended; or what went wrong
+
+
+class Batcher:
+    """Writes the sequences that it is given. All methods are for the event loop's thread, which receives the tokens."""
+
+    def __init__(self, model: CausalLM, max_rows: int):
+        self.model, self.max_rows = model, max_rows
+        self.loop = asyncio.get_running_loop()
+        self.orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # for between two steps
+        self.receivers: dict[Sequence, Receive] = {}  # of those that have not ended
+        self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.thread.start()
+
+    def add(self, sequence: Sequence, receive: Receive):
+        self.receivers[sequence] = receive
+        self.orders.put(lambda: self.engine.add(sequence))
+
+    def remove(self, sequence: Sequence):
+        """Ends it, if it is still being written: its row is free at the next step, and nothing more is received."""
+        if self.receivers.pop(sequence, None):
+            self.orders.put(lambda: self.engine.remove(sequence))
+
+    def close(self):
+        """Ends the thread after the step that it is at."""
+        self.orders.put(None)
+        self.thread.join()
+
+    @property
+    def running(self) -> int:
+        """Rows at work."""
+        return min(len(self.receivers), self.max_rows)
+
+    @property
+    def waiting(self) -> int:
+        return len(self.receivers) - self.running
+
+    def _run(self):
+        self.engine = Engine(self.model, self.max_rows)
+        while True:
+            while not self.engine.busy or not self.orders.empty():
+                order = self.orders.get()
+                if order is None:
+                    return
+                order()
+            try:
+                written = [(sequence, sequence.tokens[-1], sequence.finish_reason) for sequence in self.engine.step()]
+            except Exception as error:  # out of memory, say: those at work are lost, those to come are not
+                traceback.print_exc()
+                lost = [*self.engine.rows, *self.engine.waiting]
+                self.engine = Engine(self.model, self.max_rows)
+                written = [(sequence, error, "error") for sequence in lost]
+            try:
+                self.loop.call_soon_threadsafe(self._deliver, written)
+            except RuntimeError:  # the loop has ended
+                return
+
+    def _deliver(self, written: list[tuple[Sequence, int | Exception, str | None]]):
+        for sequence, token, finish_reason in written:
+            receive = self.receivers.get(sequence)
+            if receive is None:  # was removed while the step was under way
+                continue
+            if finish_reason:
+                del self.receivers[sequence]
+            receive(token, finish_reason)

@@ -1,0 +1,75 @@
+"""The checkpoints that are served: found, described, and loaded when first asked for."""
+
+import asyncio
+import sys
+from pathlib import Path
+
+import torch
+
+from base.cli import UserError
+from base.files import read_json
+from engine.decoding import lay_out_for_decoding
+from model.chat import load_tokenizer
+from model.checkpoint import ADAPTER_FILE, MODEL_FILE, load_adapter, load_model, load_outline, load_stop_ids
+from model.lora import merge_lora
+from server.batcher import Batcher
+
+OUT = Path("out")
+
+
+class Served:
+    """A checkpoint, or an adapter together with the model that it belongs to."""
+
+    def __init__(self, directory: Path):
+        """UserError where there is none."""
+        self.directory, self.name = directory, directory.resolve().name
+        self.base, weights = directory, directory / MODEL_FILE
+        if (directory / "adapter_config.json").exists():
+            base = read_json(directory / "adapter_config.json").get("base_model_name_or_path")
+            self.base, weights = Path(str(base)), directory / ADAPTER_FILE
+        outline = load_outline(self.base)
+        load_stop_ids(directory, outline)
+        if not weights.exists():
+            raise UserError(f"no model in {directory}: {weights.name} is missing")
+        self.created = int(weights.stat().st_mtime)
+        self.is_chat, self.parameters = outline.is_chat, outline.num_parameters()
+        self.context = outline.config.max_position_embeddings
+        self.batcher: Batcher | None = None
+        self.opening = asyncio.Lock()
+
+    async def open(self, device: torch.device, half_weights: bool, max_rows: int):
+        """Loads it, once. UserError where it cannot be loaded."""
+        async with self.opening:
+            if self.batcher is None:
+                model, self.tokenizer = await asyncio.to_thread(self._load, device, half_weights)
+                self.batcher = Batcher(model, max_rows)
+
+    def _load(self, device: torch.device, half_weights: bool):
+        model = load_model(self.base, device).eval()
+        if self.base != self.directory:
+            load_adapter(model, self.directory, self.base)
+            merge_lora(model)
+        if device.type == "cpu":
+            model = lay_out_for_decoding(model, half_weights)
+        return model, load_tokenizer(self.base)
+
+
+def find_models(directories: list[Path]) -> dict[str, Served]:
+    """By name; those of the folders, or all under out/, the newest first. UserError where there is none."""
+    models = {}
+    for directory in directories:
+        served = Served(directory)
+        if served.name in models:
+            raise UserError(f"{directory} and {models[served.name].directory} have the same name: rename one")
+        models[served.name] = served
+    if directories:
+        return models
+    found = []
+    for directory in sorted({path.parent for name in (MODEL_FILE, ADAPTER_FILE) for path in OUT.glob(f"[!.]*/{name}")}):
+        try:
+            found.append(Served(directory))
+        except UserError as error:
+            print(f"{directory} is left out: {error}", file=sys.stderr)
+    if not found:
+        raise UserError(f"no model under {OUT}/; train one with: python 1-pretrain.py, or name the folder of one")
+    return {served.name: served for served in sorted(found, key=lambda served: -served.created)}

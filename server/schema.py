@@ -1,0 +1,187 @@
+"""What a request may say: OpenAI's fields with limits on each, our own beside them. Fields unknown here are ignored."""
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+MAX_MESSAGES, MAX_PROMPTS, MAX_CHOICES, MAX_TOOLS, MAX_TOP = 1024, 64, 64, 64, 20
+MAX_DEPTH = 32  # of a tool's schema
+Think = Literal["show", "off"]
+
+
+def not_offered(value: Any) -> Any:
+    if value and value != {"type": "text"}:  # of response_format
+        raise ValueError("is not offered by this server")
+    return value
+
+
+def plain_text(content: Any) -> Any:
+    """OpenAI's list of parts as one text."""
+    if not isinstance(content, list):
+        return content
+    for part in content:
+        if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+            kind = part.get("type") if isinstance(part, dict) else part
+            raise ValueError(f"this model reads text only, not {str(kind)[:40]!r}")
+    return "".join(part["text"] for part in content)
+
+
+def deeper_than(levels: int, value: Any) -> bool:
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels < 0 or any(deeper_than(levels - 1, child) for child in children)
+
+
+def tool_schema(tool: dict) -> dict:
+    """As it was given, for the prompt."""
+    function = tool.get("function")
+    if tool.get("type") != "function" or not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ValueError('a tool is {"type": "function", "function": {"name": …, "parameters": …}}')
+    if deeper_than(MAX_DEPTH, tool):
+        raise ValueError(f"a tool's schema is nested deeper than {MAX_DEPTH}")
+    json.dumps(tool, allow_nan=False, ensure_ascii=False).encode()  # ValueError for what is no JSON, or no Unicode
+    return tool
+
+
+def several(value: Any) -> Any:
+    """One text, or one list of token ids, as the only one of several."""
+    is_tokens = isinstance(value, list) and value and all(isinstance(item, int) for item in value)
+    return [value] if is_tokens or isinstance(value, str) else value
+
+
+def hardly_any(temperature: float) -> float:
+    """Below this a division by it overflows, and the most probable token is certain anyway."""
+    return temperature if temperature >= 1e-3 else 0.0
+
+
+NotOffered = Annotated[Any, AfterValidator(not_offered)]
+Text = Annotated[str, BeforeValidator(plain_text)]
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
+TokenId = Annotated[int, Field(ge=0, strict=True)]
+
+
+class Given(BaseModel):
+    """null is the same as to say nothing."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_nulls(cls, data: Any) -> Any:
+        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
+
+
+class Function(Given):
+    name: str = Field(max_length=256)
+    arguments: str = "{}"
+
+
+class ToolCall(Given):
+    id: str = Field("", max_length=256)
+    function: Function
+
+
+class Message(Given):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text = ""
+    reasoning_content: str = ""
+    tool_calls: list[ToolCall] = Field([], max_length=MAX_TOOLS)
+    tool_call_id: str = Field("", max_length=256)
+
+    @model_validator(mode="after")
+    def says_something(self):
+        if self.role != "assistant" and "content" not in self.model_fields_set:
+            raise ValueError(f"a message of role {self.role} has content")
+        return self
+
+
+class StreamOptions(Given):
+    include_usage: bool = False
+
+
+class Request(Given):
+    """What both endpoints know. The defaults of how it writes are eval.py's."""
+
+    model: str = Field("", max_length=256)
+    max_new_tokens: int | None = Field(None, alias="max_tokens", ge=1, le=2**31)
+    temperature: Annotated[float, AfterValidator(hardly_any)] = Field(0.7, ge=0, le=2)
+    top_p: float = Field(0.9, ge=0, le=1)
+    top_k: int = Field(0, ge=0, le=2**31)
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.1, ge=0.1, le=10)
+    think: Think = "show"
+    max_think_tokens: int = Field(0, ge=0, le=2**31)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    stop: Annotated[list[Stop], BeforeValidator(several)] = Field([], max_length=4)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    logit_bias: NotOffered = None
+    presence_penalty: NotOffered = None
+    frequency_penalty: NotOffered = None
+    response_format: NotOffered = None
+
+    @model_validator(mode="after")
+    def options_of_a_stream(self):
+        if self.stream_options and not self.stream:
+            raise ValueError("stream_options is only for stream: true")
+        return self
+
+
+class ChatRequest(Request):
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    max_completion_tokens: int | None = Field(None, ge=1, le=2**31)
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=MAX_TOP)
+    tools: list[Annotated[dict[str, Any], AfterValidator(tool_schema)]] = Field([], max_length=MAX_TOOLS)
+    tool_choice: Any = "auto"
+    parallel_tool_calls: bool = True
+    functions: NotOffered = None
+    function_call: NotOffered = None
+    audio: NotOffered = None
+
+    @model_validator(mode="after")
+    def can_be_done(self):
+        if self.tool_choice not in ("auto", "none"):
+            raise ValueError("tool_choice is auto or none; others are not offered by this server")
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs is only for logprobs: true")
+        self.max_new_tokens = self.max_completion_tokens or self.max_new_tokens
+        return self
+
+    @property
+    def n_top(self) -> int | None:
+        return self.top_logprobs if self.logprobs else None
+
+    @property
+    def offered_tools(self) -> list[dict]:
+        return self.tools if self.tool_choice == "auto" else []
+
+    def chat(self) -> list[dict]:
+        """The messages for encode_chat; answers of tools in the order of the calls, by their ids."""
+        messages, places, caller = [], {}, 0
+        for i, message in enumerate(self.messages):
+            key = (i, 0)
+            if message.role != "tool":
+                places, caller = {call.id: place for place, call in enumerate(message.tool_calls)}, i
+            elif message.tool_call_id in places:
+                key = (caller, 1 + places[message.tool_call_id])
+            else:
+                raise ValueError(f"messages.{i}: tool_call_id names no call of the assistant's message before it")
+            parts = message.model_dump(include={"content", "reasoning_content"})
+            parts["role"] = "system" if message.role == "developer" else message.role
+            parts["tool_calls"] = [call.function.model_dump() for call in message.tool_calls]
+            messages.append((key, parts))
+        return [parts for _, parts in sorted(messages, key=lambda pair: pair[0])]
+
+
+class CompletionRequest(Request):
+    prompt: Annotated[list[str | list[TokenId]], BeforeValidator(several)] = Field(min_length=1, max_length=MAX_PROMPTS)
+    logprobs: int | None = Field(None, ge=0, le=5)
+    best_of: Annotated[int, Field(ge=1, le=1)] = 1
+    echo: NotOffered = None
+    suffix: NotOffered = None
+
+    @property
+    def n_top(self) -> int | None:
+        return self.logprobs

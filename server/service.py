@@ -1,0 +1,152 @@
+"""From a request to the pieces of its answers, and what /metrics counts on the way."""
+
+import argparse
+import asyncio
+import time
+from collections.abc import AsyncIterator
+
+import torch
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from base.cli import UserError
+from engine.session import Session
+from engine.tools import Tool
+from model.chat import BOS, encode, encode_chat
+from server.answer import Answer
+from server.guard import Refusal
+from server.models import Served
+from server.schema import ChatRequest, CompletionRequest, Request
+
+
+class Metrics:
+    """What /metrics tells Prometheus."""
+
+    def __init__(self):
+        self.registry = CollectorRegistry()
+        options = dict(registry=self.registry, namespace="jiezi")
+        self.requests = Counter("requests", "answered requests, by how they ended", ["model", "end"], **options)
+        self.refused = Counter("refused_requests", "refused requests, by status", ["status"], **options)
+        self.tokens = Counter("tokens", "tokens that were read or written", ["model", "kind"], **options)
+        self.rows = Gauge("rows", "answers at work", ["model", "state"], **options)
+        self.first = Histogram("first_token_seconds", "from a request to its first token", ["model"], **options)
+
+    def text(self, models: dict[str, Served]) -> bytes:
+        for name, served in models.items():
+            if served.batcher:
+                self.rows.labels(name, "running").set(served.batcher.running)
+                self.rows.labels(name, "waiting").set(served.batcher.waiting)
+        return generate_latest(self.registry)
+
+
+class Service:
+    """What the routes do: from a request to the pieces of its answers."""
+
+    def __init__(
+        self, models: dict[str, Served], args: argparse.Namespace, device: torch.device, tools: dict[str, Tool]
+    ):
+        self.models, self.args, self.device, self.tools = models, args, device, tools
+        self.metrics = Metrics()
+
+    def model(self, name: str) -> Served:
+        served = self.models.get(name) if name else next(iter(self.models.values()))
+        if served is None:
+            known = ", ".join(self.models)
+            raise Refusal(404, f"there is no model {name[:100]}; there are {known}", "model_not_found", "model")
+        return served
+
+    async def answers(self, request: Request) -> tuple[Served, list[Answer]]:
+        """Those to be written, with their prompts. Refusal where that cannot be."""
+        served = self.model(request.model)
+        if isinstance(request, ChatRequest) and not served.is_chat:
+            raise Refusal(
+                400, f"{served.name} is a base model, which continues texts: ask /v1/completions", None, "model"
+            )
+        wanted = request.n * (1 if isinstance(request, ChatRequest) else len(request.prompt))
+        room = self.args.max_rows + self.args.max_queue
+        if wanted > room:
+            raise Refusal(400, f"{wanted} answers in a request are more than this server's {room} places", None, "n")
+        try:
+            await served.open(self.device, self.args.half_weights, self.args.max_rows)
+        except UserError as error:
+            raise Refusal(500, str(error)) from None
+        asked = request.max_new_tokens or served.context
+        request.max_new_tokens = min(asked, self.args.max_new_tokens, served.context)
+        answers = await asyncio.to_thread(self._prepare, served, request)
+        if served.batcher.running + served.batcher.waiting + wanted > room:
+            raise Refusal(429, "all places are taken: try again in a moment")
+        return served, answers
+
+    def _prepare(self, served: Served, request: Request) -> list[Answer]:
+        session = Session(served.batcher.model, served.tokenizer, request)
+        tools = {}
+        if isinstance(request, CompletionRequest):
+            given = [
+                [BOS, *encode(served.tokenizer, text)] if isinstance(text, str) else text for text in request.prompt
+            ]
+        else:
+            tools = {} if request.tools or request.tool_choice == "none" else self.tools
+            schemas = request.offered_tools or [tool.schema for tool in tools.values()]
+            try:
+                messages = request.chat()
+            except ValueError as error:
+                raise Refusal(400, str(error), None, "messages") from None
+            given = [encode_chat(served.tokenizer, messages, schemas, add_generation_prompt=True)[0]]
+        param = "messages" if isinstance(request, ChatRequest) else "prompt"
+        for ids in given:
+            if not ids or max(ids) >= served.tokenizer.get_vocab_size():
+                raise Refusal(400, "a prompt has at least one token, and none beyond the vocabulary", None, param)
+            if len(ids) >= served.context:
+                message = f"the prompt has {len(ids)} tokens; the model's context is {served.context}: shorten it"
+                raise Refusal(400, message, "context_length_exceeded", param)
+        prompts = [ids for ids in given for _ in range(request.n)]
+        return [Answer(index, session, request, ids, tools) for index, ids in enumerate(prompts)]
+
+    async def write(self, served: Served, answers: list[Answer]) -> AsyncIterator[tuple[Answer, dict]]:
+        """The pieces of the answers as they come, each with its answer. What fails, or takes too long, is a Refusal."""
+        came = asyncio.Queue()  # (answer, token, finish_reason), and None, TimeoutError() at the end
+        start, end, written = time.perf_counter(), "left", False
+
+        def begin(answer: Answer):
+            served.batcher.add(answer.sequence, lambda *token: came.put_nowait((answer, *token)))
+
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(self.args.request_timeout, came.put_nowait, (None, TimeoutError(), None))
+        for answer in answers:
+            begin(answer)
+        try:
+            while not all(answer.finish_reason for answer in answers):
+                answer, token, finish_reason = await came.get()
+                if isinstance(token, TimeoutError):
+                    raise Refusal(504, f"no end after {self.args.request_timeout:g} seconds", "timeout")
+                if isinstance(token, Exception):
+                    raise Refusal(500, f"the engine failed: {type(token).__name__}")
+                if answer.finish_reason:  # by a stop string, while the engine wrote on
+                    continue
+                if not written:
+                    written = True
+                    self.metrics.first.labels(served.name).observe(time.perf_counter() - start)
+                yield answer, answer.add(token, finish_reason)
+                if answer.to_run:
+                    yield answer, await asyncio.to_thread(answer.run_tools)
+                    if not answer.finish_reason:
+                        begin(answer)
+                elif answer.finish_reason:
+                    served.batcher.remove(answer.sequence)
+            end = "finished"
+        except Refusal:
+            end = "failed"
+            raise
+        finally:
+            timer.cancel()
+            for answer in answers:
+                served.batcher.remove(answer.sequence)
+            self.metrics.requests.labels(served.name, end).inc()
+            self.metrics.tokens.labels(served.name, "prompt").inc(usage(answers)["prompt_tokens"])
+            self.metrics.tokens.labels(served.name, "completion").inc(usage(answers)["completion_tokens"])
+
+
+def usage(answers: list[Answer]) -> dict:
+    n = answers[0].request.n
+    read = sum(answer.n_prompt for answer in answers[::n])  # n answers share a prompt
+    written = sum(answer.n_tokens for answer in answers)
+    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
