@@ -76,9 +76,9 @@ export function chart() {
         picture.append(svg("text", { x: LEFT - 6, y: y(mark) + 4, "text-anchor": "end" }, number(mark)));
       }
       for (const mark of left < right ? ticks(left, right, 5) : [left]) {
-        picture.append(svg("text", { x: x(mark), y: HEIGHT - BOTTOM + 16, "text-anchor": "middle" }, number(mark)));
+        picture.append(svg("text", { x: x(mark), y: HEIGHT - BOTTOM + 14, "text-anchor": "middle" }, number(mark)));
       }
-      picture.append(svg("text", { x: (LEFT + WIDTH) / 2, y: HEIGHT - 4, "text-anchor": "middle" }, what.xName));
+      picture.append(svg("text", { x: (LEFT + WIDTH) / 2, y: HEIGHT - 3, "text-anchor": "middle" }, what.xName));
     }
     for (const one of series) picture.append(...curve(one));
     read(at);

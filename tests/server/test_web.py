@@ -1,18 +1,22 @@
 """The pages of web/ in a browser without a window: what a visitor does, with a made-up server behind them.
 
-It takes Playwright (requirements-interop.txt) and a browser: Debian's chromium, or `playwright install chromium`.
+It takes Playwright (requirements-interop.txt) and a browser: Debian's chromium, or what `playwright install chromium`
+brings.
 """
 
 import asyncio
 import json
 import re
-import shutil
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 from helpers import ROOT
+
+from images.web import launch
 
 pytestmark = pytest.mark.extra
 playwright = pytest.importorskip("playwright.sync_api")
@@ -122,8 +126,7 @@ def site(tmp_path_factory):
 @pytest.fixture(scope="module")
 def browser():
     with playwright.sync_playwright() as started:
-        path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-        browser = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        browser = launch(started)
         yield browser
         browser.close()
 
@@ -131,12 +134,12 @@ def browser():
 @pytest.fixture
 def visit(site, browser):
     """visit(PATH, **how) opens a page. After the test: no request has left the host, and the console holds no error."""
-    state, address = site
+    state, fake = site
     contexts, wrong = [], []
     state.bodies.clear()
     state.key = None
 
-    def open_page(path: str = "", allowed: str = "", **how):
+    def open_page(path: str = "", allowed: str = "", address: str = fake, **how):
         context = browser.new_context(**{"locale": "en-GB", **how})
         context.set_default_timeout(8000)
         contexts.append(context)
@@ -145,9 +148,9 @@ def visit(site, browser):
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on(
             "console",
-            lambda message: message.type == "error"
-            and not (allowed and allowed in message.text)
-            and wrong.append(message.text),
+            lambda message: (
+                message.type == "error" and not (allowed and allowed in message.text) and wrong.append(message.text)
+            ),
         )
         page.goto(address + path)
         return page
@@ -351,7 +354,8 @@ def test_two_languages_and_dark(visit):
     page = visit(locale="zh-CN", color_scheme="dark")
     expect(page.locator("html")).to_have_attribute("lang", "zh-CN")
     expect(page.get_by_role("button", name="发送")).to_be_visible()
-    brightness = "sum = getComputedStyle(document.documentElement).backgroundColor.match(/[\\d.]+/g).slice(0, 3).map(Number).reduce((a, b) => a + b)"
+    color = "getComputedStyle(document.documentElement).backgroundColor.match(/[0-9.]+/g).slice(0, 3)"
+    brightness = f"{color}.map(Number).reduce((a, b) => a + b)"  # from 0 to 765
     assert page.evaluate(brightness) < 150
     page.get_by_role("button", name="Switch").click()
     expect(page.get_by_role("button", name="Send")).to_be_visible()
@@ -423,6 +427,23 @@ def test_enter_that_ends_a_word_of_an_input_method_sends_nothing(visit, site):
     page.get_by_label("Message").dispatch_event("keydown", {"key": "Enter", "isComposing": True})
     page.wait_for_timeout(200)
     assert site[0].bodies == []
+
+
+def test_with_the_real_server(visit, base_dir):
+    command = [sys.executable, "serve.py", base_dir, "--port", "0", "--device", "cpu", "--tools", "calculator"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            page = visit(address=server.stdout.readline().split()[0] + "/")
+            expect(page.locator("#about")).to_contain_text("chat model")
+            page.get_by_text("Settings").click()
+            page.get_by_label("Tokens at most").fill("5")
+            say(page, "你好")
+            expect(page.get_by_role("article")).to_contain_text("tokens/s")
+            expect(page.get_by_role("alert")).to_be_hidden()
+            page.goto(page.url + "runs.html")
+            expect(page.locator("#runs thead")).to_be_visible()
+        finally:
+            server.terminate()
 
 
 def test_runs_are_drawn_and_compared(visit, site):
