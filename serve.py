@@ -7,6 +7,7 @@ python serve.py --host 0.0.0.0 --api_key KEY      for the network; the key may s
 """
 
 import argparse
+import contextlib
 import os
 import socket
 import sys
@@ -26,7 +27,7 @@ def main():
     parser.add_argument("models", type=Path, nargs="*", metavar="DIR", help="folders of models or adapters")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: of all networks")
     parser.add_argument("--port", type=natural, default=8000, help="0: any that is free")
-    parser.add_argument("--api_key", default=os.environ.get("JIEZI_API_KEY"), help="refuse who does not say it")
+    parser.add_argument("--api_key", help="refuse who does not say it; without it, JIEZI_API_KEY")
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--half_weights", action="store_true", help="on a CPU, weights in float16, as eval.py has it")
@@ -36,6 +37,10 @@ def main():
     parser.add_argument("--max_new_tokens", type=positive, default=1024, help="tokens at most, whatever is asked")
     parser.add_argument("--request_timeout", type=above_zero, default=600, help="seconds for a request")
     args = parser.parse_args()
+    if args.api_key is None:  # not as a default, which --help would show
+        args.api_key = os.environ.get("JIEZI_API_KEY")
+    if args.api_key == "":
+        raise UserError("the API key is empty, and would let everyone in: look at --api_key and JIEZI_API_KEY")
     for name in ("fastapi", "uvicorn", "prometheus_client"):
         import_extra(name, "requirements-serve.txt")
     import uvicorn
@@ -53,17 +58,18 @@ def main():
     try:
         family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
         listening = socket.create_server((args.host, args.port), family=family, backlog=2048)
-    except OSError as error:
-        raise UserError(f"cannot listen at {args.host}:{args.port} ({error.strerror}): give another --port") from None
+    except (OSError, OverflowError) as error:
+        raise UserError(f"cannot listen at {args.host}:{args.port} ({error}): give another --host or --port") from None
     if args.host not in LOOPBACK and not args.api_key:
         print("anyone who can reach this machine can use the models: give --api_key", file=sys.stderr)
-    host = f"[{args.host}]" if ":" in args.host else args.host
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(args.host, args.host)
     url = f"http://{host}:{listening.getsockname()[1]}"
     print(f"{url}  {', '.join(models)}", flush=True)
     if args.open:
         threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
     options = dict(http="h11", ws="none", log_level="warning", server_header=False, timeout_graceful_shutdown=GRACE)
-    uvicorn.Server(uvicorn.Config(app, **options)).run(sockets=[listening])
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn passes it on when all is closed
+        uvicorn.Server(uvicorn.Config(app, **options)).run(sockets=[listening])
 
 
 if __name__ == "__main__":

@@ -198,7 +198,8 @@ class Engine:
             values, ids = logits.topk(n)  # (B, n)
             pairs = zip(ids.tolist(), (values - normalizers[:, None]).tolist())
             for sequence, (row_ids, row_values) in zip(sequences, pairs):
-                sequence.top_log_probs.append(list(zip(row_ids, row_values))[: sequence.n_top or 0])
+                if sequence.n_top:
+                    sequence.top_log_probs.append(list(zip(row_ids, row_values))[: sequence.n_top])
 
     def _rows_by_sampling(self) -> dict[Sampling, list[int]]:
         rows = {}

@@ -91,7 +91,7 @@ def read_tokens(tokens: list[int], tokenizer: Tokenizer) -> Reply:
 def call_of(text: str) -> dict:
     """A call {"name", "arguments"} from what stands between its tags; the name is None where that is no JSON object."""
     try:
-        call = json.loads(text)
+        call = json.loads(text, parse_constant=int)  # which raises ValueError: NaN and its like are no JSON
     except (ValueError, RecursionError):
         call = None
     return call if isinstance(call, dict) else {"name": None, "arguments": text.strip()}

@@ -24,8 +24,8 @@ from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM, MoEFeedForward
 
 ROOT = Path(__file__).parent.parent
-ROOMS = "scripts demo training engine corpus model base".split()  # each may import those behind it
-ROOM_COLORS = dict(zip(ROOMS, "#d9d9d9 #fbb4ae #fdd0a2 #decbe4 #ccebc5 #9ecae1 #ffffcc".split()))
+ROOMS = "scripts demo server training engine corpus model base".split()  # each may import those behind it
+ROOM_COLORS = dict(zip(ROOMS, "#d9d9d9 #fbb4ae #fddaec #fdd0a2 #decbe4 #ccebc5 #9ecae1 #ffffcc".split()))
 WAY = {  # of a token: under each script, the stations, and what comes out of them
     "data_process.py: from files to tokens": (
         ("", "a file: jsonl, json, csv, parquet, txt, md"),
@@ -187,7 +187,7 @@ def count_imports() -> Counter[tuple[str, str]]:
 
 def draw_imports(axes: Axes):
     """Rooms on a diagonal: a line to the right and down for each import, with the number of statements at its bend."""
-    places = {room: (2.7 * i, 1.15 * i) for i, room in enumerate(ROOMS)}
+    places = {room: (2.45 * i, i) for i, room in enumerate(ROOMS)}
     for (importer, imported), number in count_imports().items():
         (x, y), (corner, end) = places[importer], places[imported]
         side = 1 if corner > x else -1
@@ -204,7 +204,7 @@ def draw_imports(axes: Axes):
         axes.text(x, y, text, ha="center", va="center", fontsize=7.5, linespacing=1.1, color="black")
     words = "who imports whom: from the importer to the right,\nthen down; at the bend, how many imports"
     axes.text(-WIDTH / 2, 5.6, words, fontsize=9, color=LINE, weight="bold", linespacing=1.4)
-    axes.set(xlim=(-2.8, 19), ylim=(7.4, -0.6), aspect="equal")
+    axes.set(xlim=(-2.8, 19.7), ylim=(7.4, -0.6), aspect="equal")
     axes.axis("off")
 
 

@@ -8,12 +8,15 @@ from base.cli import available_cores, import_extra
 
 
 class LlamaCpp:
-    def __init__(self, path: Path, context: int, threads: int | None = None, exact: bool = False):
-        """Opens a file, for `context` tokens. exact: with a cache in float32, in place of its usual float16."""
+    def __init__(self, path: Path, context: int, threads: int | None = None, exact: bool = False, parallel: int = 1):
+        """Opens a file, for `parallel` texts of `context` tokens at a time.
+
+        exact: with a cache in float32, in place of its usual float16.
+        """
         xllamacpp = import_extra("xllamacpp")
         params = xllamacpp.CommonParams()
         params.model.path = str(path)
-        params.n_ctx, params.n_parallel, params.verbosity = context, 1, 0
+        params.n_ctx, params.n_parallel, params.verbosity = context * parallel, parallel, 0
         params.cpuparams.n_threads = threads or available_cores()
         if exact:
             params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32

@@ -1,1 +1,1 @@
-"""server: what serve.py starts, OpenAI's API and live runs. It may import base, model, engine and training."""
+"""What serve.py starts: OpenAI's API over the engine, live runs. Imports base, model and engine."""

@@ -7,7 +7,7 @@ import uuid
 from engine.generation import TextStream
 from engine.session import ReplyStream, Session, call_of, last_turn, read_tokens
 from engine.tools import Tool, run_calls
-from model.chat import IM_END, SPECIAL_TOKENS, TOOL_CALL, token_pieces
+from model.chat import IM_END, SPECIAL_TOKENS, THINK, TOOL_CALL, token_pieces
 from server.schema import ChatRequest, Request
 
 
@@ -91,16 +91,18 @@ class Answer:
             if self.request.n_top is not None and self.pieces[token]:
                 self.log_probs.append((start, self._log_probs_of(token, start)))
         elif part == "reasoning":
-            _tell(piece, "reasoning_content", self.thought.add(text, drop_first=True))
+            text = "\n" + text if token == THINK else text  # between two thoughts, as ReplyStream.reply joins them
+            tell(piece, "reasoning_content", self.thought.add(text, drop_first=True))
         if self.is_chat:
             self._find_calls(piece, is_open=part == "tool_call")
         if self.tools and finish_reason == "stop" and token == IM_END and not self.stops.found:
             self.to_run = read_tokens(last_turn(self.sequence.tokens), self.session.tokenizer).tool_calls
-        if self.stops.found or (finish_reason and not self.to_run):
-            self._end(piece, finish_reason)
+        is_enough = self.called and not self.request.parallel_tool_calls
+        if self.stops.found or is_enough or (finish_reason and not self.to_run):
+            self._end(piece, finish_reason or "stop")
         told = self.length - len(self.stops.held) - len(self.content.held)
         while self.log_probs and self.log_probs[0][0] < told:
-            _tell(piece, "logprobs", [self.log_probs.pop(0)[1]])
+            tell(piece, "logprobs", [self.log_probs.pop(0)[1]])
         return piece
 
     def run_tools(self) -> dict:
@@ -130,7 +132,7 @@ class Answer:
 
     def _say_at_once(self, piece: dict, text: str):
         has_thought = self.is_chat and any(part == "reasoning" for part, _ in self.stream.pieces)
-        _tell(piece, "content", self.content.add(text, drop_first=has_thought))
+        tell(piece, "content", self.content.add(text, drop_first=has_thought))
 
     def _find_calls(self, piece: dict, is_open: bool):
         """Calls that have ended; what is none goes to the content as it was written."""
@@ -143,13 +145,13 @@ class Answer:
                 arguments = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
                 function = {"name": call["name"], "arguments": arguments}
                 call = {"index": self.n_calls, "id": f"call_{uuid.uuid4().hex[:24]}", "type": "function"}
-                _tell(piece, "tool_calls", [call | {"function": function}])
+                tell(piece, "tool_calls", [call | {"function": function}])
                 self.called = True
             else:
                 self._say(piece, f"<tool_call>{text}</tool_call>")
         self.n_calls = len(ended)
 
-    def _end(self, piece: dict, finish_reason: str | None):
+    def _end(self, piece: dict, finish_reason: str):
         """Tells what was held back."""
         if not self.stops.found:
             part, text = self.stream.end() if self.is_chat else ("content", self.stream.end())
@@ -161,7 +163,7 @@ class Answer:
             held, self.stops.held = self.stops.held, ""
             self._say_at_once(piece, held)
         if not self.called:
-            _tell(piece, "content", self.content.held)
+            tell(piece, "content", self.content.held)
         self.content.held = ""
         finished = "stop" if self.stops.found else finish_reason
         self.finish_reason = "tool_calls" if self.called and finished == "stop" else finished
@@ -178,6 +180,7 @@ class Answer:
         return probabilities | {"top_logprobs": [said(*pair) for pair in top], "start": start}
 
 
-def _tell(piece: dict, name: str, new: str | list):
+def tell(piece: dict, name: str, new: str | list):
+    """Puts something new into a piece, behind what it has of that name."""
     if new:
         piece[name] = piece[name] + new if name in piece else new

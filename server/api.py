@@ -7,21 +7,21 @@ import hmac
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 
 import torch
 from fastapi import APIRouter, Depends, FastAPI, Response
-from fastapi import Request as Call
+from fastapi import Request as HTTPRequest
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from engine.tools import Tool
-from server.answer import Answer
+from server.answer import Answer, tell
 from server.guard import Guard, Refusal
 from server.models import OUT, Served
 from server.runs import router as runs_router
@@ -29,6 +29,7 @@ from server.schema import ChatRequest, CompletionRequest, Request
 from server.service import Service, usage
 
 WEB = Path(__file__).parent.parent / "web"
+Pieces = AsyncGenerator[tuple[Answer, dict], None]
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -39,16 +40,16 @@ class Shape:
         self.request, self.is_chat = request, isinstance(request, ChatRequest)
         kind = "chat.completion" if self.is_chat else "text_completion"
         self.head = {"id": f"{'chatcmpl' if self.is_chat else 'cmpl'}-{uuid.uuid4().hex}", "object": kind}
+        self.tells_usage = bool(request.stream_options and request.stream_options.include_usage)
         self.head |= {"created": int(time.time()), "model": served.name}
 
     def whole(self, answers: list[Answer], pieces: list[dict]) -> dict:
         choices = [self.choice(answer, piece, "message") for answer, piece in zip(answers, pieces)]
         return self.head | {"choices": choices, "usage": usage(answers)}
 
-    def chunk(self, choices: list[dict], usage: dict | None = None) -> dict:
-        told = {"usage": usage} if self.request.stream_options and self.request.stream_options.include_usage else {}
+    def chunk(self, choices: list[dict], counts: dict | None = None) -> dict:
         kind = "chat.completion.chunk" if self.is_chat else "text_completion"
-        return self.head | {"object": kind, "choices": choices} | told
+        return self.head | {"object": kind, "choices": choices} | ({"usage": counts} if self.tells_usage else {})
 
     def choice(self, answer: Answer, piece: dict, field: str) -> dict:
         """field: message, or delta of a stream."""
@@ -71,59 +72,63 @@ class Shape:
         return choice
 
 
-async def events(service: Service, served: Served, request: Request, answers: list[Answer]) -> AsyncIterator[str]:
+def as_json(data: dict) -> bytes:
+    """Half a surrogate pair, which a model may escape in the arguments of a call, becomes a question mark."""
+    return json.dumps(data, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace")
+
+
+async def respond(service: Service, request: Request, http: HTTPRequest) -> Response:
+    served, answers = await service.answers(request)
+    shape, pieces = Shape(served, request), service.write(served, answers)
+    await anext(pieces)  # before the response begins, so that it may still be a refusal
+    if request.stream:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        return StreamingResponse(events(shape, answers, pieces), media_type="text/event-stream", headers=headers)
+    writing = asyncio.ensure_future(collect(answers, pieces))
+    leaving = asyncio.ensure_future(http.receive())  # the body has come; what comes next is that the client has gone
+    try:
+        await asyncio.wait([writing, leaving], return_when=asyncio.FIRST_COMPLETED)
+        if not writing.done():
+            return Response(status_code=499)  # which nobody reads
+        return Response(as_json(shape.whole(answers, writing.result())), media_type="application/json")
+    finally:
+        writing.cancel()
+        leaving.cancel()
+
+
+async def collect(answers: list[Answer], pieces: Pieces) -> list[dict]:
+    """The pieces of each answer put together."""
+    wholes = [{} for _ in answers]
+    async with contextlib.aclosing(pieces):
+        async for answer, piece in pieces:
+            for name, new in piece.items():
+                tell(wholes[answer.index], name, new)
+    return wholes
+
+
+async def events(shape: Shape, answers: list[Answer], pieces: Pieces) -> AsyncIterator[bytes]:
     """The response as server-sent events."""
 
-    def event(data: dict) -> str:
-        return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+    def event(data: dict) -> bytes:
+        return b"data: " + as_json(data) + b"\n\n"
 
-    shape = Shape(served, request)
-    try:
+    async with contextlib.aclosing(pieces):
         if shape.is_chat:
             for answer in answers:
                 yield event(shape.chunk([shape.choice(answer, {"role": "assistant", "content": ""}, "delta")]))
-        async with contextlib.aclosing(service.write(served, answers)) as pieces:
+        try:
             async for answer, piece in pieces:
                 if piece:
                     choice = shape.choice(answer, piece, "delta")
                     yield event(shape.chunk([choice | {"finish_reason": None}]))
                 if answer.finish_reason:
                     yield event(shape.chunk([shape.choice(answer, {}, "delta")]))
-    except Refusal as refusal:
-        yield event(refusal.body())
-        return
-    if request.stream_options and request.stream_options.include_usage:
+        except Refusal as refusal:
+            yield event(refusal.body())
+            return
+    if shape.tells_usage:
         yield event(shape.chunk([], usage(answers)))
-    yield "data: [DONE]\n\n"
-
-
-async def respond(service: Service, request: Request, call: Call) -> Response:
-    served, answers = await service.answers(request)
-    if request.stream:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        written = events(service, served, request, answers)
-        return StreamingResponse(written, media_type="text/event-stream", headers=headers)
-    writing = asyncio.ensure_future(collect(service, served, answers))
-    leaving = asyncio.ensure_future(call.receive())  # the body has come: what comes next is that the client has gone
-    try:
-        await asyncio.wait([writing, leaving], return_when=asyncio.FIRST_COMPLETED)
-        if not writing.done():
-            return Response(status_code=499)  # nobody reads it
-        return JSONResponse(Shape(served, request).whole(answers, writing.result()))
-    finally:
-        writing.cancel()
-        leaving.cancel()
-
-
-async def collect(service: Service, served: Served, answers: list[Answer]) -> list[dict]:
-    """The pieces of each answer put together."""
-    wholes = [{} for _ in answers]
-    async with contextlib.aclosing(service.write(served, answers)) as pieces:
-        async for answer, piece in pieces:
-            whole = wholes[answer.index]
-            for name, value in piece.items():
-                whole[name] = whole[name] + value if name in whole else value
-    return wholes
+    yield b"data: [DONE]\n\n"
 
 
 def create_app(
@@ -139,17 +144,16 @@ def create_app(
             if served.batcher:
                 await asyncio.to_thread(served.batcher.close)
 
-    async def authorize(call: Call):
-        scheme, _, key = call.headers.get("authorization", "").partition(" ")
+    async def authorize(http: HTTPRequest):
+        scheme, _, key = http.headers.get("authorization", "").partition(" ")
         given = key.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
         if args.api_key and not hmac.compare_digest(given, args.api_key.encode()):
             raise Refusal(401, "this server wants its API key: Authorization: Bearer KEY")
 
     app = FastAPI(title="Jiezi", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.service = service
     app.add_middleware(Guard)
     if args.host in LOOPBACK:  # then a name that leads here by a stranger's DNS is not ours
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK], www_redirect=False)
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"], www_redirect=False)
     routes = APIRouter(dependencies=[Depends(authorize)])
 
     def described(served: Served) -> dict:
@@ -166,12 +170,12 @@ def create_app(
         return described(service.model(name))
 
     @routes.post("/v1/chat/completions")
-    async def chat_completions(request: ChatRequest, call: Call) -> Response:
-        return await respond(service, request, call)
+    async def chat_completions(request: ChatRequest, http: HTTPRequest) -> Response:
+        return await respond(service, request, http)
 
     @routes.post("/v1/completions")
-    async def completions(request: CompletionRequest, call: Call) -> Response:
-        return await respond(service, request, call)
+    async def completions(request: CompletionRequest, http: HTTPRequest) -> Response:
+        return await respond(service, request, http)
 
     @routes.get("/metrics")
     async def metrics() -> Response:
@@ -182,23 +186,23 @@ def create_app(
         return {"status": "ok"}
 
     @app.exception_handler(Refusal)
-    async def refuse(call: Call, refusal: Refusal) -> Response:
+    async def refuse(http: HTTPRequest, refusal: Refusal) -> Response:
         service.metrics.refused.labels(refusal.status).inc()
         return refusal.response()
 
     @app.exception_handler(HTTPException)
-    async def refuse_as_openai(call: Call, error: HTTPException) -> Response:
-        return await refuse(call, Refusal(error.status_code, str(error.detail)))
+    async def refuse_as_openai(http: HTTPRequest, error: HTTPException) -> Response:
+        return await refuse(http, Refusal(error.status_code, str(error.detail)))
 
     @app.exception_handler(RequestValidationError)
-    async def refuse_fields(call: Call, error: RequestValidationError) -> Response:
+    async def refuse_fields(http: HTTPRequest, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         param = ".".join(map(str, first["loc"][1:])) or None
         reason = first["msg"].removeprefix("Value error, ")
-        return await refuse(call, Refusal(400, f"{param}: {reason}" if param else reason, None, param))
+        return await refuse(http, Refusal(400, f"{param}: {reason}" if param else reason, None, param))
 
     @app.exception_handler(Exception)
-    async def fail(call: Call, error: Exception) -> Response:
+    async def fail(http: HTTPRequest, error: Exception) -> Response:
         return Refusal(500, "the server failed; its terminal says how").response()
 
     routes.include_router(runs_router(OUT))

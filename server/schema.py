@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 MAX_MESSAGES, MAX_PROMPTS, MAX_CHOICES, MAX_TOOLS, MAX_TOP = 1024, 64, 64, 64, 20
-MAX_DEPTH = 32  # of a tool's schema
+MAX_DEPTH = 32  # of a request
 Think = Literal["show", "off"]
 
 
@@ -37,9 +37,6 @@ def tool_schema(tool: dict) -> dict:
     function = tool.get("function")
     if tool.get("type") != "function" or not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError('a tool is {"type": "function", "function": {"name": …, "parameters": …}}')
-    if deeper_than(MAX_DEPTH, tool):
-        raise ValueError(f"a tool's schema is nested deeper than {MAX_DEPTH}")
-    json.dumps(tool, allow_nan=False, ensure_ascii=False).encode()  # ValueError for what is no JSON, or no Unicode
     return tool
 
 
@@ -120,6 +117,19 @@ class Request(Given):
     presence_penalty: NotOffered = None
     frequency_penalty: NotOffered = None
     response_format: NotOffered = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def is_plain_json(cls, data: Any) -> Any:
+        if not isinstance(data, dict):  # of another content type, say
+            return data
+        if deeper_than(MAX_DEPTH, data):
+            raise ValueError(f"the request is nested deeper than {MAX_DEPTH}")
+        try:
+            json.dumps(data, allow_nan=False, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("the request holds half a surrogate pair, which is no text") from None
+        return data
 
     @model_validator(mode="after")
     def options_of_a_stream(self):

@@ -3,7 +3,8 @@
 import argparse
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -45,6 +46,8 @@ class Service:
         self, models: dict[str, Served], args: argparse.Namespace, device: torch.device, tools: dict[str, Tool]
     ):
         self.models, self.args, self.device, self.tools = models, args, device, tools
+        self.places = args.max_rows + args.max_queue  # of each model
+        self.tool_threads = ThreadPoolExecutor(8, "tools")  # not those that prepare requests: a tool may take seconds
         self.metrics = Metrics()
 
     def model(self, name: str) -> Served:
@@ -55,56 +58,55 @@ class Service:
         return served
 
     async def answers(self, request: Request) -> tuple[Served, list[Answer]]:
-        """Those to be written, with their prompts. Refusal where that cannot be."""
+        """Those to be written, with their prompts. Refusal where that cannot be, or every place is taken."""
         served = self.model(request.model)
         if isinstance(request, ChatRequest) and not served.is_chat:
-            raise Refusal(
-                400, f"{served.name} is a base model, which continues texts: ask /v1/completions", None, "model"
-            )
+            message = f"{served.name} is a base model, which continues texts: ask /v1/completions"
+            raise Refusal(400, message, param="model")
         wanted = request.n * (1 if isinstance(request, ChatRequest) else len(request.prompt))
-        room = self.args.max_rows + self.args.max_queue
-        if wanted > room:
-            raise Refusal(400, f"{wanted} answers in a request are more than this server's {room} places", None, "n")
+        if wanted > self.places:
+            raise Refusal(400, f"{wanted} answers in one request are more than the {self.places} places", param="n")
         try:
             await served.open(self.device, self.args.half_weights, self.args.max_rows)
         except UserError as error:
             raise Refusal(500, str(error)) from None
         asked = request.max_new_tokens or served.context
         request.max_new_tokens = min(asked, self.args.max_new_tokens, served.context)
-        answers = await asyncio.to_thread(self._prepare, served, request)
-        if served.batcher.running + served.batcher.waiting + wanted > room:
-            raise Refusal(429, "all places are taken: try again in a moment")
-        return served, answers
+        return served, await asyncio.to_thread(self._prepare, served, request)
 
     def _prepare(self, served: Served, request: Request) -> list[Answer]:
         session = Session(served.batcher.model, served.tokenizer, request)
         tools = {}
         if isinstance(request, CompletionRequest):
-            given = [
-                [BOS, *encode(served.tokenizer, text)] if isinstance(text, str) else text for text in request.prompt
-            ]
+            texts = request.prompt
+            given = [[BOS, *encode(served.tokenizer, text)] if isinstance(text, str) else text for text in texts]
         else:
             tools = {} if request.tools or request.tool_choice == "none" else self.tools
             schemas = request.offered_tools or [tool.schema for tool in tools.values()]
             try:
                 messages = request.chat()
             except ValueError as error:
-                raise Refusal(400, str(error), None, "messages") from None
+                raise Refusal(400, str(error), param="messages") from None
             given = [encode_chat(served.tokenizer, messages, schemas, add_generation_prompt=True)[0]]
         param = "messages" if isinstance(request, ChatRequest) else "prompt"
         for ids in given:
             if not ids or max(ids) >= served.tokenizer.get_vocab_size():
-                raise Refusal(400, "a prompt has at least one token, and none beyond the vocabulary", None, param)
+                raise Refusal(400, "a prompt has at least one token, and none beyond the vocabulary", param=param)
             if len(ids) >= served.context:
                 message = f"the prompt has {len(ids)} tokens; the model's context is {served.context}: shorten it"
                 raise Refusal(400, message, "context_length_exceeded", param)
         prompts = [ids for ids in given for _ in range(request.n)]
         return [Answer(index, session, request, ids, tools) for index, ids in enumerate(prompts)]
 
-    async def write(self, served: Served, answers: list[Answer]) -> AsyncIterator[tuple[Answer, dict]]:
-        """The pieces of the answers as they come, each with its answer. What fails, or takes too long, is a Refusal."""
-        came = asyncio.Queue()  # (answer, token, finish_reason), and None, TimeoutError() at the end
-        start, end, written = time.perf_counter(), "left", False
+    async def write(self, served: Served, answers: list[Answer]) -> AsyncGenerator[tuple[Answer, dict], None]:
+        """The pieces of the answers as they come, each with its answer; before them an empty one: all have places.
+
+        Refusal where there are none left, and for what fails or takes too long.
+        """
+        if len(served.batcher.receivers) + len(answers) > self.places:
+            raise Refusal(429, "all places are taken: try again in a moment")
+        came = asyncio.Queue()  # (answer, token, finish_reason), and None, TimeoutError() when the time is over
+        start, end, has_begun = time.perf_counter(), "left", False
 
         def begin(answer: Answer):
             served.batcher.add(answer.sequence, lambda *token: came.put_nowait((answer, *token)))
@@ -114,6 +116,7 @@ class Service:
         for answer in answers:
             begin(answer)
         try:
+            yield answers[0], {}
             while not all(answer.finish_reason for answer in answers):
                 answer, token, finish_reason = await came.get()
                 if isinstance(token, TimeoutError):
@@ -122,12 +125,12 @@ class Service:
                     raise Refusal(500, f"the engine failed: {type(token).__name__}")
                 if answer.finish_reason:  # by a stop string, while the engine wrote on
                     continue
-                if not written:
-                    written = True
+                if not has_begun:
+                    has_begun = True
                     self.metrics.first.labels(served.name).observe(time.perf_counter() - start)
                 yield answer, answer.add(token, finish_reason)
                 if answer.to_run:
-                    yield answer, await asyncio.to_thread(answer.run_tools)
+                    yield answer, await loop.run_in_executor(self.tool_threads, answer.run_tools)
                     if not answer.finish_reason:
                         begin(answer)
                 elif answer.finish_reason:

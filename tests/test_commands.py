@@ -7,8 +7,10 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -116,7 +118,8 @@ PAGES_TO_RUN = [page for page in PAGES if page not in RECIPES]
 COMMANDS = list(dict.fromkeys(command for page in PAGES_TO_RUN for command in commands_of(page.read_text("utf-8"))))
 TO_INSTALL = [command for command in COMMANDS if INSTALLERS & set(shlex.split(command, comments=True))]
 TO_FETCH = [command for command in COMMANDS if "data_process.py fetch" in command]  # needs a hub
-NOT_RUN = {*TO_INSTALL, *TO_FETCH}
+TO_SERVE = [command for command in COMMANDS if "serve.py" in shlex.split(command, comments=True)]  # until told to end
+NOT_RUN = {*TO_INSTALL, *TO_FETCH, *TO_SERVE}
 TO_RUN = list({str(parse(command)): command for command in COMMANDS if command not in NOT_RUN}.values())
 NEEDS_EXTRA = re.compile(r"export\.py .*--to (gguf|ollama)")  # packages of requirements-export.txt
 
@@ -147,6 +150,23 @@ def test_command_runs(command, project, tmp_path):
 @pytest.mark.parametrize("command", [command for command in TO_RUN if NEEDS_EXTRA.search(command)])
 def test_command_of_extra_packages_runs(command, project, tmp_path):
     test_command_runs(command, project, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", TO_SERVE)
+def test_what_is_served_answers(command, project):
+    start, script, arguments = parse(command)
+    words = [sys.executable, *start, *script, *arguments, "--port", "0", "--device", "cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "BROWSER": "true"}
+    server = subprocess.Popen(words, cwd=project, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        address = server.stdout.readline().split()[0]
+        with urllib.request.urlopen(f"{address}/health", timeout=TIMEOUT) as answer:
+            assert json.load(answer) == {"status": "ok"}
+        server.send_signal(signal.SIGINT)
+        assert server.wait(TIMEOUT) == 0
+    finally:
+        server.kill()
 
 
 @pytest.mark.parametrize("command", TO_INSTALL)

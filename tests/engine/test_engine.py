@@ -77,6 +77,22 @@ def test_log_probabilities_are_those_of_the_training_forward(model):
         torch.testing.assert_close(torch.tensor(sequence.log_probs), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_those_who_ask_get_the_most_probable_tokens_too_and_nobody_else_pays(model):
+    tops = [3, None, 0, 5, 1]
+    written = [Sequence(ids, 6, seed=1, n_top=n) for ids, n in zip(PROMPTS, tops)]
+    write(model, written, max_rows=5)
+    assert written[1].log_probs == written[1].top_log_probs == written[2].top_log_probs == []
+    for sequence in (written[0], written[3], written[4]):
+        ids = torch.tensor([sequence.prompt + sequence.tokens])
+        with torch.no_grad():
+            log_probs = model(ids)[0, len(sequence.prompt) - 1 : -1].log_softmax(-1)  # (tokens, V)
+        best = log_probs.topk(sequence.n_top)
+        for place, pairs in enumerate(sequence.top_log_probs):
+            assert [token for token, _ in pairs] == best.indices[place].tolist()
+            assert [value for _, value in pairs] == pytest.approx(best.values[place].tolist(), abs=1e-4)
+    assert len(written[2].log_probs) == 6
+
+
 def test_a_shared_prompt_is_computed_once_and_its_copies_go_their_own_ways(model, monkeypatch):
     tokens = []
     forward = model.model.forward

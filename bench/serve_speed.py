@@ -1,0 +1,132 @@
+"""Tokens a second with 1, 8 and 64 clients: serve.py, the engine as eval.py --batch drives it, llama.cpp's server.
+
+    python -m bench.serve_speed --preset mini small
+    python -m bench.serve_speed --model out/sft
+
+Each client sends a prompt and reads a stream of as many tokens; all send at once, and the time is that until the last
+has ended. All have the same weights in float32 and the same prompts, write greedily, and take turns, each in a process
+of its own; medians are printed. llama.cpp takes part where its wheel is:
+pip install -r requirements-export.txt -c constraints.txt
+"""
+
+import argparse
+import asyncio
+import atexit
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import torch
+
+from base.cli import HelpFormatter, positive, run
+from bench.contest import TOKENIZER, Contest, ratio
+from engine.decoding import lay_out_for_decoding
+from engine.generation import Engine, Sampling, Sequence
+from model.checkpoint import load_model, save_model
+from model.gguf import write_gguf
+from model.llama_cpp import LlamaCpp
+from model.LMConfig import PRESETS, LMConfig
+from model.model import CausalLM
+from training.machine import keep_freed_memory
+
+Writer = Callable[[list[list[int]], int], None]  # (prompts, tokens): a client for each prompt reads so many
+
+
+def ask(address: str, prompts: list[list[int]], n: int):
+    """A client for each prompt. RuntimeError when a stream ends before it has n tokens."""
+    host, port = urlsplit(address).hostname, urlsplit(address).port
+
+    async def read(prompt: list[int]):
+        fields = dict(prompt=prompt, max_tokens=n, temperature=0, repetition_penalty=1, ignore_eos=True, stream=True)
+        body = json.dumps(fields).encode()
+        reader, writer = await asyncio.open_connection(host, port)
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}:{port}\r\nConnection: close\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        writer.write(head.encode() + body)
+        said = await reader.read()
+        writer.close()
+        if b'"length"' not in said:
+            raise RuntimeError(f"a stream ended early: {said[-300:]}")
+
+    async def read_all():
+        await asyncio.gather(*map(read, prompts))
+
+    asyncio.run(read_all())
+
+
+def serve(directory: Path, rows: int) -> Writer:
+    words = [sys.executable, "serve.py", directory, "--port", "0", "--device", "cpu", "--max_rows", rows]
+    server = subprocess.Popen([*map(str, words)], stdout=subprocess.PIPE, text=True)
+    atexit.register(server.terminate)
+    address = server.stdout.readline().split()[0]
+    return lambda prompts, n: ask(address, prompts, n)
+
+
+def engine(directory: Path, rows: int) -> Writer:
+    keep_freed_memory()
+    engine = Engine(lay_out_for_decoding(load_model(directory).eval()), rows)
+
+    def write(prompts, n):
+        for prompt in prompts:
+            engine.add(Sequence(prompt, n, sampling=Sampling(temperature=0)))
+        while engine.busy:
+            engine.step()
+
+    return write
+
+
+def llama_cpp(directory: Path, rows: int) -> Writer:
+    model = load_model(directory)
+    with tempfile.TemporaryDirectory() as folder:
+        write_gguf(Path(folder) / "model.gguf", model, directory)
+        context = model.config.max_position_embeddings
+        opened = LlamaCpp(Path(folder) / "model.gguf", context, torch.get_num_threads(), parallel=rows)
+    return lambda prompts, n: ask(opened.server.listening_address, prompts, n)
+
+
+def measure(name: str, directory: Path, args: argparse.Namespace):
+    vocab_size, rows = load_model(directory).config.vocab_size, max(args.clients)
+    contestants = {"serve.py": (serve, directory, rows), "engine alone": (engine, directory, rows)}
+    if importlib.util.find_spec("xllamacpp"):
+        contestants["llama.cpp"] = (llama_cpp, directory, rows)
+    with Contest(contestants) as contest:
+        for clients in args.clients:
+            generator = torch.Generator().manual_seed(clients)
+            prompts = torch.randint(16, vocab_size, (clients, 16), generator=generator).tolist()
+            turns = contest.take_turns(args.rounds, prompts, args.new_tokens)
+            for writer, seconds in turns.seconds.items():
+                rate = clients * args.new_tokens / statistics.median(seconds)
+                share = ratio(turns.seconds, "engine alone", writer)
+                print(
+                    f"{name:10}{clients:4} clients  {writer:14}{rate:10,.0f} tok/s{share:7.2f} x the engine alone",
+                    flush=True,
+                )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--preset", nargs="+", choices=PRESETS, default=["mini", "small"], help="sizes")
+    parser.add_argument("--model", type=Path, help="folder of a model, in place of a preset's random weights")
+    parser.add_argument("--clients", type=positive, nargs="+", default=[1, 8, 64], help="at a time")
+    parser.add_argument("--new_tokens", type=positive, default=64, help="tokens for each client")
+    parser.add_argument("--rounds", type=positive, default=5, help="measured calls of each")
+    args = parser.parse_args()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
+    if args.model:
+        measure(args.model.name, args.model, args)
+        return
+    for preset in args.preset:
+        torch.manual_seed(0)
+        with tempfile.TemporaryDirectory() as folder:
+            save_model(Path(folder), CausalLM(LMConfig(**PRESETS[preset])), TOKENIZER)
+            measure(preset, Path(folder), args)
+
+
+if __name__ == "__main__":
+    run(main)
