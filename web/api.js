@@ -2,7 +2,7 @@
 
 import { make, word } from "./page.js";
 
-/** The reply to a request. Error, with what the server says, for one that is refused. */
+/** The reply to a request. Error, with what the server says and its code, for one that is refused. */
 export async function ask(path, options = {}) {
   for (;;) {
     const key = sessionStorage.getItem("jiezi.key");
@@ -16,7 +16,7 @@ export async function ask(path, options = {}) {
     if (reply.ok) return reply;
     const body = await reply.json().catch(() => ({}));
     const message = body.error?.message ?? body.detail ?? `${reply.status} ${reply.statusText}`;
-    if (reply.status !== 401 || !(await askForKey(key))) throw new Error(String(message));
+    if (reply.status !== 401 || !(await askForKey(key))) throw Object.assign(new Error(String(message)), { code: body.error?.code });
   }
 }
 

@@ -214,6 +214,7 @@ function ending(answer) {
   if (answer.tokens) parts.push(word("tokens", number(answer.tokens)));
   if (answer.tokens && answer.seconds) parts.push(word("speed", number(answer.tokens / answer.seconds, 3)));
   if (answer.finish === "length") parts.push(word("cut"));
+  if (answer.forgot) parts.push(word("forgot", answer.forgot));
   if (answer.finish === "stopped") parts.push(word("stopped"));
   return parts.join(" · ");
 }
@@ -258,33 +259,38 @@ async function answer(id, { turns: all }, i, answer, { system, ...sampling }, si
   const model = models.find((one) => one.id === id);
   const body = { model: id, stream: true, stream_options: { include_usage: true } };
   for (const [name, value] of Object.entries(sampling)) body[name] = Number(value);
-  if (model.is_chat) {
-    const before = all.slice(0, i).filter((turn) => turn.answers[id]?.content);
-    body.messages = [
-      ...(system ? [{ role: "system", content: system }] : []),
-      ...before.flatMap((turn) => [
-        { role: "user", content: turn.text },
-        { role: "assistant", content: turn.answers[id].content },
-      ]),
-      { role: "user", content: all[i].text },
-    ];
-  } else {
-    body.prompt = answer.given = all[i].text;
-  }
+  const before = all.slice(0, i).filter((turn) => turn.answers[id]?.content);
   const began = performance.now();
-  try {
-    for await (const chunk of stream(model.is_chat ? "v1/chat/completions" : "v1/completions", body, signal)) {
-      const choice = chunk.choices?.[0];
-      if (choice) add(answer, choice.delta ?? choice, choice.finish_reason);
-      if (chunk.usage) answer.tokens = chunk.usage.completion_tokens;
-      show(answer);
+  for (let again = true; again; ) {
+    again = false;
+    if (model.is_chat) body.messages = messages(system, before, id, all[i].text);
+    else body.prompt = answer.given = all[i].text;
+    try {
+      for await (const chunk of stream(model.is_chat ? "v1/chat/completions" : "v1/completions", body, signal)) {
+        const choice = chunk.choices?.[0];
+        if (choice) add(answer, choice.delta ?? choice, choice.finish_reason);
+        if (chunk.usage) answer.tokens = chunk.usage.completion_tokens;
+        show(answer);
+      }
+    } catch (error) {
+      again = error.code === "context_length_exceeded" && before.length > 0;
+      if (again) {
+        before.shift(); // as eval.py does
+        answer.forgot = (answer.forgot ?? 0) + 1;
+      } else if (signal.aborted) answer.finish = "stopped";
+      else answer.error = error.message;
     }
-  } catch (error) {
-    if (signal.aborted) answer.finish = "stopped";
-    else answer.error = error.message;
   }
   answer.seconds = (performance.now() - began) / 1000;
   show(answer);
+}
+
+function messages(system, before, id, message) {
+  const past = before.flatMap((turn) => [
+    { role: "user", content: turn.text },
+    { role: "assistant", content: turn.answers[id].content },
+  ]);
+  return [...(system ? [{ role: "system", content: system }] : []), ...past, { role: "user", content: message }];
 }
 
 function add(answer, delta, finish) {

@@ -58,6 +58,7 @@ const WORDS = {
   speed: ["{0} token/秒", "{0} tokens/s"],
   stopped: ["已停止", "stopped"],
   cut: ["到了长度上限", "cut at the limit"],
+  forgot: ["放不下，没带上最早的 {0} 轮", "no room: without the {0} oldest turns"],
   broken_off: ["连接断了，回答不完整", "the connection broke off; the answer is not whole"],
 
   runs_found: ["训练记录", "Runs"],

@@ -7,8 +7,6 @@ brings.
 import asyncio
 import json
 import re
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -68,6 +66,8 @@ def fake_server(out: Path):
         asked = body["messages"][-1]["content"]
         if "refuse" in asked:
             return JSONResponse({"error": {"message": "seed: must be at least 0"}}, 400)
+        if "long" in asked and len(body["messages"]) > 3:
+            return JSONResponse({"error": {"message": "too long", "code": "context_length_exceeded"}}, 400)
         words = f"{body['model']} says: " + " | ".join(message["content"] for message in body["messages"])
         pieces = re.findall(r"\S+\s*", words + (" and on" * 100 if "slow" in asked else ""))
         deltas = [{"content": piece} for piece in pieces]
@@ -316,6 +316,16 @@ def test_errors_are_told(visit):
     expect(page.get_by_role("article").last).to_contain_text("sft says")
 
 
+def test_the_oldest_turns_make_room(visit, site):
+    page = visit(allowed="400 (Bad Request)")
+    choose(page, "sft")
+    for text in ("one", "two", "three", "a long one"):
+        say(page, text)
+        wait(page)
+    expect(page.get_by_role("article").last).to_contain_text("without the 2 oldest turns")
+    assert [message["content"] for message in site[0].bodies[-1]["messages"]][::2] == ["three", "a long one"]
+
+
 def test_a_key_is_asked_for_and_kept_in_the_tab(visit, site):
     site[0].key = KEY
     page = visit(allowed="401 (Unauthorized)")
@@ -429,21 +439,22 @@ def test_enter_that_ends_a_word_of_an_input_method_sends_nothing(visit, site):
     assert site[0].bodies == []
 
 
-def test_with_the_real_server(visit, base_dir):
-    command = [sys.executable, "serve.py", base_dir, "--port", "0", "--device", "cpu", "--tools", "calculator"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            page = visit(address=server.stdout.readline().split()[0] + "/")
-            expect(page.locator("#about")).to_contain_text("chat model")
-            page.get_by_text("Settings").click()
-            page.get_by_label("Tokens at most").fill("5")
-            say(page, "你好")
-            expect(page.get_by_role("article")).to_contain_text("tokens/s")
-            expect(page.get_by_role("alert")).to_be_hidden()
-            page.goto(page.url + "runs.html")
-            expect(page.get_by_text("No runs yet").or_(page.locator("#runs thead"))).to_be_visible()
-        finally:
-            server.terminate()
+def test_with_the_real_server(visit, serve):
+    page = visit(address=serve(api_key=KEY, tools=["calculator"]).url + "/", allowed="401 (Unauthorized)")
+    page.get_by_role("dialog").get_by_label("Key").fill(KEY)
+    page.get_by_role("dialog").get_by_label("Key").press("Enter")
+    expect(page.locator("#models input")).to_have_count(2)
+    page.get_by_text("Settings").click()
+    page.get_by_label("Tokens at most").fill("5")
+    choose(page, "pretrain", "sft")
+    say(page, "你好")
+    wait(page)
+    articles = page.get_by_role("article")
+    expect(articles.nth(0)).to_contain_text("5 tokens")
+    expect(articles.nth(1)).to_contain_text("5 tokens")
+    expect(page.locator(".error:visible")).to_have_count(0)
+    page.goto(page.url + "runs.html")
+    expect(page.get_by_text("No runs yet").or_(page.locator("#runs thead"))).to_be_visible()
 
 
 def test_runs_are_drawn_and_compared(visit, site):
