@@ -26,10 +26,9 @@ function conversations() {
   return found.sort((a, b) => b.time - a.time);
 }
 
-function save() {
-  conversation.time = Date.now();
-  if (!keep(`chat.${conversation.id}`, conversation)) status.textContent = word("storage_full");
-  keep("open", conversation.id);
+function save(one) {
+  one.time = Date.now();
+  if (!keep(`chat.${one.id}`, one)) status.textContent = word("storage_full");
   drawHistory();
 }
 
@@ -236,14 +235,14 @@ async function send(message, i = conversation.turns.length) {
   const blank = () => ({ content: "", reasoning: "", calls: [], runs: [] });
   const turn = { text: message, answers: Object.fromEntries(chosen.map((id) => [id, blank()])) };
   asked.turns.push(turn);
-  save();
+  keep("open", asked.id);
+  save(asked);
   draw();
   showWriting(true);
   await Promise.all(chosen.map((id) => answer(id, asked, i, turn.answers[id], fields, controller.signal)));
-  if (asked === conversation || kept(`chat.${asked.id}`)) keep(`chat.${asked.id}`, asked);
+  if (kept(`chat.${asked.id}`)) save(asked); // unless it has been deleted
   if (writing === controller) {
     writing = null;
-    save();
     showWriting(false);
   }
 }
@@ -348,6 +347,7 @@ document.addEventListener("keydown", (event) => {
   writing?.abort();
   toggleMenu(false);
 });
+addEventListener("pagehide", () => writing && save(conversation)); // what has been written so far
 conversation = conversations().find((one) => one.id === kept("open")) ?? conversation;
 draw();
 drawHistory();

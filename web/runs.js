@@ -33,7 +33,10 @@ async function load(name) {
       one = { file: null, next: 0, records: [], samples: [] }; // it began anew
       continue;
     }
-    one.records.push(...part.records);
+    for (const { expert_load: load, ...record } of part.records) {
+      one.records.push(record);
+      if (load) one.load = { step: record.step, layers: load }; // large, and only the last is shown
+    }
     Object.assign(one, { file: part.file, next: part.next, run: part.run });
     ({ more } = part);
   }
@@ -43,12 +46,14 @@ async function load(name) {
   return news;
 }
 
+let locked = false; // the reader gives no key: then nobody asks again by himself
 let last = Promise.resolve(); // one after the other: two at once would take the same records twice
 function refresh(force = false) {
   last = last.then(async () => {
     try {
       await fetchAll(force);
     } catch (error) {
+      locked = error.code === "invalid_api_key";
       $("status").textContent = error.message;
     }
   });
@@ -68,7 +73,7 @@ async function fetchAll(force) {
 }
 
 async function watch() {
-  if (!document.hidden) await refresh();
+  if (!document.hidden && !locked) await refresh();
   setTimeout(watch, EVERY);
 }
 
@@ -165,9 +170,9 @@ function drawCharts() {
 // ---- what is no curve: loads of experts, samples, arguments
 
 function drawLoads(name) {
-  const record = loaded.get(name)?.records.findLast((one) => Array.isArray(one.expert_load));
-  if (!record) return null;
-  const rows = record.expert_load.map((layer, i) => {
+  const load = loaded.get(name)?.load;
+  if (!load) return null;
+  const rows = load.layers.map((layer, i) => {
     const cells = layer.map((share) => {
       const cell = make("td", {}, number(share * layer.length, 2));
       cell.style.setProperty("--load", Math.min(2, share * layer.length));
@@ -176,7 +181,7 @@ function drawLoads(name) {
     return make("tr", {}, make("th", { scope: "row" }, word("layer", i + 1)), ...cells);
   });
   const table = make("table", { class: "loads" }, ...rows);
-  const title = word("experts", name, number(record.step));
+  const title = word("experts", name, number(load.step));
   return make("section", {}, make("h2", {}, title), make("div", { class: "scroll", tabindex: "0", "aria-label": title }, table));
 }
 

@@ -41,7 +41,7 @@ def fake_server(out: Path):
     async def guard(request: Request, call_next):
         locked = app.state.key and request.headers.get("authorization") != f"Bearer {app.state.key}"
         if locked and request.url.path.startswith(("/v1/", "/api/")):
-            return JSONResponse({"error": {"message": "a key is needed"}}, 401)
+            return JSONResponse({"error": {"message": "a key is needed", "code": "invalid_api_key"}}, 401)
         return await call_next(request)
 
     @app.get("/v1/models")
@@ -344,6 +344,15 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(visit, site):
     assert KEY not in page.evaluate("JSON.stringify(localStorage)")
 
 
+def test_without_a_key_the_runs_are_not_asked_for_again(visit, site):
+    site[0].key = KEY
+    page = visit("runs.html", allowed="401 (Unauthorized)")
+    page.get_by_role("dialog").get_by_role("button", name="Cancel").click()
+    expect(page.locator("#status")).to_have_text("a key is needed")
+    page.wait_for_timeout(3500)
+    expect(page.get_by_role("dialog")).to_have_count(0)
+
+
 def test_history_can_be_deleted(visit):
     page = visit()
     page.on("dialog", lambda dialog: dialog.accept())
@@ -358,6 +367,20 @@ def test_history_can_be_deleted(visit):
     expect(page.locator("#conversations li")).to_have_count(0)
     page.reload()
     expect(page.get_by_role("article")).to_have_count(0)
+    say(page, "slow")
+    expect(page.get_by_role("article")).to_contain_text("sft says")
+    page.get_by_role("button", name="Delete: slow").click()
+    wait(page)
+    expect(page.locator("#conversations li")).to_have_count(0)
+
+
+def test_a_reload_keeps_what_has_been_written(visit):
+    page = visit()
+    choose(page, "sft")
+    say(page, "slow")
+    expect(page.get_by_role("article")).to_contain_text("sft says")
+    page.reload()
+    expect(page.get_by_role("article")).to_contain_text("sft says")
 
 
 def test_two_languages_and_dark(visit):
