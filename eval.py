@@ -3,6 +3,7 @@
     python eval.py                                            the newest model under out/: chats, or continues texts
     python eval.py --model out/sft --lora out/lora            a model with an adapter
     python eval.py --prompt 你好 --temperature 0              one answer
+    python eval.py --web                                      chats in the browser (serve.py)
     python eval.py --batch prompts.jsonl > answers.jsonl      an answer to each {"prompt"} or {"messages"}
     python eval.py --perplexity FILE                          loss a token and bits per byte on texts
     python eval.py --data dataset/sft                         validation loss on prepared data
@@ -16,6 +17,7 @@ import argparse
 import functools
 import json
 import math
+import subprocess
 import sys
 import time
 from collections import deque
@@ -223,6 +225,20 @@ def newest_model(out: Path) -> Path:
     return max(models, key=lambda directory: (directory / "model.safetensors").stat().st_mtime)
 
 
+def serve(args: argparse.Namespace) -> int:
+    """Runs serve.py, which opens the browser, until Ctrl-C; its exit status."""
+    command = [sys.executable, Path(__file__).with_name("serve.py"), "--open", "--device", args.device]
+    command += ["--half_weights"] if args.half_weights else []
+    command += ["--tools", *args.tools] if args.tools else []
+    models = [directory for directory in (args.model, args.lora) if directory]
+    with subprocess.Popen([*command, "--", *models]) as server:
+        while True:
+            try:
+                return server.wait()
+            except KeyboardInterrupt:
+                continue  # it hears it too, and leaves
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("--model", type=Path, help="folder of a model; without it, the newest under out/")
@@ -235,6 +251,7 @@ def main():
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--prompt", help="answer (a base model: continue) this, and leave")
+    what.add_argument("--web", action="store_true", help="chat in the browser; without --model, with all under out/")
     what.add_argument("--batch", metavar="FILE", help="answer every record of a jsonl file")
     what.add_argument("--perplexity", metavar="FILE", help="measure on texts, in any file that data_process.py reads")
     what.add_argument("--data", nargs="+", metavar="[NAME=]DIR", help="measure on the validation part of prepared data")
@@ -271,6 +288,8 @@ def main():
     group.add_argument("--seed", type=natural, help="the same seed writes the same text")
     args = parser.parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that cannot show Chinese
+    if args.web:
+        sys.exit(serve(args))
     directory = args.model or newest_model(Path("out"))
     device = choose_device(args.device)
     if device.type == "cpu":

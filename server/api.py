@@ -23,7 +23,8 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from engine.tools import Tool
 from server.answer import Answer, tell
 from server.guard import Guard, Refusal
-from server.models import Served
+from server.models import OUT, Served
+from server.runs import router as runs_router
 from server.schema import ChatRequest, CompletionRequest, Request
 from server.service import Service, usage
 
@@ -204,6 +205,7 @@ def create_app(
     async def fail(http: HTTPRequest, error: Exception) -> Response:
         return Refusal(500, "the server failed; its terminal says how").response()
 
+    routes.include_router(runs_router(OUT))
     app.include_router(routes)
     if WEB.is_dir():
         app.mount("/", StaticFiles(directory=WEB, html=True))

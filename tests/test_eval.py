@@ -362,3 +362,10 @@ def test_an_impossible_value_is_refused_with_the_flag_named(flags, base, run_her
 
 def test_a_prompt_longer_than_the_context_is_one_line(base, evaluate):
     assert f"context is {CONTEXT}" in evaluate(base, "--prompt", "a b c " * 100).error_line(status=2)
+
+
+def test_web_hands_the_model_to_the_server(tmp_path):
+    command = [sys.executable, "eval.py", "--web", "--model", tmp_path / "nothing", "--tools", "calculator"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=TIMEOUT)
+    assert result.returncode == 2
+    assert str(tmp_path / "nothing") in result.stderr  # serve.py's own words

@@ -94,7 +94,7 @@ def lock_run(out_dir: Path) -> filelock.BaseFileLock:
     lock = filelock.FileLock(out_dir.with_name(f".{out_dir.name}.lock"))
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(blocking=False)
+        lock.acquire(timeout=1)  # server/runs.py holds it for a moment, to see whether it is held
     except filelock.Timeout:
         raise UserError(f"another run is writing to {out_dir}; wait for it, or choose another --out_dir") from None
     except OSError as error:
