@@ -11,8 +11,9 @@ thinking   the start has learnt 500 sums (--chats), all worked out.
 calling    the start has learnt products, one half answered at once and one half by a call of the calculator.
 
 From there, for --minutes each: more of the chats that the start has learnt; its own right answers to questions, the
-minutes in which it wrote them counted; what a teacher who knows would show (20,000 chats, all of them slow); and rewards. Counted are right answers to 500 questions whose operands stand in no other file. bench/trials.py says how
-to go on with a bench that was stopped.
+minutes in which it wrote them counted; what a teacher who knows would show (20,000 chats, all of them slow); and
+rewards. Counted are right answers to 500 questions whose operands stand in no other file. bench/trials.py says how to
+go on with a bench that was stopped.
 """
 
 import json
