@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -27,6 +28,7 @@ class Machine:
     world_size: int
     device: torch.device
     dtype: torch.dtype  # of matrix products; weights and optimizer are float32
+    shards: bool = False  # whether the model is spread over the processes (training/shard.py)
 
     def autocast(self):
         if self.dtype == torch.float32:
@@ -52,6 +54,17 @@ class Machine:
         torch.set_rng_state(state[:size])
         if self.device.type == "cuda" and len(state) > size:
             torch.cuda.set_rng_state(state[size:], self.device)
+
+    def share(self, rows: np.ndarray, batch_size: int) -> list[tuple[np.ndarray, bool]]:
+        """This process's part of the rows, a batch at a time, and whether it counts.
+
+        With --shard every pass needs all processes: one that has fewer batches takes a row again, which does not count.
+        """
+        batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+        mine = [(batch, True) for batch in batches[self.rank :: self.world_size]]
+        if self.shards and len(mine) < len(batches[:: self.world_size]):
+            mine.append((rows[:1], False))
+        return mine
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Adds up the tensors of all processes, in place."""
@@ -104,6 +117,8 @@ def keep_freed_memory():
 def start_machine(args: argparse.Namespace) -> Machine:
     """Joins the other processes when torchrun started this one, and chooses device and number format."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if args.shard and world_size == 1:
+        raise UserError("--shard spreads a model over several processes: torchrun --nproc_per_node N SCRIPT --shard")
     device = choose_device(args.device, local_rank=int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -124,7 +139,7 @@ def start_machine(args: argparse.Namespace) -> Machine:
     if args.compile and device.type == "cuda" and not torch.utils._triton.has_triton():
         raise UserError("--compile needs Triton, which this torch does not find (Windows has none); leave it out")
     torch.manual_seed(args.seed)
-    return Machine(int(os.environ.get("RANK", 0)), world_size, device, dtype)
+    return Machine(int(os.environ.get("RANK", 0)), world_size, device, dtype, args.shard)
 
 
 def auto_dtype(card: str, capability: tuple[int, int]) -> torch.dtype:
