@@ -30,6 +30,10 @@ class Machine:
     dtype: torch.dtype  # of matrix products; weights and optimizer are float32
     shards: bool = False  # whether the model is spread over the processes (training/shard.py)
 
+    def making_model(self):
+        """A context: with --shard one process makes the weights, and the others get their part of them (shard.place)."""
+        return torch.device("meta") if self.shards and self.rank else contextlib.nullcontext()
+
     def autocast(self):
         if self.dtype == torch.float32:
             return contextlib.nullcontext()

@@ -6,31 +6,48 @@ gradients are added up, and each process takes its rows, as soon as they are mad
 part, and all of this does nothing.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import MethodType
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from model.model import CausalLM
 from training.machine import Machine
 
 
+@torch.no_grad()
 def place(model: CausalLM, machine: Machine) -> CausalLM:
-    """Puts the model on the device, spread over the processes if this run shards; returns it."""
+    """Puts the model on the device, spread over the processes if this run shards; returns it.
+
+    The weights are the first process's: it sends one tensor after the other, of which each keeps its part.
+    """
     if not machine.shards:
         return model.to(machine.device)
     from torch.distributed.device_mesh import init_device_mesh  # seconds, which other runs need not wait
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+    wholes = {name: tensor.detach() for name, tensor in _tensors(model)}
     mesh = init_device_mesh(machine.device.type, (machine.world_size,))
     for module in (*model.model.layers, model):  # what no layer has, the embedding and the head, goes with the model
         fully_shard(module, mesh=mesh)
         module.set_gradient_divide_factor(1.0)  # the sum of the processes' gradients, not their mean
         module.set_force_sum_reduction_for_comms(True)  # which gloo can do, too
+    if machine.rank > 0:
+        model.to_empty(device=machine.device)
+    for name, tensor in _tensors(model):
+        whole = wholes[name] if machine.rank == 0 else torch.empty(tensor.shape)
+        dist.broadcast(whole, 0)
+        part(tensor).copy_(part(cut(whole, tensor)))
     model.apply_function = MethodType(lambda model, function, *args: function(model, *args), model)
     register_fsdp_forward_method(model, "apply_function")
     return model
+
+
+def _tensors(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
 
 
 def call(function: Callable, model: CausalLM, *args):
