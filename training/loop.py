@@ -149,9 +149,9 @@ class Run:
         batch = batch.to(self.machine.device)
         with self.machine.autocast():
             loss_sum, count, metrics = call(loss_fn, self.model, batch)
+        self.scaler.scale(loss_sum / (self.scale if counts else math.inf)).backward()
         if not counts:
-            return (0 * loss_sum).backward()
-        self.scaler.scale(loss_sum / self.scale).backward()
+            return
         self.losses.append((loss_sum.detach(), batch.documents))
         flops = step_flops(self.model, batch.real_tokens, batch.attention_pairs)
         self.buffer.add(loss=loss_sum.detach(), count=count, real_tokens=batch.real_tokens, flops=flops, **metrics)
