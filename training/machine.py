@@ -118,6 +118,13 @@ def keep_freed_memory():
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
 
 
+def return_freed_memory():
+    """Has glibc give freed memory back. With --shard layers come and go, of which one seldom fits in the gaps that
+    another left: a process would grow as large as one that holds the whole model."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-3, 2**20)  # M_MMAP_THRESHOLD: what is larger has a mapping of its own, always
+
+
 def start_machine(args: argparse.Namespace) -> Machine:
     """Joins the other processes when torchrun started this one, and chooses device and number format."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -127,7 +134,7 @@ def start_machine(args: argparse.Namespace) -> Machine:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif device.type == "cpu":
-        keep_freed_memory()
+        return_freed_memory() if args.shard else keep_freed_memory()
         torch.set_num_threads(max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if world_size > 1:
         if device.type == "cuda" and dist.is_nccl_available():  # objects go over gloo, and not through the card

@@ -150,8 +150,9 @@ def assert_equal_runs(runs: Runs, name: str, bound: float = 1e-5):
         tensors, expected = load_file(path), load_file(whole / path.relative_to(spread))
         assert tensors.keys() == expected.keys()
         for key in tensors:
-            if not key.startswith("random."):
-                assert relative_difference(tensors[key], expected[key]) < bound or not expected[key].any(), key
+            if not key.startswith("random."):  # of a gradient's squares, four times the rounding
+                allowed = 4 * bound if key.startswith("optimizer.") else bound
+                assert relative_difference(tensors[key], expected[key]) < allowed or not expected[key].any(), key
 
 
 @pytest.mark.parametrize("name", FAST)
