@@ -196,10 +196,10 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str):
     write_file(path, lambda temporary: save_file(tensors, temporary, {"format": "pt"} | metadata))
 
 
-def save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]):
+def save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None):
     """safetensors.torch.save_file, to the byte, but tensor by tensor: no two of them are gathered, or copied from a
     card, at a time."""
-    header, at = {"__metadata__": metadata}, 0
+    header, at = {"__metadata__": metadata} if metadata else {}, 0
     for name in file_order(tensors):
         size = tensors[name].numel() * tensors[name].itemsize
         header[name] = {"dtype": FILE_TYPES[tensors[name].dtype], "shape": list(tensors[name].shape)}
