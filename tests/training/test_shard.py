@@ -1,5 +1,6 @@
 """--shard: what a run learns, saves and resumes is the same as without, and no process holds all of it."""
 
+import argparse
 import dataclasses
 import json
 import math
@@ -31,8 +32,10 @@ from helpers import (
 from safetensors.torch import load_file
 
 from model.checkpoint import load_model
-from model.LMConfig import PRESETS
+from model.LMConfig import PRESETS, LMConfig
+from model.model import CausalLM
 from training import loop, loss, machine
+from training.cost import memory_estimate
 from training.flags import parse_flags
 from training.shard import part
 
@@ -224,6 +227,15 @@ def test_a_resumed_run_is_the_same_bit_for_bit_and_to_rounding_otherwise(data, s
     finish("spread later", 2, "--shard", begun="stopped whole")
     for name in ("uninterrupted", "in four", "in one", "spread later"):
         assert_close(tmp_path / name, tmp_path / "whole")
+
+
+def test_the_estimate_falls_by_what_is_spread():
+    """The first line of the table in docs/hardware.md."""
+    with torch.device("meta"):
+        model = CausalLM(LMConfig(**PRESETS["xl"]))
+    args = argparse.Namespace(batch_size=8, max_seq_len=512, optimizer="adamw", grad_checkpointing=True)
+    estimates = [memory_estimate(model, args, 2, "flash", processes) / 2**30 for processes in (1, 2, 4, 8)]
+    assert estimates == pytest.approx([18.3, 11.9, 8.3, 6.4], abs=0.051)
 
 
 def test_what_cannot_be_sharded_is_refused(data, run_here, tmp_path):
