@@ -31,6 +31,7 @@ from training.loss import token_log_probs
 from training.machine import Machine, start_machine
 from training.packing import Batch, PackedDataset, open_data, send
 from training.reference import computed_once
+from training.shard import call, place
 
 METRICS = ("accuracy", "reward_margin", "reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected")
 
@@ -62,11 +63,12 @@ def preference_loss(chosen: Tensor, rejected: Tensor, beta: float, kind: str, la
 def reference_log_probs(model: CausalLM, data: PackedDataset, machine: Machine, args: argparse.Namespace) -> Tensor:
     """ln p_ref of every answer of the split, (documents,)."""
     log_probs = torch.zeros(len(data.prepared.offsets) - 1, device=machine.device)
-    rows = np.arange(len(data))
-    for start in range(machine.rank * args.batch_size, len(rows), machine.world_size * args.batch_size):
-        batch = data.batch(rows[start : start + args.batch_size]).to(machine.device)
+    for share, counts in machine.share(np.arange(len(data)), args.batch_size):
+        batch = data.batch(share).to(machine.device)
         with machine.autocast():
-            log_probs[batch.documents], _ = answer_log_probs(model, batch)
+            answers, _ = call(answer_log_probs, model, batch)
+        if counts:
+            log_probs[batch.documents] = answers
     return machine.sum(log_probs).cpu()
 
 
@@ -97,7 +99,7 @@ def main():
     )
     machine = start_machine(args)
     train_set, val_set = open_data(args, "dpo")
-    model = load_model(args.init_from, machine.device)
+    model = place(load_model(args.init_from), machine)
     references = {}  # by split: ln p_ref of all its documents, those of the first source, then those of the second, …
     for data in (train_set, val_set):
         parts = [
@@ -105,6 +107,8 @@ def main():
             for source in data.sources.values()
         ]
         references[data.split] = torch.cat(parts)
+    if args.shard:
+        model = load_model(args.init_from)  # whole again: what is spread takes no adapter
     if args.lora_rank:
         apply_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
 

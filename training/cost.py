@@ -39,12 +39,13 @@ def step_flops(model: CausalLM, tokens: int, attention_pairs: int) -> float:
 
 
 def memory_estimate(
-    model: CausalLM, args: argparse.Namespace, bytes_per_number: int = 4, attention: str = "by hand"
+    model: CausalLM, args: argparse.Namespace, bytes_per_number: int = 4, attention: str = "by hand", processes: int = 1
 ) -> int:
     """Bytes at the peak of a training step, from what it holds at once; bench/memory.py measures the same.
 
     bytes_per_number: of what products read. Weights, gradients and optimizer are float32; autocast also keeps cast
     weights. attention: Decoder.attention_kind; all but "by hand" are a card's.
+    processes: over how many --shard spreads weights, gradients and optimizer.
     """
     config = model.config
     on_card = attention != "by hand"
@@ -57,7 +58,11 @@ def memory_estimate(
         for parameter in model.model.layers.parameters():
             if parameter.requires_grad and parameter.dim() > 1:
                 sizes[parameter.shape] += parameter.numel()
-        state += 4 * min(max(sizes.values(), default=0), MUON_BATCH) - sizes.total()
+        state -= sizes.total()
+    if processes > 1:
+        state = state // processes + _whole_at_a_time(model)
+    if args.optimizer == "muon":
+        state += 4 * min(max(sizes.values(), default=0), MUON_BATCH)
 
     # With checkpoints a layer keeps its input; on a CPU, twice as much is lost around it: it stays where all else comes
     # and goes.
@@ -88,6 +93,13 @@ def memory_estimate(
     activations = tokens * round(fragmentation * kept) + max(loss, tokens * round(fragmentation * backward))
     copy = bytes_per_number * weights if bytes_per_number < 4 else 0
     return 4 * state + copy + activations + (CONTEXT if on_card else 0)
+
+
+def _whole_at_a_time(model: CausalLM) -> int:
+    """Numbers that a process has beside its part, under --shard: of a layer the weights, and those of the next, their
+    gradients, and a copy of each on its way; of what no layer has, weights and gradients."""
+    layers = [sum(parameter.numel() for parameter in layer.parameters()) for layer in model.model.layers]
+    return 5 * max(layers) + 2 * (model.num_parameters() - sum(layers))
 
 
 def _sizes(config: LMConfig) -> tuple[int, int, int]:

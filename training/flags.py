@@ -75,6 +75,9 @@ def parse_flags(description: str, stage_flags: dict[str, dict] | None = None, **
     )
     group.add_argument("--compile", action="store_true", help="torch.compile: starts slower, runs faster on a GPU")
     group.add_argument("--grad_checkpointing", action="store_true", help="much less memory for a third more work")
+    group.add_argument(
+        "--shard", action="store_true", help="spread weights, gradients and optimizer over the processes: less memory"
+    )
     group = parser.add_argument_group("what is shown and kept")
     group.add_argument("--log_interval", type=positive, default=10, help="steps between two lines of the log")
     group.add_argument("--eval_interval", type=positive, default=200, help="steps between two validations")
@@ -92,6 +95,8 @@ def parse_flags(description: str, stage_flags: dict[str, dict] | None = None, **
     if args.min_learning_rate > args.learning_rate:
         parser.error(f"--min_learning_rate {args.min_learning_rate} is above --learning_rate {args.learning_rate}")
     args.fit_batch = args.batch_size == "auto"
+    if args.fit_batch and args.shard:
+        parser.error("--batch_size auto tries what one process can hold; with --shard give a number")
     if args.fit_batch:  # of a step of the usual size
         args.batch_size = parser.get_default("batch_size")
     return args

@@ -21,6 +21,7 @@ from training.loss import LossFunction, evaluate
 from training.machine import Machine, matmul_rate
 from training.optimizer import GradientBuffer, build_optimizer, learning_rate, optimizer_step
 from training.packing import Batch, Mixture, TrainingData
+from training.shard import call, place
 from training.state import Checkpointer, Progress
 
 MAX_SKIPPED_STEPS = 10  # in a row: then a run with non-finite numbers is stopped
@@ -54,22 +55,20 @@ def train(
     rows_per_step = args.batch_size * args.accumulation_steps * machine.world_size
     order = train_set.order(args.seed, progress.epoch)
 
-    def micro_batches(start: int) -> list[np.ndarray]:
-        """This process's rows, pass by pass, of the step that begins at this place of the order."""
-        rows = order[start : min(start + rows_per_step, len(order))]
-        passes = [rows[i : i + args.batch_size] for i in range(0, len(rows), args.batch_size)]
-        return passes[machine.rank :: machine.world_size]
+    def micro_batches(start: int) -> list[tuple[np.ndarray, bool]]:
+        """This process's rows, pass by pass, of the step that begins at this place of the order; whether they count."""
+        return machine.share(order[start : start + rows_per_step], args.batch_size)
 
     with StopRequest() as stop:
         while run.share_done() < 1:
             run.begin_step()
 
             # Forward and backward: the gradients of the micro-batches add up in the buffer.
-            for rows in micro_batches(progress.row):
-                if stop.made:
+            for rows, counts in micro_batches(progress.row):
+                if stop.made and not args.shard:  # where no process can do without the others
                     break
-                run.accumulate(loss_fn, run.batch(rows))
-            for rows in micro_batches(progress.row + rows_per_step)[:1]:
+                run.accumulate(loss_fn, run.batch(rows), counts)
+            for rows, _ in micro_batches(progress.row + rows_per_step)[:1]:
                 run.prepare(rows)  # while a card still computes
             sums = run.all_reduce(stop.made)
             if sums["stop"]:  # on some process the step is not whole: leave it out; --resume does it again
@@ -106,7 +105,7 @@ class Run:
         check_data(args, model.config, train_set)
         if train_set.masked:
             model.stop_token_ids = [EOS, IM_END]  # chats teach to stop at the end of a turn
-        model.to(machine.device).train()
+        place(model, machine).train()
         model.model.gradient_checkpointing = args.grad_checkpointing
         if args.fit_batch:
             args.batch_size, args.accumulation_steps = fit_batch(args, machine, model)
@@ -145,12 +144,14 @@ class Run:
         """Has them ready for batch()."""
         self.prepared = {rows.tobytes(): self.train_set.batch(rows)}
 
-    def accumulate(self, loss_fn: LossFunction, batch: Batch):
-        """Forward and backward of one micro-batch; gradients and sums go to the buffer."""
+    def accumulate(self, loss_fn: LossFunction, batch: Batch, counts: bool = True):
+        """Forward and backward of one micro-batch; gradients and sums go to the buffer, unless it does not count."""
         batch = batch.to(self.machine.device)
         with self.machine.autocast():
-            loss_sum, count, metrics = loss_fn(self.model, batch)
-        self.scaler.scale(loss_sum / self.scale).backward()
+            loss_sum, count, metrics = call(loss_fn, self.model, batch)
+        self.scaler.scale(loss_sum / (self.scale if counts else math.inf)).backward()
+        if not counts:
+            return
         self.losses.append((loss_sum.detach(), batch.documents))
         flops = step_flops(self.model, batch.real_tokens, batch.attention_pairs)
         self.buffer.add(loss=loss_sum.detach(), count=count, real_tokens=batch.real_tokens, flops=flops, **metrics)
@@ -320,7 +321,8 @@ def describe(args: argparse.Namespace, machine: Machine, model: CausalLM, data: 
         cut = f"; {data.truncated:,} samples cut at {args.max_seq_len} tokens, {data.dropped:,} left out"
     with machine.autocast():
         attention = model.model.attention_kind()
-    gigabytes = memory_estimate(model, args, machine.dtype.itemsize, attention) / 2**30
+    shards = machine.world_size if args.shard else 1
+    gigabytes = memory_estimate(model, args, machine.dtype.itemsize, attention, shards) / 2**30
     at_a_time = f" ({args.batch_size} at a time in each process)" if args.fit_batch else ""
     return "\n".join(
         [

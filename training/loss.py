@@ -15,6 +15,7 @@ from model.operators import product_dtype
 from training.balance import expert_balance
 from training.machine import Machine
 from training.packing import IGNORE, Batch, Mixture
+from training.shard import call
 
 LOSS_CHUNK = 512  # tokens whose logits exist at a time: in a processor's cache
 CARD_CHUNK = 2048  # the same for a card, which wants large products: 0.2 GB of logits, probabilities and gradients
@@ -154,13 +155,14 @@ def sum_up(
 ) -> Counter:
     """Loss, count, UTF-8 bytes of the scored tokens, and metrics, summed over the rows by all processes together."""
     found = []  # of each batch: numbers of the device, which are asked for at the end
-    for start in range(machine.rank * batch_size, len(rows), machine.world_size * batch_size):
-        batch = data.batch(rows[start : start + batch_size])
+    for share, counts in machine.share(rows, batch_size):
+        batch = data.batch(share)
         n_bytes = data.token_bytes[batch.labels[batch.labels != IGNORE].numpy()].sum()
         batch = batch.to(machine.device)
         with machine.autocast():
-            loss_sum, count, metrics = loss_fn(model, batch)
-        found.append(metrics | {"loss": loss_sum, "count": count, "bytes": n_bytes})
+            loss_sum, count, metrics = call(loss_fn, model, batch)
+        if counts:
+            found.append(metrics | {"loss": loss_sum, "count": count, "bytes": n_bytes})
     sums = Counter()
     for metrics in found:
         sums.update({name: float(value) for name, value in metrics.items()})

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -27,6 +28,11 @@ class Machine:
     world_size: int
     device: torch.device
     dtype: torch.dtype  # of matrix products; weights and optimizer are float32
+    shards: bool = False  # whether the model is spread over the processes (training/shard.py)
+
+    def making_model(self):
+        """A context: with --shard one process makes the weights, and sends the others their part (shard.place)."""
+        return torch.device("meta") if self.shards and self.rank else contextlib.nullcontext()
 
     def autocast(self):
         if self.dtype == torch.float32:
@@ -52,6 +58,17 @@ class Machine:
         torch.set_rng_state(state[:size])
         if self.device.type == "cuda" and len(state) > size:
             torch.cuda.set_rng_state(state[size:], self.device)
+
+    def share(self, rows: np.ndarray, batch_size: int) -> list[tuple[np.ndarray, bool]]:
+        """This process's part of the rows, a batch at a time, and whether it counts.
+
+        With --shard every pass needs all processes: one that has fewer batches takes a row again, which does not count.
+        """
+        batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+        mine = [(batch, True) for batch in batches[self.rank :: self.world_size]]
+        if self.shards and len(mine) < len(batches[:: self.world_size]):
+            mine.append((rows[:1], False))
+        return mine
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Adds up the tensors of all processes, in place."""
@@ -101,14 +118,23 @@ def keep_freed_memory():
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
 
 
+def return_freed_memory():
+    """Has glibc give freed memory back. With --shard layers come and go, of which one seldom fits in the gaps that
+    another left: a process would grow as large as one that holds the whole model."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-3, 2**20)  # M_MMAP_THRESHOLD: what is larger has a mapping of its own, always
+
+
 def start_machine(args: argparse.Namespace) -> Machine:
     """Joins the other processes when torchrun started this one, and chooses device and number format."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if args.shard and world_size == 1:
+        raise UserError("--shard spreads a model over several processes: torchrun --nproc_per_node N SCRIPT --shard")
     device = choose_device(args.device, local_rank=int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif device.type == "cpu":
-        keep_freed_memory()
+        return_freed_memory() if args.shard else keep_freed_memory()
         torch.set_num_threads(max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if world_size > 1:
         if device.type == "cuda" and dist.is_nccl_available():  # objects go over gloo, and not through the card
@@ -124,7 +150,7 @@ def start_machine(args: argparse.Namespace) -> Machine:
     if args.compile and device.type == "cuda" and not torch.utils._triton.has_triton():
         raise UserError("--compile needs Triton, which this torch does not find (Windows has none); leave it out")
     torch.manual_seed(args.seed)
-    return Machine(int(os.environ.get("RANK", 0)), world_size, device, dtype)
+    return Machine(int(os.environ.get("RANK", 0)), world_size, device, dtype, args.shard)
 
 
 def auto_dtype(card: str, capability: tuple[int, int]) -> torch.dtype:

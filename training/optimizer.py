@@ -9,10 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from model.checkpoint import whole
 from model.model import CausalLM
 from model.operators import card_capability
 from training.machine import Machine
 from training.packing import send
+from training.shard import cut, is_spread, join, part, parts
 
 MUON_BATCH = 2**23  # numbers whose update is computed at a time: several copies of them exist then
 
@@ -60,7 +62,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            torch._foreach_mul_(group["params"], 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_mul_(parts(group["params"]), 1 - group["lr"] * group["weight_decay"])
             if group["matrices"]:
                 self._muon(group)
             else:
@@ -80,14 +82,19 @@ class Muon(torch.optim.Optimizer):
         for parameter in parameters:
             if "momentum" not in self.state[parameter]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in parameters]
-        momenta = [self.state[parameter]["momentum"] for parameter in parameters]
+        gradients = parts(parameter.grad for parameter in parameters)
+        momenta = parts(self.state[parameter]["momentum"] for parameter in parameters)
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov
         size = -group["lr"] * 0.2 * max(parameters[0].shape) ** 0.5
-        for parameter, update in zip(parameters, _orthogonalize_together(torch.stack(updates))):
-            # An expert that no token visited stays: whatever is left of its momentum would give a whole update.
-            parameter.addcmul_(update, parameter.grad.any().to(update.dtype), value=size)
+        # An expert that no token visited stays: whatever is left of its momentum would give a whole update.
+        visited = torch.stack([gradient.any() for gradient in gradients]).to(updates[0].dtype)
+        if is_spread(parameters[0]):
+            dist.all_reduce(visited, dist.ReduceOp.MAX)
+            updates = [whole(join(update, parameter)) for update, parameter in zip(updates, parameters)]
+        updates = _orthogonalize_together(torch.stack(updates))
+        for parameter, update, factor in zip(parameters, updates, visited):
+            part(parameter).addcmul_(part(cut(update, parameter)), factor, value=size)
 
     def _adam(self, group: dict):
         """Of all parameters of the group at once: on a card a kernel for each operation, not for each parameter."""
@@ -102,15 +109,15 @@ class Muon(torch.optim.Optimizer):
                 }
             state["step"] = state["step"].cpu() + 1  # a resumed run finds it on the card, where asking for it waits
         n = self.state[parameters[0]]["step"].item()
-        gradients = [parameter.grad for parameter in parameters]
-        means, squares = ([self.state[parameter][name] for parameter in parameters] for name in ("mean", "square"))
+        gradients = parts(parameter.grad for parameter in parameters)
+        means, squares = (parts(self.state[parameter][name] for parameter in parameters) for name in ("mean", "square"))
         torch._foreach_lerp_(means, gradients, 1 - beta1)
         torch._foreach_mul_(squares, beta2)
         torch._foreach_addcmul_(squares, gradients, gradients, value=1 - beta2)
         scales = torch._foreach_div(squares, 1 - beta2**n)
         torch._foreach_sqrt_(scales)
         torch._foreach_add_(scales, group["eps"])
-        torch._foreach_addcdiv_(parameters, means, scales, value=-group["lr"] / (1 - beta1**n))
+        torch._foreach_addcdiv_(parts(parameters), means, scales, value=-group["lr"] / (1 - beta1**n))
 
 
 def _kind(name: str, parameter: Tensor, tied: bool) -> str:
@@ -167,7 +174,8 @@ class GradientBuffer:
         self.metrics = list(metrics)
         self.shapes = dict.fromkeys(self.SUMS, ()) | metrics
         sizes = {name: math.prod(shape) for name, shape in self.shapes.items()}
-        total = sum(parameter.numel() for parameter in parameters)
+        self.spread = is_spread(parameters[0])  # then each process has a part of the gradients, of all their sum
+        total = sum(rows.numel() for rows in parts(parameters))
         self.flat = torch.zeros(total + sum(sizes.values()), device=parameters[0].device)
         self.gradients, self.sums = self.flat[:total], self.flat[total:]
         self.slices = {}
@@ -177,9 +185,9 @@ class GradientBuffer:
             self.slices[name] = slice(at, at + size)
             at += size
         at = 0
-        for parameter in parameters:
-            parameter.grad = self.gradients[at : at + parameter.numel()].view_as(parameter)
-            at += parameter.numel()
+        for parameter, rows in zip(parameters, parts(parameters)):
+            parameter.grad = join(self.gradients[at : at + rows.numel()].view_as(rows), parameter)
+            at += rows.numel()
 
     def add(self, **sums: float | Tensor):
         """Adds to the sums of these names. KeyError for one that was not declared.
@@ -200,13 +208,19 @@ class GradientBuffer:
         """
         self.sums += send(torch.from_numpy(self.host_sums.copy()), self.flat.device)
         self.host_sums[:] = 0
-        machine.sum(self.flat)
+        machine.sum(self.sums if self.spread else self.flat)
         count = self.sums[self.slices["count"]][0]
         if count.device.type != "mps":  # which has no float64
             count = count.double()
         self.gradients.mul_((scale / count.clamp(min=1)).float())
         unscale()
-        numbers = torch.cat((self.sums, self.gradients.norm()[None])).cpu().numpy()
+        if self.spread:
+            # In pieces: on a CPU the squares of 100 million numbers, added up one by one in float32, are 2 % short.
+            pieces = torch.stack(torch._foreach_norm(self.gradients.split(2**16)))
+            norm = machine.sum(pieces.square().sum()).sqrt()
+        else:
+            norm = self.gradients.norm()
+        numbers = torch.cat((self.sums, norm[None])).cpu().numpy()
         result = {"grad_norm": numbers[-1].item()}
         for name, shape in self.shapes.items():
             value = numbers[self.slices[name]].reshape(shape)

@@ -24,13 +24,22 @@ import torch
 
 from base.cli import UserError, command_line
 from base.files import finish_replacing, replace_directory, write_json
-from model.checkpoint import load_config, load_tensors, save_model, save_tensors, weights_fingerprint
+from model.checkpoint import (
+    load_config,
+    load_tensors,
+    save_model,
+    save_tensors,
+    tensors_on_disk,
+    weights_fingerprint,
+    whole_tensors,
+)
 from model.LMConfig import LMConfig
 from model.lora import has_lora
 from model.model import CausalLM
 from training.log import Log
 from training.machine import Machine
 from training.packing import TrainingData
+from training.shard import cut, part
 
 STATE_FILE = "training_state/state.safetensors"
 RUN_FILE = "run.json"
@@ -151,19 +160,18 @@ class Checkpointer:
                 self.directory.mkdir(parents=True)  # one that cannot be written is known before the first step
 
     def save(self, progress: Progress, log: Log):
-        random_states = self.machine.gather(self.machine.random_state())
+        tensors = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                tensors[f"weight.{name}"] = parameter.data
+        for name, buffer in self.model.named_buffers():
+            tensors[f"buffer.{name}"] = buffer
+        for parameter, state in self.optimizer.state.items():
+            for entry, value in state.items():
+                tensors[f"optimizer.{self.names[parameter]}/{entry}"] = value
+        for rank, state in enumerate(self.machine.gather(self.machine.random_state())):
+            tensors[f"random.{rank}"] = state
         if self.machine.rank == 0:
-            tensors = {}
-            for name, parameter in self.model.named_parameters():
-                if parameter.requires_grad:
-                    tensors[f"weight.{name}"] = parameter.data
-            for name, buffer in self.model.named_buffers():
-                tensors[f"buffer.{name}"] = buffer
-            for parameter, state in self.optimizer.state.items():
-                for entry, value in state.items():
-                    tensors[f"optimizer.{self.names[parameter]}/{entry}"] = value
-            for rank, state in enumerate(random_states):
-                tensors[f"random.{rank}"] = state
             info = {"progress": asdict(progress), "must_agree": self.must_agree, "scaler": self.scaler.state_dict()}
             save_tensors(self.directory / STATE_FILE, tensors, info=json.dumps(info))
             save_model(self.directory, self.model, self.tokenizer_dir, self.args.init_from)
@@ -171,6 +179,10 @@ class Checkpointer:
             log.draw()
             if self.directory != self.out_dir:
                 replace_directory(self.out_dir, self.directory, keep_old=True)
+        elif self.machine.shards:  # the first process can gather nothing alone
+            for part_of_file in (tensors, tensors_on_disk(self.model)):
+                for _ in whole_tensors(part_of_file):
+                    pass
         self.directory = log.directory = self.out_dir
         self.saved_step = progress.step
 
@@ -183,7 +195,8 @@ class Checkpointer:
         """Takes weights, optimizer, position and random states from out_dir. UserError names what does not agree."""
         if not has_lora(self.model):
             check_same_config(load_config(self.out_dir), self.model.config, self.out_dir)
-        tensors, texts = load_tensors(state_file(self.out_dir), self.machine.device)
+        device = "cpu" if self.machine.shards else self.machine.device  # where a file is read as it is needed
+        tensors, texts = load_tensors(state_file(self.out_dir), device)
         info = json.loads(texts["info"])
         for name, here in self.must_agree.items():
             there = info["must_agree"].get(name)  # a run of one source may be older than "mix"
@@ -193,12 +206,13 @@ class Checkpointer:
         for key, tensor in tensors.items():
             kind, _, name = key.partition(".")
             if kind == "weight":
-                parameters[name].data.copy_(tensor)
+                parameter = parameters[name].data
+                part(parameter).copy_(part(cut(tensor, parameter)))
             elif kind == "buffer":
                 self.model.get_buffer(name).copy_(tensor)
             elif kind == "optimizer":
                 name, _, entry = name.rpartition("/")
-                self.optimizer.state[parameters[name]][entry] = tensor
+                self.optimizer.state[parameters[name]][entry] = cut(tensor, parameters[name])
             elif kind == "random" and int(name) == self.machine.rank:
                 self.machine.set_random_state(tensor.cpu())
         if self.scaler.is_enabled() and info.get("scaler"):  # of a run in another format there is none
