@@ -7,14 +7,12 @@
 Everything is JSON or safetensors: nothing is ever unpickled.
 """
 
-import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from base.cli import UserError
@@ -27,8 +25,6 @@ from model.model import CausalLM
 MODEL_FILE = "model.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
 GENERATION_FILE = "generation_config.json"
-# safetensors' names of the types that are saved here, narrow ones first.
-FILE_TYPES = {torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
 def save_model(
@@ -211,39 +207,20 @@ def load_weights(model: CausalLM, tensors: dict[str, Tensor], path: Path):
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str):
     """A safetensors file, with texts beside its tensors. OSError where it cannot be written."""
-    write_file(path, lambda temporary: save_file(tensors, temporary, {"format": "pt"} | metadata))
+    contiguous = {name: whole(tensor).cpu().contiguous() for name, tensor in tensors.items()}
 
+    def write(temporary: Path):
+        try:
+            save_file(contiguous, temporary, metadata={"format": "pt"} | metadata)
+        except SafetensorError as error:
+            raise OSError(str(error)) from None
 
-def save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None):
-    """safetensors.torch.save_file, to the byte, but tensor by tensor: no two of them are gathered, or copied from a
-    card, at a time."""
-    header, at = {"__metadata__": metadata} if metadata else {}, 0
-    for name in file_order(tensors):
-        size = tensors[name].numel() * tensors[name].itemsize
-        header[name] = {"dtype": FILE_TYPES[tensors[name].dtype], "shape": list(tensors[name].shape)}
-        header[name]["data_offsets"] = [at, at := at + size]
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in whole_tensors(tensors):
-            file.write(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
-
-
-def file_order(tensors: dict[str, Tensor]) -> list[str]:
-    """Names: wide numbers first, so that each lies where its type wants it."""
-    return sorted(tensors, key=lambda name: (-list(FILE_TYPES).index(tensors[name].dtype), name))
+    write_file(path, write)
 
 
 def whole(tensor: Tensor) -> Tensor:
     """Of a tensor that is spread over processes (training/shard.py), all; every process must ask for it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def whole_tensors(tensors: dict[str, Tensor]) -> Iterator[Tensor]:
-    """One after the other, in the order of a file."""
-    for name in file_order(tensors):
-        yield whole(tensors[name])
 
 
 def load_tensors(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:

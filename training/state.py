@@ -31,7 +31,7 @@ from model.checkpoint import (
     save_tensors,
     tensors_on_disk,
     weights_fingerprint,
-    whole_tensors,
+    whole,
 )
 from model.LMConfig import LMConfig
 from model.lora import has_lora
@@ -180,9 +180,8 @@ class Checkpointer:
             if self.directory != self.out_dir:
                 replace_directory(self.out_dir, self.directory, keep_old=True)
         elif self.machine.shards:  # the first process can gather nothing alone
-            for part_of_file in (tensors, tensors_on_disk(self.model)):
-                for _ in whole_tensors(part_of_file):
-                    pass
+            for tensor in (*tensors.values(), *tensors_on_disk(self.model).values()):
+                whole(tensor)
         self.directory = log.directory = self.out_dir
         self.saved_step = progress.step
 

@@ -90,8 +90,6 @@ class ManyRuns:
         return dataclasses.replace(self.machine, shards=args.shard)
 
     def observed_step(self, optimizer, buffer, scaler, sums, grad_clip):
-        if self.kind == "whole":  # torch's norm of a long vector on a CPU is right to 1e-4 alone
-            sums["grad_norm"] = buffer.gradients.double().norm().item()
         norm = self.optimizer_step(optimizer, buffer, scaler, sums, grad_clip)
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         state = [x for values in optimizer.state.values() for x in values.values() if x.dim()]
