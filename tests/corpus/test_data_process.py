@@ -72,7 +72,8 @@ def read_jsonl(path):
 def load(folder, split="train"):
     """The sequences of one split as (ids, mask), after checking all that meta.json says about the files."""
     folder, data = Path(folder), Prepared(folder, split)
-    assert {path.name for path in folder.iterdir()} == {*data.meta["files"], "meta.json", "tokenizer"}
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert there == {*data.meta["files"], "meta.json"}
     assert all(sha256(folder / name) == digest for name, digest in data.meta["files"].items())
     sequences = [sequence for index in range(len(data)) for sequence in data.record(index)]
     counts = data.meta["splits"][split]
