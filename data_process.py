@@ -230,6 +230,8 @@ COMMANDS = {  # name -> function, description
 
 
 DEFAULT_TOKENIZER = "model/tokenizer"
+if not Path(DEFAULT_TOKENIZER).exists():  # started from another folder
+    DEFAULT_TOKENIZER = str(Path(chat.__file__).parent / "tokenizer")
 STAGES = ("pretrain", "sft", "dpo", "rl", "exam")  # of the catalogue
 
 

@@ -10,7 +10,9 @@ Everything is JSON or safetensors: nothing is ever unpickled. A file of tensors,
 in its own header: so a kill between two files never leaves a sum that is not its file's.
 """
 
+import contextlib
 import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -26,6 +28,7 @@ from base.files import (
     check_sums,
     finish_replacing,
     read_json,
+    replacing_directory,
     seal,
     sha256,
     write_file,
@@ -78,6 +81,19 @@ def save_model(
             disk[name] = tensor.to(dtype)
     save_tensors(directory / MODEL_FILE, disk)
     _write_sums(directory, CONFIG_FILE)
+
+
+@contextlib.contextmanager
+def replacing_model(directory: Path, sources: Sequence[Path], flag: str) -> Iterator[Path]:
+    """A folder for save_model, which takes the place of `directory` when the block ends well. UserError where that is
+    one of `sources`, or holds anything else than save_model writes; flag: the one that named it."""
+    directory = directory.resolve()  # a link is followed, not replaced
+    names = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
+    ours = {CONFIG_FILE, MODEL_FILE, GENERATION_FILE, SUMS_FILE, *TOKENIZER_FILES}
+    if not names <= ours or directory.is_file() or directory in [source.resolve() for source in sources]:
+        raise UserError(f"{directory} holds something else than an exported model: give another {flag}")
+    with replacing_directory(directory) as new:
+        yield new
 
 
 def _write_sums(directory: Path, config_file: str):
@@ -165,7 +181,7 @@ def _load_stop_ids(directory: Path, model: CausalLM):
     if path.exists():
         ids = read_json(path).get("eos_token_id")
         ids = ids if isinstance(ids, list) else [ids]
-        model.stop_token_ids = [token_id for token_id in ids if isinstance(token_id, int)] or model.stop_token_ids
+        model.stop_token_ids = [token_id for token_id in ids if type(token_id) is int] or model.stop_token_ids
 
 
 def load_adapter(model: CausalLM, directory: Path, base_dir: Path):
@@ -188,6 +204,8 @@ def load_config(directory: Path) -> LMConfig:
     finish_replacing(Path(directory))
     path = Path(directory) / CONFIG_FILE
     if not path.exists():
+        if path.with_name(ADAPTER_CONFIG_FILE).exists():
+            raise UserError(f"{directory} holds an adapter, not a model: give the model that it belongs to")
         raise UserError(f"no model in {directory}; train one with: python 1-pretrain.py")
     try:
         return LMConfig.from_hf(read_json(path))
@@ -219,6 +237,9 @@ def load_weights(model: CausalLM, tensors: dict[str, Tensor], path: Path):
                 f"{path} does not fit its config.json: {name} is {found.get(name, 'missing')} in the file and "
                 f"{expected.get(name, 'absent')} in the model"
             )
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise UserError(f"{path}: {name} is {tensor.dtype}: quantized weights are not supported")
     tensors = {name: tensor.float() for name, tensor in tensors.items()}
     model.load_state_dict(tensors, strict=False, assign=True)
     if model.config.tie_word_embeddings:

@@ -10,7 +10,7 @@ import torch
 from helpers import ROOT, make_pairs, write_data
 
 from model.chat import IM_END
-from model.checkpoint import load_model
+from model.checkpoint import load_model, load_tensors, save_tensors
 from training.packing import IGNORE, PackedDataset
 
 DPO = runpy.run_path(str(ROOT / "4-dpo.py"))
@@ -104,10 +104,12 @@ def test_the_stage_starts_at_ln_2_learns_the_preference_and_reads_the_reference_
     files = sorted((tmp_path / "dpo-reference").iterdir())
     assert len(files) == 2
     for path in files:  # a wrong number in the file would show in the loss: the file is what is read
-        np.full(path.stat().st_size // 4, -1.0, np.float32).tofile(path)
+        save_tensors(path, {"numbers": torch.full_like(load_tensors(path)[0]["numbers"], -1.0)})
     assert run_here("4-dpo.py", *flags, "--out_dir", tmp_path / "again").status == 0
     again = json.loads((tmp_path / "again" / "metrics.jsonl").read_text().splitlines()[0])
     assert abs(again["val_reward_chosen"]) > 0.1
+    files[0].write_bytes(files[0].read_bytes()[:-4] + bytes(4))
+    assert files[0].name in run_here("4-dpo.py", *flags, "--out_dir", tmp_path / "third").error_line(status=2)
 
 
 @pytest.mark.parametrize("flags", ["--beta 0", "--label_smoothing 1.5", "--sft_weight -1", "--lora_rank -2"])

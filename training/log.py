@@ -24,12 +24,12 @@ def read_metrics(directory: Path, up_to_step: float = float("inf")) -> list[dict
     if not path.exists():
         return []
     records = []
-    for line in path.read_text("utf-8").splitlines():
+    for line in path.read_text("utf-8", errors="replace").split("\n"):
         try:
             record = json.loads(line)
             if record["step"] <= up_to_step:
                 records.append(record)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
     return records
 

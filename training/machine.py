@@ -85,6 +85,8 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
             print(f"no card found, though this torch is made for CUDA {torch.version.cuda}: {NO_CARD}", file=sys.stderr)
     try:
         device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
+        if device.type == "meta" or (device.type == "cpu" and device.index):
+            raise RuntimeError("there is no such device")
         torch.empty(1, device=device)
         if device.type == "cuda":
             torch.backends.cuda.enable_cudnn_sdp(False)  # its masked backward can give NaN (pytorch issue 196678)
