@@ -12,6 +12,7 @@ state has its own copy of the weights, so that what a run resumes from always be
 import argparse
 import contextlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -154,7 +155,7 @@ class Checkpointer:
             "seed": args.seed,
             "max_seq_len": args.max_seq_len,
             "base": weights_fingerprint(args.init_from) if has_lora(model) else None,  # which an adapter belongs to
-            "adapter": to_peft(model)[1] if has_lora(model) else None,
+            "adapter": describe_adapter(model) if has_lora(model) else None,
             "reference": weights_fingerprint(args.init_from) if data.kind in ("dpo", "rl") else None,
             "optimizer": args.optimizer,
         }
@@ -174,9 +175,8 @@ class Checkpointer:
         for rank, there in enumerate(self.machine.gather(here)):
             for name, value in here.items():
                 if there.get(name) != value:
-                    raise UserError(
-                        f"process {rank} was started with {name} {there.get(name)}, process {self.machine.rank} with {value}"
-                    )
+                    both = f"process {rank} has {there.get(name)}, process {self.machine.rank} {value}"
+                    raise UserError(f"all processes must be started alike; of {name} {both}")
 
     def save(self, progress: Progress, log: Log):
         random_states = self.machine.gather(self.machine.random_state())
@@ -216,6 +216,7 @@ class Checkpointer:
         try:
             info = json.loads(texts["info"])
             agreed, progress = dict(info["must_agree"]), Progress(**info["progress"])
+            math.fsum(vars(progress).values())
         except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{path} is not the state of a run: its info is missing or damaged") from None
         for name, here in self.must_agree.items():
@@ -259,6 +260,12 @@ class Checkpointer:
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             **self.must_agree,
         }
+
+
+def describe_adapter(model: CausalLM) -> str:
+    """What its weights mean."""
+    _, config = to_peft(model)
+    return f"rank {config['r']}, alpha {config['lora_alpha']:g}, on {' '.join(config['target_modules'])}"
 
 
 def git_commit() -> str | None:
