@@ -43,6 +43,8 @@ def write_json(path: Path, value: object):
 
 def read_json(path: Path) -> dict:
     """The object in a file of JSON. UserError, naming the file, where it holds anything else."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for, a device read without end
+        raise UserError(f"{path} is no file")
     try:
         value = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:

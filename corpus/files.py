@@ -37,6 +37,8 @@ def find_files(inputs: Iterable[str | Path]) -> list[Path]:
             files += found
         elif not path.exists():
             raise UserError(f"{path}: no such file or folder")
+        elif not (path.is_file() or path.is_fifo()):  # a device has no end
+            raise UserError(f"{path}: neither a file nor a folder")
         elif not suffix_of(path):
             raise UserError(f"{path}: cannot tell what it is: the name must end in {names}")
         else:

@@ -174,7 +174,7 @@ class Prepared:
 
     def _map(self, name: str, dtype) -> np.ndarray:
         path, dtype = self.folder / name, np.dtype(dtype)
-        if not path.exists():
+        if not path.is_file():
             raise UserError(f"{path} is missing; make the data anew with data_process.py")
         size = path.stat().st_size
         if size == 0:  # an empty file cannot be mapped

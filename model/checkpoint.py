@@ -207,8 +207,9 @@ def load_config(directory: Path) -> LMConfig:
         if path.with_name(ADAPTER_CONFIG_FILE).exists():
             raise UserError(f"{directory} holds an adapter, not a model: give the model that it belongs to")
         raise UserError(f"no model in {directory}; train one with: python 1-pretrain.py")
+    content = read_json(path)
     try:
-        return LMConfig.from_hf(read_json(path))
+        return LMConfig.from_hf(content)
     except (UserError, TypeError, KeyError, AttributeError) as error:  # fields of the wrong value, or of the wrong type
         raise UserError(f"{path}: {error}") from None
 
@@ -262,6 +263,8 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str):
 
 def _read_texts(path: Path) -> dict[str, str]:
     """The texts of a safetensors file. UserError where it is missing or damaged, or has not the sum that it should."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no file")
     try:
         with safe_open(path, framework="pt") as file:
             texts = file.metadata() or {}

@@ -1,5 +1,6 @@
 """DPO: the loss of the paper, ln 2 at step 0, pairs that stay together, and a reference that is computed once."""
 
+import argparse
 import json
 import math
 import runpy
@@ -11,7 +12,9 @@ from helpers import ROOT, make_pairs, write_data
 
 from model.chat import IM_END
 from model.checkpoint import load_model, load_tensors, save_tensors
+from training.machine import Machine
 from training.packing import IGNORE, PackedDataset
+from training.reference import computed_once
 
 DPO = runpy.run_path(str(ROOT / "4-dpo.py"))
 
@@ -119,3 +122,15 @@ def test_an_impossible_value_is_refused_with_the_flag_named(flags, pairs, base_d
     )
     assert result.status == 2, result.out + result.err
     assert flags.split()[0] in result.err
+
+
+def test_where_one_of_two_machines_has_the_reference_both_compute_it(pairs, base_dir, tmp_path):
+    data = PackedDataset(pairs, "train", 256)
+    args = argparse.Namespace(init_from=base_dir, out_dir=tmp_path / "out", max_seq_len=256)
+    here, both = (Machine(0, 1, torch.device("cpu"), torch.float32) for _ in range(2))
+    both.gather = lambda value: [value, False]  # the other has no such file
+    numbers = torch.arange(3.0)
+    assert computed_once(args, here, data, lambda: numbers) is numbers
+    assert torch.equal(computed_once(args, here, data, lambda: None), numbers)
+    assert computed_once(args, both, data, lambda: numbers + 1) is not None
+    assert torch.equal(computed_once(args, here, data, lambda: None), numbers + 1)

@@ -225,7 +225,7 @@ class Checkpointer:
                 raise UserError(f"cannot resume {self.out_dir}: its {name} was {there}, and is {here} now")
         try:
             self.take(tensors)
-        except (KeyError, AttributeError, RuntimeError) as error:
+        except (KeyError, AttributeError, RuntimeError, TypeError) as error:
             raise UserError(f"{path} is not the state of this model and optimizer: {error}") from None
         if self.scaler.is_enabled() and info.get("scaler"):  # of a run in another format there is none
             self.scaler.load_state_dict(info["scaler"])
