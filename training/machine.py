@@ -19,6 +19,22 @@ from base.cli import UserError, available_cores
 from model.operators import card_capability
 
 
+def all_reduce(tensor: Tensor):
+    """Adds up the tensors of all processes, in place."""
+    with _waiting_for_others():
+        dist.all_reduce(tensor)
+
+
+@contextlib.contextmanager
+def _waiting_for_others():
+    """ConnectionError in place of what torch says when another process is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ConnectionError(f"another process of this run has ended; go on with --resume ({reason})") from None
+
+
 @dataclass
 class Machine:
     """Which of the processes this one is, and what it computes on."""
@@ -56,14 +72,15 @@ class Machine:
     def sum(self, tensor: Tensor) -> Tensor:
         """Adds up the tensors of all processes, in place."""
         if self.world_size > 1:
-            dist.all_reduce(tensor)
+            all_reduce(tensor)
         return tensor
 
     def gather(self, value) -> list:
         """The values of all processes, in the order of their ranks."""
         values = [value] * self.world_size
         if self.world_size > 1:
-            dist.all_gather_object(values, value)
+            with _waiting_for_others():
+                dist.all_gather_object(values, value)
         return values
 
     def add_up(self, counts: Counter) -> Counter:
