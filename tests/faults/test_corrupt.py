@@ -1,6 +1,6 @@
 """Files that are cut, emptied, removed, of another run, or have a bit that flipped: refused by name, or read as before.
 
-Every file of a run, of an adapter and of prepared data, each damaged in 15 ways, one at a time: some 600 cases. What
+Every file of a run, of an adapter and of prepared data, each damaged in 15 ways, one at a time: a thousand cases. What
 reads it must refuse it with a UserError that names it, or must get exactly what the whole file gives; and where nobody
 reads it, `data_process.py check` must find it.
 """
