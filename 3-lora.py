@@ -14,7 +14,7 @@ many adapters. B starts at zero: step 0 is the base model exactly (arXiv 2106.09
 from pathlib import Path
 
 from base.cli import run
-from model.checkpoint import load_adapter, load_model, save_model
+from model.checkpoint import load_adapter, load_model, replacing_model, save_model
 from model.lora import apply_lora, merge_lora
 from training.flags import LORA_FLAGS, parse_flags
 from training.loop import train
@@ -42,7 +42,8 @@ def main():
         model = load_model(args.init_from)
         load_adapter(model, args.out_dir, args.init_from)
         merge_lora(model)
-        save_model(args.merge, model, args.init_from)
+        with replacing_model(args.merge, [args.init_from, args.out_dir], "--merge") as new:
+            save_model(new, model, args.init_from)
         print(f"{args.init_from} with the adapter of {args.out_dir}, merged -> {args.merge}")
         return
     machine = start_machine(args)

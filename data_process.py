@@ -8,6 +8,7 @@
     python data_process.py dpo pairs.jsonl                     # -> dataset/dpo
     python data_process.py rl questions.jsonl                  # {"prompt", "answer"} -> dataset/rl
     python data_process.py show dataset/sft --index 0          # a sample, with the trained tokens marked
+    python data_process.py check dataset/sft out/sft           # whether all is as it was written, by SHA-256 sums
     python data_process.py clean corpus/ --output clean.jsonl
     python data_process.py tokenizer corpus/ --output my_tokenizer --vocab_size 6400
     python data_process.py demo --output demo                  # made-up questions and answers for every stage
@@ -47,7 +48,7 @@ from corpus.files import SUFFIXES, find_files, suffix_of
 from corpus.kinds import KINDS, load_encoder
 from corpus.look import SHOWN, describe, examine, first_look, some
 from corpus.pipeline import Report, read_documents
-from corpus.prepared import SPLITS, Prepared, writing_prepared
+from corpus.prepared import META, SPLITS, Prepared, check_prepared, writing_prepared
 from corpus.records import each_record, map_fields, parse, text_of
 from corpus.tokenizer import sample_texts, tokenizer_files, train_pieces
 from demo.questions import write_demo
@@ -132,6 +133,15 @@ def show(args: argparse.Namespace):
             marked = trained and data.mask is not None
             print(f"{before}{text}{after}" if marked else text, end="")
         print()
+
+
+def check(args: argparse.Namespace):
+    """The command check: hold every file of prepared data, or of models and runs, against its sum."""
+    from model.checkpoint import check_model  # torch takes long to import
+
+    for folder in args.folders:
+        check_prepared(folder) if (folder / META).exists() else check_model(folder)
+        print(f"{folder}: every file is as it was written")
 
 
 def demo(args: argparse.Namespace):
@@ -220,6 +230,8 @@ COMMANDS = {  # name -> function, description
 
 
 DEFAULT_TOKENIZER = "model/tokenizer"
+if not Path(DEFAULT_TOKENIZER).exists():  # started from another folder
+    DEFAULT_TOKENIZER = str(Path(chat.__file__).parent / "tokenizer")
 STAGES = ("pretrain", "sft", "dpo", "rl", "exam")  # of the catalogue
 
 
@@ -298,6 +310,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     command.add_argument("folder", type=Path, metavar="DIR", help="such as dataset/sft")
     command.add_argument("--index", type=int, required=True, help="which document, or pair, from 0")
     command.add_argument("--split", choices=SPLITS, default="train")
+    command = commands.add_parser("check", help="whether prepared data, models and runs are as they were written")
+    command.set_defaults(function=check)
+    command.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="such as dataset/sft, or out")
     languages = dict(choices=("en", "zh"), default="zh" if os.environ.get("LANG", "").startswith("zh") else "en")
     command = commands.add_parser("list", help="the data sets that fetch knows by name")
     command.set_defaults(function=list_sets)

@@ -129,20 +129,20 @@ def answer_batch(session: Session, args: argparse.Namespace, system: list[dict])
     args.batch_size are written at a time: one that has ended makes room for the next.
     """
 
-    def prompt(record: dict) -> tuple[dict, list[int]]:
+    def enqueue(record: dict):
         messages, tools = prompt_of(record)
         if not messages:
             raise BadRecord(f"neither prompt nor messages; there is {', '.join(map(str, record))}")
         if messages[0]["role"] != "system":
             messages = [*system, *messages]
-        return record, session.prompt_ids(messages, tools)
+        seed = None if args.seed is None else f"{args.seed}/{len(unprinted)}"
+        sequence = session.sequence(session.prompt_ids(messages, tools), seed)
+        engine.add(sequence)
+        unprinted.append((record, sequence))
 
     engine = Engine(session.model, args.batch_size)
     unprinted = deque()  # record, its sequence
-    for i, (record, ids) in enumerate(each_record(args.batch, "prompt", prompt)):
-        seed = None if args.seed is None else f"{args.seed}/{i}"
-        unprinted.append((record, session.sequence(ids, seed)))
-        engine.add(unprinted[-1][1])
+    deque(each_record(args.batch, "prompt", enqueue), maxlen=0)
     output = jsonlines.Writer(sys.stdout, flush=True, dumps=functools.partial(json.dumps, ensure_ascii=False))
     while unprinted:
         engine.step()
@@ -306,7 +306,7 @@ def main():
     tokenizer = load_tokenizer(directory)
     session = Session(model, tokenizer, args, load_tools(args.tools))
     writer = Writer(session, args)
-    system = [{"role": "system", "content": args.system}] if args.system else []
+    system = [{"role": "system", "content": as_utf8(args.system)}] if args.system else []
     figures = None
     if args.perplexity:
         figures = perplexity(model, tokenizer, args.perplexity, args.text_field)

@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from base.cli import HelpFormatter, UserError, run
-from base.files import replacing_directory, write_file
-from model.checkpoint import load_adapter, load_model, save_model
+from base.files import write_file
+from model.checkpoint import load_adapter, load_model, replacing_model, save_model
 from model.gguf import WEIGHT_TYPES, write_gguf, write_modelfile
 from model.lora import merge_lora
 from model.model import CausalLM
@@ -54,14 +54,11 @@ def export_folder(
     model: CausalLM, args: argparse.Namespace, output: Path, dtype: torch.dtype = torch.float32, untie: bool = False
 ):
     """A Hugging Face model in the place of `output`."""
-    is_run = (output / "training_state").exists() or not (output / "config.json").exists()
-    if output.exists() and (is_run or output.samefile(args.model)):
-        raise UserError(f"{output} holds something else than an export: give another --output")
     if untie:
         model.config.tie_word_embeddings = False
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     weight_type = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}[dtype]
-    with replacing_directory(output) as new:
+    with replacing_model(output, [args.model], "--output") as new:
         save_model(new, model, args.model, dtype=dtype)
         report = verify_folder(new, model, args.model, weight_type)
     size = sum(path.stat().st_size for path in output.iterdir())

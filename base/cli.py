@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +24,9 @@ def run(main: Callable[[], None], aftermath: str = ""):
     Anything else is a bug, and keeps its traceback. `aftermath` says what a failure has left behind.
     """
     aftermath = aftermath and f"; {aftermath}"
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # whoever started us has closed it
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  to the end
     try:
         main()
     except UserError as error:
@@ -44,8 +48,11 @@ def run(main: Callable[[], None], aftermath: str = ""):
 def _exit(message: str, status: int):
     if sys.flags.dev_mode:  # python -X dev shows the traceback
         raise
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+    rank = int(os.environ.get("RANK", 0))
+    if rank:  # what is wrong in all processes one says, whose end ends the others: torchrun sees to it
+        time.sleep(3)
+        message = f"process {rank}: {message}"
+    print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 

@@ -1,10 +1,11 @@
-"""Files that are written whole or not at all, JSON, a user's Python file, and SHA-256."""
+"""Files that are written whole or not at all, JSON, a user's Python file, and SHA-256 sums."""
 
 import contextlib
 import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from base.cli import UserError
 
 UMASK = os.umask(0o077)
 os.umask(UMASK)  # the only way to read it is to set it
+RESTORE = "restore it from a copy, or make it anew"
 
 
 def write_file(path: Path, write: Callable[[Path], object]):
@@ -41,6 +43,8 @@ def write_json(path: Path, value: object):
 
 def read_json(path: Path) -> dict:
     """The object in a file of JSON. UserError, naming the file, where it holds anything else."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for, a device read without end
+        raise UserError(f"{path} is no file")
     try:
         value = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -113,10 +117,52 @@ def load_module(path: Path, name: str) -> ModuleType:
     return module
 
 
-def sha256(path: Path) -> str:
-    """Of a file's content, in hexadecimal."""
-    digest = hashlib.sha256()
+def sha256(path: Path, head: bytes = b"") -> str:
+    """Of a file's content, in hexadecimal; with `head` in the place of as many bytes at its beginning."""
+    digest = hashlib.sha256(head)
     with open(path, "rb") as file:
+        file.seek(len(head))
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
+
+
+# A safetensors file begins with a header: its length in 8 bytes, and JSON, in which texts may stand. One of them is the
+# sum of the whole file, taken while there are zeros in its place.
+NO_SUM = b"0" * 64
+SUM = re.compile(rb'"sha256":"([0-9a-f]{64})"')
+
+
+def _header(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        length = file.read(8)
+        return length + file.read(min(int.from_bytes(length, "little"), os.path.getsize(path)))
+
+
+def seal(path: Path):
+    """Fills in the sum of a safetensors file that has a text "sha256" of zeros. Its texts are put in order before: the
+    library writes them in any, and equal contents should be equal files."""
+    header = _header(path)
+    content = json.loads(header[8:])
+    content["__metadata__"] = dict(sorted(content["__metadata__"].items()))
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+    header = header[:8] + text.ljust(len(header) - 8)
+    with open(path, "rb+") as file:
+        file.write(header.replace(NO_SUM, sha256(path, header).encode(), 1))
+
+
+def check_seal(path: Path):
+    """UserError where a safetensors file is not as seal() left it; one of another program has no sum to compare."""
+    header = _header(path)
+    if (found := SUM.search(header)) and found[1].decode() != sha256(path, header.replace(found[1], NO_SUM)):
+        raise UserError(f"{path} is damaged: its content does not have the sum that it was written with; {RESTORE}")
+
+
+def check_sums(directory: Path, sums: dict[str, str], advice: str = RESTORE):
+    """UserError names a file of `directory` that does not have its sum, or is not there."""
+    for name, expected in sums.items():
+        path = directory / name
+        if not path.is_file():
+            raise UserError(f"{path} is missing; {advice}")
+        if sha256(path) != expected:
+            raise UserError(f"{path} is damaged, or was changed after it was written; {advice}")

@@ -37,6 +37,8 @@ def find_files(inputs: Iterable[str | Path]) -> list[Path]:
             files += found
         elif not path.exists():
             raise UserError(f"{path}: no such file or folder")
+        elif not (path.is_file() or path.is_fifo()):  # a device has no end
+            raise UserError(f"{path}: neither a file nor a folder")
         elif not suffix_of(path):
             raise UserError(f"{path}: cannot tell what it is: the name must end in {names}")
         else:
@@ -86,6 +88,31 @@ def read_text(file: TextIO, text_field: str) -> Iterator[tuple[int, dict]]:
         yield start, {text_field: "".join(lines)}
 
 
+def read_csv(file: TextIO) -> Iterator[tuple[int, dict]]:
+    """Yield (line, row). ValueError for a line without end, and for a quote that is never closed: it would take in the
+    rest of the file as one field."""
+    end = "\uffff"  # no character; a last line that is not itself only where a quote is still open
+
+    def lines() -> Iterator[str]:
+        while line := file.readline(MAX_RECORD):
+            if len(line) == MAX_RECORD:
+                raise ValueError(f"a line is longer than {MAX_RECORD >> 20} Mi characters")
+            yield line.replace("\0", "")  # Python 3.10 refuses NUL
+        yield end
+
+    csv.field_size_limit(MAX_RECORD)
+    reader = csv.DictReader(lines())
+    first = (reader.fieldnames or [end])[0]
+    for row in reader:
+        if row[first] == end:
+            return
+        if any(end in value for value in row.values() if isinstance(value, str)):
+            break
+        yield reader.line_num, row
+    if reader.fieldnames != [end]:
+        raise ValueError("a quote is opened and not closed before the end of the file")
+
+
 def read_records(path: Path, stream: BinaryIO, text_field: str) -> Iterator[tuple[int, bytes | dict]]:
     """Yield (place, record): the number of the line, in a JSON array or parquet file of the record, and a dict.
 
@@ -110,10 +137,7 @@ def read_records(path: Path, stream: BinaryIO, text_field: str) -> Iterator[tupl
             if not line.isspace():
                 yield number, line
     elif suffix == ".csv":
-        csv.field_size_limit(MAX_RECORD)
-        reader = csv.DictReader(line.replace("\0", "") for line in as_text(newline=""))  # Python 3.10 refuses NUL
-        for row in reader:
-            yield reader.line_num, row
+        yield from read_csv(as_text(newline=""))
     elif suffix == ".parquet":
         import pyarrow.parquet  # here, for it takes long to import, and few files need it
 

@@ -7,8 +7,10 @@ grow with the corpus, but for the index of duplicates.
 import argparse
 import json
 import multiprocessing
+import os
 import signal
 import sys
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -86,6 +88,13 @@ def rules_at_work(args: argparse.Namespace) -> set[str]:
     return set(kind.rules) - set(args.skip_rules) - (set(kind.optional) - set(args.add_rules))
 
 
+def _prepare_worker():
+    """Ctrl-C is answered by the process that started this one, without which there is nothing to do."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
 def in_order(function: Callable, tasks: Iterable, workers: int) -> Iterator:
     """map(function, tasks) on `workers` processes, with few tasks under way at a time, so that memory stays flat.
 
@@ -95,8 +104,7 @@ def in_order(function: Callable, tasks: Iterable, workers: int) -> Iterator:
         yield from map(function, tasks)
         return
     context = multiprocessing.get_context("spawn")  # the method that Windows, macOS and Linux share
-    ignore_ctrl_c = (signal.SIGINT, signal.SIG_IGN)  # this process answers it for all
-    pool = ProcessPoolExecutor(workers, context, signal.signal, ignore_ctrl_c)
+    pool = ProcessPoolExecutor(workers, context, _prepare_worker)
     pending = deque()
     try:
         for task in tasks:

@@ -19,12 +19,13 @@ from pathlib import Path
 import numpy as np
 
 from base.cli import UserError
-from base.files import finish_replacing, read_json, replacing_directory, sha256, write_json
+from base.files import check_sums, finish_replacing, read_json, replacing_directory, sha256, write_json
 from model.chat import TOKENIZER_FILES, load_tokenizer, token_bytes, tokenizer_fingerprint
 
 FORMAT_VERSION = 2
 SPLITS = ("train", "val")
 META, TOKENIZER, TOKEN_BYTES = "meta.json", "tokenizer", "token_bytes.bin"
+CHECKED = 2**26  # bytes: larger files are held against their sums by `data_process.py check` alone, smaller ones always
 
 
 class PreparedWriter:
@@ -87,8 +88,10 @@ class PreparedWriter:
 
     def finish(self):
         """When the files are closed."""
-        sums = {path.name: sha256(path) for path in sorted(self.folder.glob("*.*"))}
-        write_json(self.folder / META, self.meta | {"splits": self.counts, "files": sums})
+        paths = sorted(self.folder.rglob("*.*"))
+        sums = {path.relative_to(self.folder).as_posix(): sha256(path) for path in paths}
+        meta = json.loads(json.dumps(self.meta | {"splits": self.counts, "files": sums}))  # as it will be read
+        write_json(self.folder / META, meta | {"sha256": _sum_of(meta)})
 
 
 @contextlib.contextmanager
@@ -130,6 +133,10 @@ class Prepared:
             raise UserError(f"{folder}/{split}.idx and {split}.bin do not belong together; make the data anew")
         if self.mask is not None and len(self.mask) != len(self.tokens):
             raise UserError(f"{folder}/{split}.mask and {split}.bin do not belong together; make the data anew")
+        other = SPLITS[1 - SPLITS.index(split)]
+        sums = {name: value for name, value in self.meta["files"].items() if not name.startswith(f"{other}.")}
+        small = {name: value for name, value in sums.items() if _size(self.folder / name) <= CHECKED}
+        check_sums(self.folder, small, f"{self.folder / META} has another sum; make the data anew")
 
     @property
     def tokenizer_dir(self) -> Path:
@@ -167,7 +174,7 @@ class Prepared:
 
     def _map(self, name: str, dtype) -> np.ndarray:
         path, dtype = self.folder / name, np.dtype(dtype)
-        if not path.exists():
+        if not path.is_file():
             raise UserError(f"{path} is missing; make the data anew with data_process.py")
         size = path.stat().st_size
         if size == 0:  # an empty file cannot be mapped
@@ -175,6 +182,21 @@ class Prepared:
         if size % dtype.itemsize:
             raise UserError(f"{path} is cut short; make the data anew with data_process.py")
         return np.memmap(path, dtype=dtype, mode="r")
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def check_prepared(folder: Path):
+    """UserError names a file that does not have the sum that it was written with."""
+    check_sums(folder, read_meta(folder)["files"])
+
+
+def _sum_of(meta: dict) -> str:
+    """Of all of meta.json but its sum."""
+    content = {name: value for name, value in meta.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_meta(folder: Path) -> dict:
@@ -194,4 +216,6 @@ def read_meta(folder: Path) -> dict:
     wrong = [name for name, kind in types.items() if not isinstance(meta.get(name), kind)]
     if wrong or meta["dtype"] not in ("uint16", "uint32") or meta["group"] < 1:
         raise UserError(f"{path} is not what data_process.py writes; make the data anew")
+    if meta.get("sha256", _sum_of(meta)) != _sum_of(meta):  # data made earlier have none
+        raise UserError(f"{path} is damaged, or was changed after it was written; make the data anew")
     return meta

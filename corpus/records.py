@@ -134,8 +134,12 @@ def each_record(file: str, text_field: str, take: Callable[[dict], Any]) -> Iter
     for batch in read_batches(find_files([file]), text_field):
         for place, record in batch.records:
             try:
-                value = take(parse(record))
-            except BadRecord as error:
+                record = parse(record)
+                json.dumps(record, ensure_ascii=False, default=str).encode()
+                value = take(record)
+            except UnicodeEncodeError:
+                raise UserError(f"{batch.path}:{place}: not UTF-8 (GBK, maybe?), or half a surrogate pair") from None
+            except (BadRecord, UserError) as error:
                 raise UserError(f"{batch.path}:{place}: {error}") from None
             yield value
 

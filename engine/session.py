@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
+from base.cli import UserError
 from engine.generation import Sampling, Sequence, TextStream
 from engine.tools import Tool, run_calls
 from model.chat import BOS, EOS, IM_END, IM_START, THINK, TOOL_CALL, TOOL_RESPONSE, encode, encode_chat
@@ -103,6 +104,11 @@ class Session:
     def __init__(
         self, model: CausalLM, tokenizer: Tokenizer, args: argparse.Namespace, tools: dict[str, Tool] | None = None
     ):
+        if tokenizer.get_vocab_size() != model.config.vocab_size:
+            raise UserError(
+                f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the model {model.config.vocab_size}: "
+                "put the tokenizer that it was trained with in its folder"
+            )
         self.model, self.tokenizer, self.args, self.tools = model, tokenizer, args, tools or {}
         self.end_of_thought = [*encode(tokenizer, "\n"), THINK + 1, *encode(tokenizer, "\n\n")]
 

@@ -4,12 +4,16 @@ Edit the defaults of LMConfig to resize the model, or pick a preset for one run 
 the size from the checkpoint. The names are Hugging Face's, so that its documentation explains them too.
 """
 
+import math
 from dataclasses import dataclass, fields
 
 from base.cli import UserError
 
 # What no model has; a damaged or hostile config.json is refused before anything of that size is built.
-MOST = {"num_hidden_layers": 1000, "n_routed_experts": 10_000, "hidden_size": 2**20, "vocab_size": 2**24}
+MOST = {"num_hidden_layers": 1000, "n_routed_experts": 10_000, "n_shared_experts": 1000, "vocab_size": 2**24}
+MOST |= dict.fromkeys(["hidden_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads"], 2**20)
+MOST |= {"head_dim": 2**16}
+MOST_EXPERTS = 100_000  # of all layers
 
 
 @dataclass
@@ -51,13 +55,15 @@ class LMConfig:
         )
         for field in fields(self):
             value = getattr(self, field.name)
+            if not _is_a(value, field.type):
+                raise UserError(f"{field.name} must be {getattr(field.type, '__name__', field.type)}, not {value!r}")
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 continue
-            if value < 0 or (value == 0 and field.name not in may_be_zero):
+            if not 0 <= value < math.inf or (value == 0 and field.name not in may_be_zero):
                 least = "at least 0" if field.name in may_be_zero else "above 0"
                 raise UserError(f"{field.name} must be {least}, not {value}")
         for name, most in MOST.items():
-            if getattr(self, name) > most:
+            if (getattr(self, name) or 0) > most:
                 raise UserError(f"{name} must be at most {most:,}, not {getattr(self, name):,}")
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
@@ -79,6 +85,11 @@ class LMConfig:
             self.qk_norm = True
 
     def _check_moe(self):
+        if self.num_hidden_layers * self.n_routed_experts > MOST_EXPERTS:
+            raise UserError(
+                f"num_hidden_layers ({self.num_hidden_layers}) times n_routed_experts ({self.n_routed_experts}) "
+                f"must be at most {MOST_EXPERTS:,}"
+            )
         if self.num_experts_per_tok > self.n_routed_experts:
             raise UserError(
                 f"num_experts_per_tok ({self.num_experts_per_tok}) must be at most n_routed_experts "
@@ -155,8 +166,13 @@ class LMConfig:
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             raise UserError(f'rope_type "{kind}" is not supported; only "default" is')
-        if hf.get("hidden_act", "silu") != "silu":
-            raise UserError(f'hidden_act "{hf["hidden_act"]}" is not supported; only "silu" is')
+        for name, plain in PLAIN_HF.items():
+            if (hf.get(name) or plain) != plain:
+                raise UserError(f'{name} "{hf[name]}" is not supported; only "{plain}" is')
+        if set(hf.get("layer_types") or ()) - {"full_attention"} or rope.get("partial_rotary_factor", 1) != 1:
+            raise UserError("layers that see or rotate only a part are not supported")
+        if isinstance(hf.get("eos_token_id"), list):  # of which the first ends a text
+            hf = hf | {"eos_token_id": (hf["eos_token_id"] or [None])[0]}
         use_moe = model_type in ("glm4_moe", "qwen2_moe")
         if use_moe and not set(_MOE_FIELDS) <= hf.keys():
             raise UserError(f'of "{model_type}" only models that Jiezi saved are supported')
@@ -168,6 +184,17 @@ class LMConfig:
             use_moe=use_moe,
         )
 
+
+def _is_a(value: object, kind: type) -> bool:
+    """Whether it is of a field's type: a whole number is also one with a point, and True is none."""
+    if isinstance(value, bool):
+        return kind in (bool, bool | None)
+    return isinstance(value, kind) or (isinstance(value, int) and isinstance(0.5, kind))
+
+
+# Fields of config.json that change what is computed, with the value that model.py computes.
+PLAIN_HF = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
+PLAIN_HF |= {"quantization_config": None}
 
 # Fields that have the same name and meaning in config.json.
 _SHARED_FIELDS = (

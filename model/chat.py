@@ -68,6 +68,10 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
                 f"{path}: {token} should have the id {token_id}, not {tokenizer.token_to_id(token)}: "
                 "train the tokenizer with `python data_process.py tokenizer INPUT --output DIR`"
             )
+    if max(tokenizer.get_vocab().values()) >= tokenizer.get_vocab_size():
+        raise UserError(f"{path}: its ids are not those from 0 on: restore it, or train the tokenizer anew")
+    tokenizer.no_padding()  # a file may ask for both
+    tokenizer.no_truncation()
     tokenizer.encode_special_tokens = True  # not saved in the file, so it must be set at each load
     return tokenizer
 

@@ -1,13 +1,18 @@
-"""A model on disk: what transformers and PEFT load, and nothing of our own beside it.
+"""A model on disk: what transformers and PEFT load, and of our own only the sums of its files.
 
     config.json  model.safetensors  generation_config.json      the model; transformers loads it as it is
     tokenizer.json  tokenizer_config.json  chat_template.jinja  a copy of the tokenizer in use
     adapter_config.json  adapter_model.safetensors              or, in place of the model, an adapter in PEFT's form
 
-Everything is JSON or safetensors: nothing is ever unpickled.
+    sums.json                                                   SHA-256 of all of these but those of tensors
+
+Everything is JSON or safetensors: nothing is ever unpickled. A file of tensors, which is new at every save, has its sum
+in its own header: so a kill between two files never leaves a sum that is not its file's.
 """
 
+import contextlib
 import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +21,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from base.cli import UserError
-from base.files import finish_replacing, read_json, sha256, write_file, write_json
+from base.files import (
+    NO_SUM,
+    RESTORE,
+    check_seal,
+    check_sums,
+    finish_replacing,
+    read_json,
+    replacing_directory,
+    seal,
+    sha256,
+    write_file,
+    write_json,
+)
 from model.chat import TOKENIZER_FILES
 from model.LMConfig import LMConfig
 from model.lora import from_peft, has_lora, merge_lora, to_peft
@@ -25,6 +42,8 @@ from model.model import CausalLM
 MODEL_FILE = "model.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
 GENERATION_FILE = "generation_config.json"
+CONFIG_FILE, ADAPTER_CONFIG_FILE = "config.json", "adapter_config.json"
+SUMS_FILE = "sums.json"
 
 
 def save_model(
@@ -48,11 +67,13 @@ def save_model(
     write_json(directory / GENERATION_FILE, generation)
     if has_lora(model):
         _, adapter_config = to_peft(model)
-        write_json(directory / "adapter_config.json", adapter_config | {"base_model_name_or_path": str(base_dir)})
+        write_json(directory / ADAPTER_CONFIG_FILE, adapter_config | {"base_model_name_or_path": str(base_dir)})
         save_tensors(directory / ADAPTER_FILE, tensors, base_sha256=weights_fingerprint(base_dir))
+        _write_sums(directory, ADAPTER_CONFIG_FILE)
         return
-    write_json(directory / "config.json", model.config.to_hf() | {"dtype": str(dtype).removeprefix("torch.")})
+    write_json(directory / CONFIG_FILE, model.config.to_hf() | {"dtype": str(dtype).removeprefix("torch.")})
     save_tensors(directory / MODEL_FILE, tensors)
+    _write_sums(directory, CONFIG_FILE)
 
 
 def tensors_on_disk(model: CausalLM, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -68,6 +89,45 @@ def tensors_on_disk(model: CausalLM, dtype: torch.dtype = torch.float32) -> dict
         if not name.endswith("e_score_correction_bias"):
             disk[name] = tensor.to(dtype)
     return disk
+
+
+@contextlib.contextmanager
+def replacing_model(directory: Path, sources: Sequence[Path], flag: str) -> Iterator[Path]:
+    """A folder for save_model, which takes the place of `directory` when the block ends well. UserError where that is
+    one of `sources`, or holds anything else than save_model writes; flag: the one that named it."""
+    directory = directory.resolve()  # a link is followed, not replaced
+    names = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
+    ours = {CONFIG_FILE, MODEL_FILE, GENERATION_FILE, SUMS_FILE, *TOKENIZER_FILES}
+    if not names <= ours or directory.is_file() or directory in [source.resolve() for source in sources]:
+        raise UserError(f"{directory} holds something else than an exported model: give another {flag}")
+    with replacing_directory(directory) as new:
+        yield new
+
+
+def _write_sums(directory: Path, config_file: str):
+    names = (config_file, GENERATION_FILE, *TOKENIZER_FILES)
+    write_json(directory / SUMS_FILE, {name: sha256(directory / name) for name in names if (directory / name).exists()})
+
+
+def _check_sums(directory: Path):
+    """UserError names a file beside the tensors that is not as it was written."""
+    path = Path(directory) / SUMS_FILE
+    if path.exists():  # other programs write none
+        check_sums(path.parent, read_json(path), f"restore it from a copy, or, if the change was meant, delete {path}")
+
+
+def check_model(directory: Path):
+    """UserError names a file of the models, adapters and training states in a folder that is not as it was written."""
+    directory = Path(directory)
+    finish_replacing(directory)
+    paths = set(directory.rglob("*.safetensors"))
+    for config_file, tensor_file in ((CONFIG_FILE, MODEL_FILE), (ADAPTER_CONFIG_FILE, ADAPTER_FILE)):
+        paths |= {path.with_name(tensor_file) for path in directory.rglob(config_file)}
+    if not paths:
+        raise UserError(f"{directory} holds neither prepared data nor a model")
+    for path in sorted(paths):
+        _read_texts(path)
+        _check_sums(path.parent)
 
 
 def to_disk(config: LMConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -129,13 +189,13 @@ def load_stop_ids(directory: Path, model: CausalLM):
     if path.exists():
         ids = read_json(path).get("eos_token_id")
         ids = ids if isinstance(ids, list) else [ids]
-        model.stop_token_ids = [token_id for token_id in ids if isinstance(token_id, int)] or model.stop_token_ids
+        model.stop_token_ids = [token_id for token_id in ids if type(token_id) is int] or model.stop_token_ids
 
 
 def load_adapter(model: CausalLM, directory: Path, base_dir: Path):
     """Puts the adapters in `directory` on the model that was loaded from base_dir. UserError if it is another one."""
     finish_replacing(Path(directory))
-    path = Path(directory) / "adapter_config.json"
+    path = Path(directory) / ADAPTER_CONFIG_FILE
     if not path.exists():
         raise UserError(f"no adapter in {directory}; train one with: python 3-lora.py")
     tensors, metadata = load_tensors(Path(directory) / ADAPTER_FILE, model.lm_head.weight.device)
@@ -143,17 +203,21 @@ def load_adapter(model: CausalLM, directory: Path, base_dir: Path):
     if expected and expected != weights_fingerprint(base_dir):
         raise UserError(f"the adapter in {directory} was trained on other weights than those in {base_dir}")
     from_peft(model, tensors, read_json(path))
+    _check_sums(directory)
     load_stop_ids(directory, model)
 
 
 def load_config(directory: Path) -> LMConfig:
     """UserError, with what to do, when `directory` does not hold a model of ours."""
     finish_replacing(Path(directory))
-    path = Path(directory) / "config.json"
+    path = Path(directory) / CONFIG_FILE
     if not path.exists():
+        if path.with_name(ADAPTER_CONFIG_FILE).exists():
+            raise UserError(f"{directory} holds an adapter, not a model: give the model that it belongs to")
         raise UserError(f"no model in {directory}; train one with: python 1-pretrain.py")
+    content = read_json(path)
     try:
-        return LMConfig.from_hf(read_json(path))
+        return LMConfig.from_hf(content)
     except (UserError, TypeError, KeyError, AttributeError) as error:  # fields of the wrong value, or of the wrong type
         raise UserError(f"{path}: {error}") from None
 
@@ -172,6 +236,7 @@ def load_model(directory: Path, device: torch.device | str = "cpu") -> CausalLM:
     path = Path(directory) / MODEL_FILE
     tensors, _ = load_tensors(path, device)
     load_weights(model, from_disk(model.config, tensors), path)
+    _check_sums(directory)
     return model.to(device)
 
 
@@ -199,6 +264,9 @@ def load_weights(model: CausalLM, tensors: dict[str, Tensor], path: Path):
                 f"{path} does not fit its config.json: {name} is {found.get(name, 'missing')} in the file and "
                 f"{expected.get(name, 'absent')} in the model"
             )
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise UserError(f"{path}: {name} is {tensor.dtype}: quantized weights are not supported")
     tensors = {name: tensor.float() for name, tensor in tensors.items()}
     model.load_state_dict(tensors, strict=False, assign=True)
     if model.config.tie_word_embeddings:
@@ -206,14 +274,15 @@ def load_weights(model: CausalLM, tensors: dict[str, Tensor], path: Path):
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str):
-    """A safetensors file, with texts beside its tensors. OSError where it cannot be written."""
+    """A safetensors file with its sum, and with texts beside its tensors. OSError where it cannot be written."""
     contiguous = {name: whole(tensor).cpu().contiguous() for name, tensor in tensors.items()}
 
     def write(temporary: Path):
         try:
-            save_file(contiguous, temporary, metadata={"format": "pt"} | metadata)
+            save_file(contiguous, temporary, metadata={"format": "pt", "sha256": NO_SUM.decode()} | metadata)
         except SafetensorError as error:
             raise OSError(str(error)) from None
+        seal(temporary)
 
     write_file(path, write)
 
@@ -223,13 +292,22 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def load_tensors(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the texts of a safetensors file. UserError where it is missing or damaged."""
+def _read_texts(path: Path) -> dict[str, str]:
+    """The texts of a safetensors file. UserError where it is missing or damaged, or has not the sum that it should."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no file")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        return load_file(path, device=str(device)), metadata
+            texts = file.metadata() or {}
     except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged ({error})") from None
+        raise UserError(f"{path} is missing; {RESTORE}") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}); {RESTORE}") from None
+    check_seal(path)
+    return texts
+
+
+def load_tensors(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the texts of a safetensors file. UserError where it is missing or damaged."""
+    texts = _read_texts(path)
+    return load_file(path, device=str(device)), texts

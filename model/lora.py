@@ -127,9 +127,18 @@ def from_peft(model: CausalLM, tensors: dict[str, Tensor], config: dict):
     for name, plain in PLAIN_PEFT.items():
         if (config.get(name) or plain) != plain:
             raise UserError(f'adapter_config.json has {name} "{config[name]}"; only "{plain}" is supported')
-    if missing := [name for name in ("r", "lora_alpha", "target_modules") if not config.get(name)]:
-        raise UserError(f"adapter_config.json has no {missing[0]}")
-    apply_lora(model, config["r"], config["lora_alpha"], config["lora_dropout"], tuple(config["target_modules"]))
+    r, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout", 0.0)
+    targets = config.get("target_modules")
+    right = {
+        "r": type(r) is int and 0 < r <= 2**16,
+        "lora_alpha": isinstance(alpha, int | float) and 0 < alpha < math.inf,
+        "lora_dropout": isinstance(dropout, int | float) and 0 <= dropout <= 1,
+        "target_modules": isinstance(targets, list) and bool(targets) and all(isinstance(x, str) for x in targets),
+    }
+    for name in right:
+        if not right[name]:
+            raise UserError(f"adapter_config.json has the {name} {config.get(name)}, which no adapter can have")
+    apply_lora(model, r, alpha, dropout, tuple(targets))
     expected, _ = to_peft(model)
     for name in sorted(expected.keys() | tensors.keys()):
         there, here = tensors.get(name), expected.get(name)

@@ -312,5 +312,5 @@ def steps_of(out_dir: Path) -> list[int]:
 
 def change_meta(folder, **changes):
     path = folder / "meta.json"
-    values = json.loads(path.read_text("utf-8")) | changes
+    values = json.loads(path.read_text("utf-8")) | {"sha256": None} | changes  # as before there were sums
     path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}), "utf-8")

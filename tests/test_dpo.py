@@ -1,5 +1,6 @@
 """DPO: the loss of the paper, ln 2 at step 0, pairs that stay together, and a reference that is computed once."""
 
+import argparse
 import json
 import math
 import runpy
@@ -10,8 +11,10 @@ import torch
 from helpers import ROOT, make_pairs, write_data
 
 from model.chat import IM_END
-from model.checkpoint import load_model
+from model.checkpoint import load_model, load_tensors, save_tensors
+from training.machine import Machine
 from training.packing import IGNORE, PackedDataset
+from training.reference import computed_once
 
 DPO = runpy.run_path(str(ROOT / "4-dpo.py"))
 
@@ -104,10 +107,12 @@ def test_the_stage_starts_at_ln_2_learns_the_preference_and_reads_the_reference_
     files = sorted((tmp_path / "dpo-reference").iterdir())
     assert len(files) == 2
     for path in files:  # a wrong number in the file would show in the loss: the file is what is read
-        np.full(path.stat().st_size // 4, -1.0, np.float32).tofile(path)
+        save_tensors(path, {"numbers": torch.full_like(load_tensors(path)[0]["numbers"], -1.0)})
     assert run_here("4-dpo.py", *flags, "--out_dir", tmp_path / "again").status == 0
     again = json.loads((tmp_path / "again" / "metrics.jsonl").read_text().splitlines()[0])
     assert abs(again["val_reward_chosen"]) > 0.1
+    files[0].write_bytes(files[0].read_bytes()[:-4] + bytes(4))
+    assert files[0].name in run_here("4-dpo.py", *flags, "--out_dir", tmp_path / "third").error_line(status=2)
 
 
 @pytest.mark.parametrize("flags", ["--beta 0", "--label_smoothing 1.5", "--sft_weight -1", "--lora_rank -2"])
@@ -117,3 +122,15 @@ def test_an_impossible_value_is_refused_with_the_flag_named(flags, pairs, base_d
     )
     assert result.status == 2, result.out + result.err
     assert flags.split()[0] in result.err
+
+
+def test_where_one_of_two_machines_has_the_reference_both_compute_it(pairs, base_dir, tmp_path):
+    data = PackedDataset(pairs, "train", 256)
+    args = argparse.Namespace(init_from=base_dir, out_dir=tmp_path / "out", max_seq_len=256)
+    here, both = (Machine(0, 1, torch.device("cpu"), torch.float32) for _ in range(2))
+    both.gather = lambda value: [value, False]  # the other has no such file
+    numbers = torch.arange(3.0)
+    assert computed_once(args, here, data, lambda: numbers) is numbers
+    assert torch.equal(computed_once(args, here, data, lambda: None), numbers)
+    assert computed_once(args, both, data, lambda: numbers + 1) is not None
+    assert torch.equal(computed_once(args, here, data, lambda: None), numbers + 1)

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,10 +14,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import ROOT, TIMEOUT, TOKENIZER, make_documents, write_data
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from model.chat import EOS, IM_END
-from model.checkpoint import save_model
+from model.checkpoint import load_model, save_model
 from model.LMConfig import LMConfig
 from model.model import CausalLM
 
@@ -369,3 +371,72 @@ def test_web_hands_the_model_to_the_server(tmp_path):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=TIMEOUT)
     assert result.returncode == 2
     assert str(tmp_path / "nothing") in result.stderr  # serve.py's own words
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"prompt": "\\ud800"}', "half a surrogate pair"),
+        (f'{{"prompt": "{"a b c " * 100}"}}', "the prompt has"),
+        ('{"messages": [{"role": "user", "content": 4}]}', "not a text"),
+        ('{"messages": [{"role": "user", "content": 0}]}', "not a text"),
+        ('{"messages": [{"content": "x"}]}', "role"),
+        ('{"prompt": 4}', "not a text"),
+    ],
+    ids=["surrogate", "long", "number", "zero", "no role", "prompt"],
+)
+def test_a_bad_prompt_of_a_batch_is_named_with_its_line(content, words, chat, evaluate, tmp_path):
+    (tmp_path / "batch.jsonl").write_text('{"prompt": "good"}\n' + content + "\n")
+    line = evaluate(chat, "--batch", tmp_path / "batch.jsonl", "--max_new_tokens", "2").error_line(status=2)
+    assert "batch.jsonl:2: " in line
+    assert words in line
+
+
+def test_a_text_in_another_encoding_is_one_line(base, evaluate, tmp_path):
+    (tmp_path / "gbk.txt").write_bytes("子曰：学而时习之。\n".encode("gbk"))
+    assert "gbk.txt:1: not UTF-8" in evaluate(base, "--perplexity", tmp_path / "gbk.txt").error_line(status=2)
+    assert evaluate(base, "--prompt", "x", "--system", "\udcff", "--max_new_tokens", "2").status == 0
+
+
+def test_a_model_that_computes_no_numbers_is_told(base, evaluate, tmp_path):
+    model = load_model(base)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.nan)
+    save_model(tmp_path, model, TOKENIZER)
+    for temperature in ("0", "1"):
+        line = evaluate(tmp_path, "--prompt", "x", "--temperature", temperature).error_line(status=2)
+        assert "weights are not finite" in line
+
+
+def test_next_to_no_temperature_is_none(base, evaluate):
+    flags = ["--prompt", "春天", "--max_new_tokens", "8"]
+    assert evaluate(base, *flags, "--temperature", "1e-40").out == evaluate(base, *flags, "--temperature", "0").out
+
+
+def test_an_option_longer_than_the_context_is_one_line(base, evaluate, tmp_path):
+    row = dict(question="?", A="春天" * CONTEXT, B="2", C="3", D="4", answer="A")
+    assert "context is" in evaluate(base, "--choice", write_questions(tmp_path / "q.csv", [row])).error_line(status=2)
+
+
+def test_a_tokenizer_of_another_size_than_the_model_is_refused(base, evaluate, tmp_path):
+    shutil.copytree(base, tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.add_tokens(["芥子芥子"])
+    tokenizer.save(str(path))
+    (tmp_path / "model" / "sums.json").unlink()
+    assert "the tokenizer has 6401 tokens" in evaluate(tmp_path / "model", "--prompt", "x").error_line(status=2)
+
+
+@pytest.mark.parametrize("device", ["cpu:5", "meta"])
+def test_a_device_that_there_is_not_is_named(device, base, evaluate):
+    assert f"--device {device}" in evaluate(base, "--prompt", "x", "--device", device).error_line(status=2)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a POSIX shell")
+def test_closed_streams_are_an_end_of_input_and_nobody_who_reads(chat):
+    command = shlex.join([sys.executable, "eval.py", "--model", str(chat), "--max_new_tokens", "2"])
+    for words in (f"{command} <&-", f"{command} --prompt x >&-"):
+        result = subprocess.run(words, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
+        assert result.returncode == 0, result.stderr
+        assert "Traceback" not in result.stderr

@@ -21,15 +21,15 @@ METRICS_FILE = "metrics.jsonl"
 def read_metrics(directory: Path, up_to_step: float = float("inf")) -> list[dict]:
     """The records of metrics.jsonl. A kill may have cut the last line; what came after `up_to_step` is left out."""
     path = directory / METRICS_FILE
-    if not path.exists():
+    if not path.is_file():
         return []
     records = []
-    for line in path.read_text("utf-8").splitlines():
+    for line in path.read_text("utf-8", errors="replace").split("\n"):
         try:
             record = json.loads(line)
             if record["step"] <= up_to_step:
                 records.append(record)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
     return records
 

@@ -242,6 +242,9 @@ class Run:
     def finish(self, stop: "StopRequest"):
         """Saves what is not saved yet, and says how to go on. A run that was stopped ends with the signal's status, so
         that `stage one && stage two` ends there."""
+        if 0 < self.progress.step == self.progress.skipped:
+            self.checkpointer.discard()
+            raise FloatingPointError("no step was finite: nothing is saved; lower --learning_rate, or look at the data")
         if self.progress.step != self.checkpointer.saved_step:
             self.save()
         self.checkpointer.discard()

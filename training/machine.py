@@ -20,6 +20,22 @@ from base.cli import UserError, available_cores
 from model.operators import card_capability
 
 
+def all_reduce(tensor: Tensor):
+    """Adds up the tensors of all processes, in place."""
+    with _waiting_for_others():
+        dist.all_reduce(tensor)
+
+
+@contextlib.contextmanager
+def _waiting_for_others():
+    """ConnectionError in place of what torch says when another process is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ConnectionError(f"another process of this run has ended; go on with --resume ({reason})") from None
+
+
 @dataclass
 class Machine:
     """Which of the processes this one is, and what it computes on."""
@@ -73,14 +89,15 @@ class Machine:
     def sum(self, tensor: Tensor) -> Tensor:
         """Adds up the tensors of all processes, in place."""
         if self.world_size > 1:
-            dist.all_reduce(tensor)
+            all_reduce(tensor)
         return tensor
 
     def gather(self, value) -> list:
         """The values of all processes, in the order of their ranks."""
         values = [value] * self.world_size
         if self.world_size > 1:
-            dist.all_gather_object(values, value)
+            with _waiting_for_others():
+                dist.all_gather_object(values, value)
         return values
 
     def add_up(self, counts: Counter) -> Counter:
@@ -102,6 +119,8 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
             print(f"no card found, though this torch is made for CUDA {torch.version.cuda}: {NO_CARD}", file=sys.stderr)
     try:
         device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
+        if device.type == "meta" or (device.type == "cpu" and device.index):
+            raise RuntimeError("there is no such device")
         torch.empty(1, device=device)
         if device.type == "cuda":
             torch.backends.cuda.enable_cudnn_sdp(False)  # its masked backward can give NaN (pytorch issue 196678)

@@ -12,7 +12,7 @@ from torch import Tensor
 from model.checkpoint import whole
 from model.model import CausalLM
 from model.operators import card_capability
-from training.machine import Machine
+from training.machine import Machine, all_reduce
 from training.packing import send
 from training.shard import cut, is_spread, join, part, parts
 
@@ -45,7 +45,7 @@ def _orthogonalize_together(matrices: Tensor) -> Tensor:
     share = slice(len(matrices) * rank // processes, len(matrices) * (rank + 1) // processes)
     result = torch.zeros_like(matrices)
     result[share] = orthogonalize(matrices[share])
-    dist.all_reduce(result)  # the others' matrices are 0 here
+    all_reduce(result)  # the others' matrices are 0 here
     return result
 
 

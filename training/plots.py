@@ -35,7 +35,9 @@ def plot(records: list[dict], path: Path):
     for axes, (title, names) in zip(figure.subplots(max(len(panels), 1), squeeze=False).flat, panels.items()):
         for name in names:
             for key, style in ((name, dict(lw=1, alpha=0.7)), (f"val_{name}", dict(lw=1.5, marker="o", ms=4))):
-                points = [(record["tokens"] / 1e6, record[key]) for record in records if key in record]
+                points = [
+                    (record["tokens"] / 1e6, record[key]) for record in records if key in record and "tokens" in record
+                ]
                 if points:
                     axes.plot(*zip(*points), label=key, **style)
         axes.set(xlabel="million tokens", ylabel=title)

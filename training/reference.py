@@ -5,12 +5,9 @@ import hashlib
 import json
 from collections.abc import Callable
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from base.files import write_file
-from model.checkpoint import weights_fingerprint
+from model.checkpoint import load_tensors, save_tensors, weights_fingerprint
 from training.machine import Machine
 from training.packing import PackedDataset
 
@@ -22,10 +19,10 @@ def computed_once(
     an earlier run with the same model, data and rows has left it there."""
     key = [weights_fingerprint(args.init_from), data.prepared.fingerprint, args.max_seq_len, str(machine.dtype)]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    path = args.out_dir.parent / "dpo-reference" / f"{data.split}-{name}.bin"
-    if path.exists() and path.stat().st_size == 4 * (len(data.prepared.offsets) - 1):
-        return torch.from_numpy(np.fromfile(path, np.float32))
+    path = args.out_dir.parent / "dpo-reference" / f"{data.split}-{name}.safetensors"
+    if all(machine.gather(path.exists())):  # of several machines one may have it, and all compute together
+        return load_tensors(path)[0]["numbers"]
     numbers = compute()
     if machine.rank == 0:
-        write_file(path, lambda temporary: temporary.write_bytes(numbers.numpy().tobytes()))
+        save_tensors(path, {"numbers": numbers})
     return numbers

@@ -12,6 +12,7 @@ state has its own copy of the weights, so that what a run resumes from always be
 import argparse
 import contextlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import filelock
 import torch
+from torch import Tensor
 
 from base.cli import UserError, command_line
 from base.files import finish_replacing, replace_directory, write_json
@@ -34,7 +36,7 @@ from model.checkpoint import (
     whole,
 )
 from model.LMConfig import LMConfig
-from model.lora import has_lora
+from model.lora import has_lora, to_peft
 from model.model import CausalLM
 from training.log import Log
 from training.machine import Machine
@@ -42,6 +44,7 @@ from training.packing import TrainingData
 from training.shard import cut, part
 
 STATE_FILE = "training_state/state.safetensors"
+OWN_FLAGS = ("data", "mix", "init_from", "out_dir", "device", "wandb")  # may differ from machine to machine
 RUN_FILE = "run.json"
 
 
@@ -98,6 +101,19 @@ def resumes(args: argparse.Namespace) -> bool:
     return args.resume is not None and (args.out_dir / STATE_FILE).exists()
 
 
+def settle_out_dir(out_dir: Path) -> Path:
+    """out_dir, or what a link or "." stands for: it is renamed when another run takes its place. UserError where that
+    cannot be."""
+    try:
+        if out_dir.is_symlink() or not out_dir.name:
+            out_dir = out_dir.resolve()
+    except (OSError, RuntimeError) as error:  # links in a circle
+        raise UserError(f"--out_dir {out_dir} leads nowhere ({error})") from None
+    if os.path.ismount(out_dir):
+        raise UserError(f"--out_dir {out_dir} is where a disk is mounted, and cannot be replaced; give a folder in it")
+    return out_dir
+
+
 def lock_run(out_dir: Path) -> filelock.BaseFileLock:
     """Held until the process ends, also by a kill. UserError while another run has it: their files would mix."""
     lock = filelock.FileLock(out_dir.with_name(f".{out_dir.name}.lock"))
@@ -137,7 +153,7 @@ class Checkpointer:
     ):
         self.args, self.machine, self.model = args, machine, model
         self.optimizer, self.scaler = optimizer, scaler
-        self.out_dir = args.out_dir
+        self.out_dir = args.out_dir = settle_out_dir(args.out_dir)
         self.tokenizer_dir = args.init_from or data.tokenizer_dir
         self.resumed = resumes(args)
         self.directory = self.out_dir if self.resumed else self.out_dir.with_name(f".{self.out_dir.name}.writing")
@@ -150,7 +166,11 @@ class Checkpointer:
             "seed": args.seed,
             "max_seq_len": args.max_seq_len,
             "base": weights_fingerprint(args.init_from) if has_lora(model) else None,  # which an adapter belongs to
+            "adapter": describe_adapter(model) if has_lora(model) else None,
+            "reference": weights_fingerprint(args.init_from) if data.kind in ("dpo", "rl") else None,
+            "optimizer": args.optimizer,
         }
+        self.check_others()
         if machine.rank == 0:
             self.lock = lock_run(self.out_dir)
         if not self.resumed:
@@ -158,6 +178,16 @@ class Checkpointer:
             if machine.rank == 0:
                 shutil.rmtree(self.directory, ignore_errors=True)
                 self.directory.mkdir(parents=True)  # one that cannot be written is known before the first step
+
+    def check_others(self):
+        """UserError where another process, maybe on another machine, was started with other flags or data."""
+        flags = {name: value for name, value in vars(self.args).items() if name not in OWN_FLAGS}
+        here = self.must_agree | flags
+        for rank, there in enumerate(self.machine.gather(here)):
+            for name, value in here.items():
+                if there.get(name) != value:
+                    both = f"process {rank} has {there.get(name)}, process {self.machine.rank} {value}"
+                    raise UserError(f"all processes must be started alike; of {name} {both}")
 
     def save(self, progress: Progress, log: Log):
         tensors = {}
@@ -195,12 +225,29 @@ class Checkpointer:
         if not has_lora(self.model):
             check_same_config(load_config(self.out_dir), self.model.config, self.out_dir)
         device = "cpu" if self.machine.shards else self.machine.device  # where a file is read as it is needed
-        tensors, texts = load_tensors(state_file(self.out_dir), device)
-        info = json.loads(texts["info"])
+        path = state_file(self.out_dir)
+        tensors, texts = load_tensors(path, device)
+        try:
+            info = json.loads(texts["info"])
+            agreed, progress = dict(info["must_agree"]), Progress(**info["progress"])
+            math.fsum(vars(progress).values())
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise UserError(f"{path} is not the state of a run: its info is missing or damaged") from None
         for name, here in self.must_agree.items():
-            there = info["must_agree"].get(name)  # a run of one source may be older than "mix"
+            there = agreed.get(name, here)  # a run may be older than "mix"
             if there != here:
                 raise UserError(f"cannot resume {self.out_dir}: its {name} was {there}, and is {here} now")
+        try:
+            self.take(tensors)
+        except (KeyError, AttributeError, RuntimeError, TypeError) as error:
+            raise UserError(f"{path} is not the state of this model and optimizer: {error}") from None
+        if self.scaler.is_enabled() and info.get("scaler"):  # of a run in another format there is none
+            self.scaler.load_state_dict(info["scaler"])
+        self.saved_step = progress.step
+        return progress
+
+    def take(self, tensors: dict[str, Tensor]):
+        """Puts what save() wrote where it was."""
         parameters = {name: parameter for parameter, name in self.names.items()}
         for key, tensor in tensors.items():
             kind, _, name = key.partition(".")
@@ -214,10 +261,9 @@ class Checkpointer:
                 self.optimizer.state[parameters[name]][entry] = cut(tensor, parameters[name])
             elif kind == "random" and int(name) == self.machine.rank:
                 self.machine.set_random_state(tensor.cpu())
-        if self.scaler.is_enabled() and info.get("scaler"):  # of a run in another format there is none
-            self.scaler.load_state_dict(info["scaler"])
-        self.saved_step = info["progress"]["step"]
-        return Progress(**info["progress"])
+        trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
+        if missing := sorted(trained - {key.removeprefix("weight.") for key in tensors}):
+            raise KeyError(f"weight.{missing[0]} is missing")
 
     def run_record(self) -> dict:
         arguments = {name: str(v) if isinstance(v, Path) else v for name, v in vars(self.args).items()}
@@ -229,6 +275,12 @@ class Checkpointer:
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             **self.must_agree,
         }
+
+
+def describe_adapter(model: CausalLM) -> str:
+    """What its weights mean."""
+    _, config = to_peft(model)
+    return f"rank {config['r']}, alpha {config['lora_alpha']:g}, on {' '.join(config['target_modules'])}"
 
 
 def git_commit() -> str | None:

@@ -79,3 +79,14 @@ def test_a_command_names_a_python_that_has_the_packages(monkeypatch, tmp_path):
     assert command_line().startswith("torchrun --nproc_per_node 2 1-pretrain.py")
     monkeypatch.setenv("GROUP_WORLD_SIZE", "3")  # machines
     assert command_line().startswith("torchrun --nnodes 3 --nproc_per_node 2 1-pretrain.py")
+
+
+def test_another_process_says_what_is_wrong_with_it_alone(monkeypatch, capsys):
+    """Later: where all are wrong, the first ends them before they say it too."""
+    waits = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(cli.time, "sleep", waits.append)
+    with pytest.raises(SystemExit):
+        cli._exit("no such file", 2)
+    assert waits == [3]
+    assert capsys.readouterr().err == "error: process 1: no such file\n"

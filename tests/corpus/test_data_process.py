@@ -72,7 +72,8 @@ def read_jsonl(path):
 def load(folder, split="train"):
     """The sequences of one split as (ids, mask), after checking all that meta.json says about the files."""
     folder, data = Path(folder), Prepared(folder, split)
-    assert {path.name for path in folder.iterdir()} == {*data.meta["files"], "meta.json", "tokenizer"}
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert there == {*data.meta["files"], "meta.json"}
     assert all(sha256(folder / name) == digest for name, digest in data.meta["files"].items())
     sequences = [sequence for index in range(len(data)) for sequence in data.record(index)]
     counts = data.meta["splits"][split]
@@ -633,6 +634,7 @@ def test_a_sample_of_texts_is_bounded_and_spread_over_the_corpus():
 # ---- Bad input ------------------------------------------------------------------------------------------------------
 
 FINE = json.dumps({"text": "这一行没有毛病，可以用来训练。"}, ensure_ascii=False).encode() + b"\n"
+LONG_LINE = gzip.compress(b"text\n" + b"x" * 2**27, 1)
 REFUSED = {  # file name: (content, what the error says)
     "missing.jsonl": (None, "missing.jsonl: no such file"),
     "kind.docx": (b"x", "kind.docx: cannot tell what it is"),
@@ -649,6 +651,9 @@ REFUSED = {  # file name: (content, what the error says)
         "编号,正文\n1,子曰学而时习之\n".encode("gbk"),
         r'gbk.csv:2: no text in the field "text" .*there is \\udcb1',
     ),
+    "quote.csv": ('text\n"一行"\n"没有结束的引号\n后面的行\n', "quote.csv: broken after record 2 .a quote is opened"),
+    "header.csv": ('"text\n一行\n', "header.csv: broken after record 0 .a quote is opened"),
+    "long.csv.gz": (LONG_LINE, "long.csv.gz: broken after record 0 .a line is longer than 64 Mi"),
     "gbk.txt": (("子曰：学而时习之。\n" * 9).encode("gbk"), "gbk.txt:1: character 1 is not UTF-8"),
     "bad.jsonl": (
         FINE + b"{broken\n" * 2,
@@ -667,7 +672,7 @@ def test_bad_input_is_refused_in_one_line_and_the_previous_output_stays(name, ca
     if content == "parquet":
         pyarrow.parquet.write_table(pyarrow.table({"body": ["x" * 50]}), name)
     elif content is not None:
-        Path(name).write_bytes(content)
+        Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
     capsys.readouterr()
     run("pretrain", name, "--output", "out", status=2)
     error = capsys.readouterr().err
@@ -675,6 +680,58 @@ def test_bad_input_is_refused_in_one_line_and_the_previous_output_stays(name, ca
     assert re.search(message, error.splitlines()[-1])
     assert snapshot(Path("out")) == before
     assert not list(Path().glob(".out*"))
+
+
+def test_a_quote_within_a_field_is_no_open_one():
+    Path("a.csv").write_text('text\n"他说"好"了，春天来了，山上的花开了。"\n小河里的水慢慢地流，流到村口。', "utf-8")
+    run("pretrain", "a.csv", "--output", "out")
+    assert [text[:2] for text in texts("out") + texts("out", "val")] == ["他说", "小河"]
+
+
+def test_a_tokenizer_that_sentencepiece_refuses_is_one_line(capsys):
+    write_jsonl("a.jsonl", [{"text": text} for text in sentences(20)])
+    for flags in (["--vocab_size", 3_000_000_000], ["--character_coverage", 0.5]):
+        run("tokenizer", "a.jsonl", "--output", "tok", *flags, status=2)
+        assert "SentencePiece refuses" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_default_tokenizer_is_found_from_another_folder():
+    """This folder is another."""
+    write_jsonl("a.jsonl", [{"text": text} for text in sentences(3)])
+    command = [
+        sys.executable,
+        str(ROOT / "data_process.py"),
+        "pretrain",
+        "a.jsonl",
+        "--output",
+        "out",
+        "--workers",
+        "1",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+WORKERS = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+from corpus.pipeline import in_order
+def pid(task): return os.getpid()
+if __name__ == "__main__":
+    results = in_order(pid, iter(range(100)), 2)
+    print(next(results), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="kills otherwise")
+def test_workers_end_with_the_process_that_started_them():
+    Path("workers.py").write_text(WORKERS.format(root=str(ROOT)))
+    result = subprocess.run([sys.executable, "workers.py"], stdout=subprocess.PIPE, text=True)
+    worker, deadline = int(result.stdout), time.monotonic() + 60
+    while Path(f"/proc/{worker}").exists() and "Z" not in Path(f"/proc/{worker}/stat").read_text().split()[2]:
+        assert time.monotonic() < deadline, "it stays"
+        time.sleep(0.1)
 
 
 def test_bad_lines_are_skipped_and_named():

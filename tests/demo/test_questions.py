@@ -219,3 +219,15 @@ def test_the_command_mixes_a_corpus_in_and_does_without_one(run_here, tmp_path, 
 def test_a_question_names_its_own_language():
     assert brief(Question("sum", ZH, "1+1=？", "2")) == "2。"
     assert brief(Question("sum", EN, "1+1=?", "2")) == "2."
+
+
+@pytest.mark.parametrize("name", ["sft.jsonl", "thesis.md"])
+def test_the_command_replaces_its_own_files_only(name, run_here, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "SIZES", {"pages": 2, "chats": 2, "names": 2, "pairs": 2})
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text("years of work")
+    result = run_here("data_process.py", "demo", "--output", tmp_path / "mine")
+    assert "holds other files" in result.error_line(status=2)
+    assert [path.read_text() for path in (tmp_path / "mine").iterdir()] == ["years of work"]
+    for _ in range(2):
+        assert run_here("data_process.py", "demo", "--output", tmp_path / "demo").status == 0

@@ -130,10 +130,17 @@ def test_half_precision_weights_are_loaded_in_full(saved):
     assert {parameter.dtype for parameter in load_model(saved).parameters()} == {torch.float32}
 
 
+def test_quantized_weights_are_refused(saved):
+    change_tensors(saved, **{NAME: torch.zeros(256, 96, dtype=torch.int8)})
+    with pytest.raises(UserError, match="quantized"):
+        load_model(saved)
+
+
 @pytest.mark.parametrize(
     ("eos_token_id", "expected"), [([2, 4], True), ([2], False), (2, False), (4, True), (None, False)]
 )
 def test_a_chat_model_is_known_by_its_stop_tokens(eos_token_id, expected, saved):
+    (saved / "sums.json").unlink()  # the change is meant
     (saved / "generation_config.json").write_text(json.dumps({"eos_token_id": eos_token_id}))
     assert load_model(saved).is_chat == expected
 

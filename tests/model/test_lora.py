@@ -1,12 +1,13 @@
 """LoRA: equal to the base at step 0, to PEFT, and to itself when merged; and saved as an adapter alone."""
 
 import json
+import math
 
 import peft
 import pytest
 import torch
 import transformers
-from helpers import TOKENIZER
+from helpers import TOKENIZER, snapshot
 from safetensors.torch import load_file
 
 from base.cli import UserError
@@ -122,3 +123,38 @@ def test_the_stage_trains_resumes_and_merges(base_dir, chat_data, run_here, tmp_
     with torch.no_grad():
         assert (whole(IDS) - apart(IDS)).abs().max() < 1e-4
         assert (whole(IDS) - load_model(base_dir)(IDS)).abs().max() > 1e-4
+
+
+def test_a_merged_model_replaces_no_model_that_it_is_made_of_and_no_work(adapted, base_dir, run_here, tmp_path):
+    save_model(tmp_path / "adapter", adapted, base_dir, base_dir=base_dir)
+    (tmp_path / "mine").mkdir()
+    for name in ("config.json", "thesis.md"):
+        (tmp_path / "mine" / name).write_text("{}")
+    before = snapshot(tmp_path) | snapshot(base_dir)
+    for output in (base_dir, tmp_path / "adapter", tmp_path / "mine", tmp_path / "mine" / "thesis.md"):
+        flags = ["--init_from", base_dir, "--out_dir", tmp_path / "adapter", "--merge", output]
+        assert "--merge" in run_here("3-lora.py", *flags).error_line(status=2)
+    assert snapshot(tmp_path) | snapshot(base_dir) == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"r": "x"}, {"r": 2.5}, {"r": 0}, {"r": 10**9}, {"r": True}, {"lora_alpha": "x"}, {"lora_alpha": math.nan}),
+        *({"lora_alpha": -1}, {"lora_dropout": 2}, {"target_modules": "q_proj"}, {"target_modules": [["q_proj"]]}),
+        *({"target_modules": 5}, {"target_modules": []}),
+    ],
+    ids=str,
+)
+def test_an_adapter_with_fields_that_cannot_be_is_refused_by_name(changes, adapted, base_dir, tmp_path):
+    save_model(tmp_path, adapted, base_dir, base_dir=base_dir)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UserError, match=f"adapter_config.json .*{next(iter(changes))}"):
+        load_adapter(load_model(base_dir), tmp_path, base_dir)
+
+
+def test_an_adapter_that_is_given_for_a_model_is_told(adapted, base_dir, tmp_path):
+    save_model(tmp_path, adapted, base_dir, base_dir=base_dir)
+    with pytest.raises(UserError, match="holds an adapter, not a model"):
+        load_model(tmp_path)

@@ -373,12 +373,33 @@ def test_odd_sizes_survive_too():
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "yarn"),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
         ({"hidden_act": "gelu"}, "gelu"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"layer_types": ["sliding_attention", "full_attention"]}, "only a part"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "only a part"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"hidden_size": "wide"}, "hidden_size must be int"),
+        ({"hidden_size": 96.0}, "hidden_size must be int"),
+        ({"hidden_size": True}, "hidden_size must be int"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings must be bool"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be above 0"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be at most"),
+        ({"head_dim": 10**6}, "head_dim must be at most"),
     ],
     ids=str,
 )
 def test_what_the_decoder_does_not_compute_is_refused_by_name(changes, named):
     with pytest.raises(UserError, match=named):
         LMConfig.from_hf(TINY.to_hf() | changes)
+
+
+def test_experts_that_no_model_has_are_refused():
+    with pytest.raises(UserError, match="times n_routed_experts"):
+        LMConfig(**PRESETS["tiny-moe"] | {"num_hidden_layers": 1000, "n_routed_experts": 1000})
+
+
+def test_of_several_ends_the_first_is_that_of_a_text():
+    assert LMConfig.from_hf(TINY.to_hf() | {"eos_token_id": [2, 4]}).eos_token_id == 2
 
 
 def test_the_older_place_of_rope_theta_is_read():

@@ -32,6 +32,12 @@ def test_a_torn_last_line_and_what_came_after_the_save_are_left_out(tmp_path):
     assert [record["step"] for record in read_metrics(tmp_path, up_to_step=2)] == [0, 1, 2]
 
 
+def test_what_is_damaged_in_a_log_is_left_out(tmp_path):
+    lines = [b"\xff\xfe", b"[1]", b"{}", b"[" * 100_000, b'{"step": "x"}', json.dumps({"step": 7}).encode()]
+    (tmp_path / METRICS_FILE).write_bytes(b"\n".join(lines))
+    assert read_metrics(tmp_path) == [{"step": 7}]
+
+
 def test_a_metric_that_was_not_declared_is_an_error():
     buffer = GradientBuffer([torch.nn.Parameter(torch.zeros(3))], {"accuracy": (), "load": (2, 2)})
     buffer.add(accuracy=1.0, load=torch.ones(2, 2))

@@ -12,6 +12,7 @@ from helpers import (
     SHORT_RUN,
     SMALL_CONFIG,
     assert_same_tensors,
+    change_meta,
     make_documents,
     make_pairs,
     records,
@@ -274,7 +275,6 @@ def test_every_source_must_be_of_the_stage_s_kind(folders, chat_data, base_dir, 
 
 def test_sources_of_two_tokenizers_are_refused(folders, tmp_path):
     other = write_data(tmp_path / "other", [[1, 5, 2]], [[1, 5, 2]])
-    meta = json.loads((other / "meta.json").read_text("utf-8"))
-    (other / "meta.json").write_text(json.dumps(meta | {"tokenizer_sha256": "another"}), "utf-8")
+    change_meta(other, tokenizer_sha256="another")
     with pytest.raises(UserError, match="different tokenizers"):
         mixture([folders[0], other])

@@ -18,6 +18,7 @@ from helpers import (
     Processes,
     assert_same_tensors,
     make_documents,
+    make_pairs,
     run_stage,
     saved_progress,
     signal_in_pass,
@@ -27,7 +28,7 @@ from helpers import (
 )
 
 from base.cli import python_command
-from model.checkpoint import save_model
+from model.checkpoint import load_model, load_tensors, save_model, save_tensors
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
 from training import loss, state
@@ -262,3 +263,65 @@ def test_a_fresh_run_keeps_the_old_one_until_it_has_saved_and_then_as_old(finish
     assert steps_of(tmp_path / "out") == [0, 1], "lines of the old run in the new one's metrics.jsonl"
     assert json.loads((tmp_path / "out/run.json").read_text("utf-8"))["arguments"]["seed"] == 7
     assert not [*tmp_path.glob("*.new"), *tmp_path.glob("*.writing")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (["--lora_alpha", "3"], "alpha 16, on"),
+        (["--lora_rank", "4"], "its adapter was rank 8"),
+        (["--lora_targets", "q_proj"], "down_proj"),
+        (["--optimizer", "muon"], "its optimizer was adamw"),
+    ],
+)
+def test_an_adapter_of_another_kind_is_not_resumed(changes, named, adapter_run, run_here, tmp_path):
+    run = [*adapter_run, "--out_dir", tmp_path / "out"]
+    assert run_here(*run, "--max_steps", "1").status == 0
+    assert named in run_here(*run, "--resume", *changes).error_line(status=2)
+
+
+def test_preferences_are_not_resumed_with_another_reference(base, run_here, tmp_path):
+    """Rewards are measured against the model of --init_from."""
+    pairs = make_pairs(12)
+    data = write_data(tmp_path / "dpo", pairs[4:], pairs[:4], kind="dpo")
+    torch.manual_seed(1)
+    save_model(tmp_path / "other", CausalLM(LMConfig(**PRESETS["tiny"])), TOKENIZER)
+    run = ["4-dpo.py", "--data", data, "--max_seq_len", "128", "--batch_size", "2", "--out_dir", tmp_path / "out"]
+    assert run_here(*run, "--init_from", base, "--max_steps", "1").status == 0
+    result = run_here(*run, "--init_from", tmp_path / "other", "--max_steps", "2", "--resume")
+    assert "its reference was" in result.error_line(status=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda tensors, texts: texts.pop("info"), "info is missing or damaged"),
+        (lambda tensors, texts: texts.update(info='{"progress": 1, "must_agree": 2}'), "info is missing or damaged"),
+        (lambda tensors, texts: texts.update(info="[" * 100_000), "info is missing or damaged"),
+        (lambda tensors, texts: tensors.pop("weight.model.norm.weight"), "weight.model.norm.weight is missing"),
+        (lambda tensors, texts: tensors.update({"weight.x": torch.zeros(1)}), "not the state of this model"),
+        (lambda tensors, texts: tensors.update({"weight.model.norm.weight": torch.zeros(7)}), "not the state of this"),
+        (lambda tensors, texts: tensors.update({"optimizer.x/exp_avg": torch.zeros(7)}), "not the state of this"),
+        (lambda tensors, texts: tensors.update({"random.0": torch.zeros(7)}), "not the state of this"),
+    ],
+    ids=["no info", "info of numbers", "deep info", "no weight", "more weights", "shape", "optimizer", "random"],
+)
+def test_a_state_that_no_run_has_written_is_one_line(change, named, finished, run_here, tmp_path):
+    path = tmp_path / "out/training_state/state.safetensors"
+    tensors, texts = load_tensors(path)
+    change(tensors, texts)
+    save_tensors(path, tensors, **{name: text for name, text in texts.items() if name == "info"})
+    result = run_here("1-pretrain.py", *finished, "--resume", "--max_steps", "9")
+    assert "state.safetensors" in result.error_line(status=2)
+    assert named in result.err
+
+
+def test_a_run_without_one_finite_step_is_no_success(base, chat_data, run_here, tmp_path):
+    model = load_model(base)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.nan)
+    save_model(tmp_path / "nan", model, TOKENIZER)
+    flags = ["--data", chat_data, "--init_from", tmp_path / "nan", "--out_dir", tmp_path / "out", "--max_seq_len", "64"]
+    result = run_here("2-sft.py", *flags, "--batch_size", "2", "--max_steps", "3", "--eval_rows", "2")
+    assert "no step was finite" in result.error_line(status=1)
+    assert not (tmp_path / "out").exists()

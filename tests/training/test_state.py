@@ -1,5 +1,6 @@
 """Saving: a kill or a full disk at any moment leaves the old checkpoint or the new one, whole."""
 
+import argparse
 import errno
 import json
 import os
@@ -216,6 +217,57 @@ def test_a_place_that_cannot_be_written_is_known_before_the_first_step(place, da
     result = run_here("1-pretrain.py", "--data", data, "--out_dir", out_dir, "--preset", "tiny")
     assert str(out_dir) in result.error_line(status=2)
     assert "step" not in result.out
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege there")
+def test_a_link_is_followed_and_not_replaced(trained, run_here, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "out")
+    flags = [tmp_path / "link" if flag == tmp_path / "out" else flag for flag in trained]
+    for _ in range(2):  # the second puts the first away
+        assert run_here("1-pretrain.py", *flags, "--max_steps", "1").status == 0
+        assert (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == [".out.lock", "out", "out.old"]
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    flags = [tmp_path / "circle" if flag == tmp_path / "out" else flag for flag in trained]
+    assert "circle" in run_here("1-pretrain.py", *flags).error_line(status=2)
+
+
+@pytest.mark.parametrize(("place", "words"), [("/", "mounted"), (".", "holds something else"), ("disk", "mounted")])
+def test_a_place_that_cannot_be_replaced_is_known_before_the_first_step(
+    place, words, data, run_here, tmp_path, monkeypatch
+):
+    (tmp_path / "thesis.md").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os.path, "ismount", lambda path: str(path) in ("/", "disk"))
+    result = run_here("1-pretrain.py", "--data", data, "--out_dir", place, "--preset", "tiny")
+    assert words in result.error_line(status=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.md"]
+
+
+def test_without_git_a_run_does_not_know_its_commit(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert state.git_commit() is None
+
+
+def other_seed(name: str):
+    """Has the second process start with another value of a flag."""
+    parse = argparse.ArgumentParser.parse_args
+
+    def parsed(self, *args):
+        flags = parse(self, *args)
+        if os.environ["RANK"] == "1":
+            setattr(flags, name, 7)
+        return flags
+
+    argparse.ArgumentParser.parse_args = parsed
+
+
+@pytest.mark.parametrize("name", ["seed", "save_interval"])
+def test_processes_that_were_started_unlike_are_told(name, data, start, tmp_path):
+    flags = ["--data", data, "--out_dir", tmp_path / "out", *SHORT_RUN, "--batch_size", "2"]
+    for result in start("1-pretrain.py", *flags, patch=partial(other_seed, name), processes=2).wait():
+        assert f"of {name} process" in result.error_line(status=2)
 
 
 KILLED_ONCE = """
