@@ -3,9 +3,12 @@
 import random
 
 import pytest
+import torch
 
 from engine.session import Session, read_tokens
 from model.chat import IM_END, THINK, encode
+from model.LMConfig import PRESETS, LMConfig
+from model.model import CausalLM
 from server.answer import Answer, StopStrings, tell
 from server.schema import ChatRequest
 
@@ -36,13 +39,15 @@ def test_stop_strings_are_held_back_and_nothing_else_for_long():
 @pytest.mark.parametrize("seed", range(5))
 def test_pieces_together_are_the_reply(tokenizer, seed):
     rng = random.Random(seed)
+    with torch.device("meta"):
+        model = CausalLM(LMConfig(**PRESETS["tiny"]))
     request = ChatRequest(messages=[{"role": "user", "content": "x"}], max_tokens=10)
     for _ in range(50):
         tokens = []
         for _ in range(rng.randint(0, 2)):
             tokens += [THINK, *encode(tokenizer, "".join(rng.choices("想一\n", k=5))), THINK + 1]
         tokens += encode(tokenizer, "".join(rng.choices("答👍\n ", k=rng.randint(0, 12)))) + [IM_END]
-        answer, whole = Answer(0, Session(None, tokenizer, request), request, [1]), {}
+        answer, whole = Answer(0, Session(model, tokenizer, request), request, [1]), {}
         for token in tokens:
             for name, new in answer.add(token, "stop" if token == IM_END else None).items():
                 tell(whole, name, new)
