@@ -266,8 +266,7 @@ def main():
         tour.once(stage, functools.partial(train, tour, stage))
         tour.once(f"probe {stage}", functools.partial(probe, tour, stage))
     finish(tour)
-    page = ["serve.py", *(OUT / stage for stage in STAGES), "--open"]
-    print(f"all stages side by side, in the browser: {join_words([python_command(), *map(str, page)])}")
+    print(f"all stages side by side, in the browser: {join_words([python_command(), 'serve.py', '--open'])}")
     chat = ["eval.py", "--model", OUT / "dpo", "--temperature", 0, "--repetition_penalty", 1]
     if not args.no_chat and sys.stdin.isatty():
         tour.start(*chat)

@@ -165,7 +165,7 @@ def create_app(
     async def list_models() -> dict:
         return {"object": "list", "data": [described(served) for served in models.values()]}
 
-    @routes.get("/v1/models/{name}")
+    @routes.get("/v1/models/{name:path}")
     async def one_model(name: str) -> dict:
         return described(service.model(name))
 

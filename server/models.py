@@ -10,19 +10,20 @@ from base.cli import UserError
 from base.files import read_json
 from engine.decoding import lay_out_for_decoding
 from model.chat import load_tokenizer
-from model.checkpoint import ADAPTER_FILE, MODEL_FILE, load_adapter, load_model, load_outline, load_stop_ids
-from model.lora import merge_lora
+from model.checkpoint import ADAPTER_FILE, MODEL_FILE, load_merged, load_outline, load_stop_ids
 from server.batcher import Batcher
 
 OUT = Path("out")
+DEPTH = 3  # levels below it where a model may stand
+WEIGHTS = "*model.safetensors"  # MODEL_FILE or ADAPTER_FILE
 
 
 class Served:
     """A checkpoint, or an adapter together with the model that it belongs to."""
 
-    def __init__(self, directory: Path):
-        """UserError where there is none."""
-        self.directory, self.name = directory, directory.resolve().name
+    def __init__(self, directory: Path, name: str | None = None):
+        """name: its folder's, without one. UserError where there is none."""
+        self.directory, self.name = directory, name or directory.resolve().name
         self.base, weights = directory, directory / MODEL_FILE
         if (directory / "adapter_config.json").exists():
             base = read_json(directory / "adapter_config.json").get("base_model_name_or_path")
@@ -45,17 +46,14 @@ class Served:
                 self.batcher = Batcher(model, max_rows)
 
     def _load(self, device: torch.device, half_weights: bool):
-        model = load_model(self.base, device).eval()
-        if self.base != self.directory:
-            load_adapter(model, self.directory, self.base)
-            merge_lora(model)
+        model = load_merged(self.directory, device).eval()
         if device.type == "cpu":
             model = lay_out_for_decoding(model, half_weights)
         return model, load_tokenizer(self.base)
 
 
 def find_models(directories: list[Path]) -> dict[str, Served]:
-    """By name; those of the folders, or all under out/, the newest first. UserError where there is none."""
+    """By name; those of the folders, or all below out/, the newest first. UserError where there is none."""
     models = {}
     for directory in directories:
         served = Served(directory)
@@ -65,9 +63,12 @@ def find_models(directories: list[Path]) -> dict[str, Served]:
     if directories:
         return models
     found = []
-    for directory in sorted({path.parent for name in (MODEL_FILE, ADAPTER_FILE) for path in OUT.glob(f"[!.]*/{name}")}):
+    for directory in sorted(path.parent for depth in range(1, DEPTH + 1) for path in OUT.glob("*/" * depth + WEIGHTS)):
+        name = directory.relative_to(OUT).as_posix()  # quickstart/sft
+        if any(part.startswith(".") for part in directory.parts):  # what is being written
+            continue
         try:
-            found.append(Served(directory))
+            found.append(Served(directory, name))
         except UserError as error:
             print(f"{directory} is left out: {error}", file=sys.stderr)
     if not found:

@@ -140,7 +140,7 @@ def test_it_ends_with_a_command_that_works_in_the_shell_that_ran_it(commands, mo
     go(monkeypatch)
     out = capsys.readouterr().out
     assert "talk to it: .venv/bin/python eval.py --model" in out
-    assert "serve.py out/quickstart/pretrain out/quickstart/sft" in out
+    assert "serve.py --open" in out
     assert f"first: {tour.activation()}" in out
 
 
