@@ -86,6 +86,7 @@ def parse_flags(description: str, stage_flags: dict[str, dict] | None = None, **
     )
     group.add_argument("--save_interval", type=positive, default=200, help="steps between two checkpoints")
     group.add_argument("--wandb", choices=["disabled", "offline", "online"], default="disabled", help="tracking")
+    group.add_argument("--tensorboard", action="store_true", help="scalars for TensorBoard, beside --out_dir")
     group = parser.add_argument_group("this stage")
     for name, options in (stage_flags or {}).items():
         group.add_argument(name, **options)

@@ -1,4 +1,4 @@
-"""What is shown and kept of a run: a bar or lines, metrics.jsonl, loss.png, wandb."""
+"""What is shown and kept of a run: a bar or lines, metrics.jsonl, loss.png; wandb or TensorBoard for who wants them."""
 
 import argparse
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 import jsonlines
 import numpy as np
 
-from base.cli import forget_reader
+from base.cli import forget_reader, import_extra
 from base.files import write_file
 from training.machine import Machine
 from training.plots import SHOWN, plot, plot_experts
@@ -44,7 +44,7 @@ class Log:
     def __init__(self, args: argparse.Namespace, machine: Machine, directory: Path, step: int):
         self.args, self.directory, self.quiet = args, directory, machine.rank != 0
         self.records = read_metrics(directory, step) if step else []
-        self.bar = self.wandb = None
+        self.bar = self.wandb = self.tensorboard = None
         if self.quiet:
             return
         write_file(directory / METRICS_FILE, self._write_records)
@@ -56,6 +56,9 @@ class Log:
             import wandb
 
             self.wandb = wandb.init(project="jiezi", name=args.out_dir.name, mode=args.wandb, config=vars(args))
+        if args.tensorboard:  # beside out_dir, which is renamed as it is saved
+            writer = import_extra("torch.utils.tensorboard", "requirements-track.txt").SummaryWriter
+            self.tensorboard = writer(args.out_dir.parent / "tensorboard" / args.out_dir.name, purge_step=step + 1)
 
     def _write_records(self, path: Path):
         with jsonlines.open(path, "w") as lines:
@@ -87,6 +90,10 @@ class Log:
             self.say(shown)
         if self.wandb:
             self.wandb.log(record, step=record["step"])
+        if self.tensorboard:
+            for name, value in record.items():
+                if isinstance(value, (int, float)):
+                    self.tensorboard.add_scalar(name, value, record["step"])
 
     def draw(self):
         write_file(self.directory / "loss.png", lambda path: plot(self.records, path))
@@ -98,6 +105,8 @@ class Log:
             self.bar.close()
         if self.wandb:
             self.wandb.finish()
+        if self.tensorboard:
+            self.tensorboard.close()
 
 
 def describe_load(load: np.ndarray) -> dict:

@@ -44,7 +44,7 @@ from training.packing import TrainingData
 from training.shard import cut, part
 
 STATE_FILE = "training_state/state.safetensors"
-OWN_FLAGS = ("data", "mix", "init_from", "out_dir", "device", "wandb")  # may differ from machine to machine
+OWN_FLAGS = ("data", "mix", "init_from", "out_dir", "device", "wandb", "tensorboard")  # may differ by machine
 RUN_FILE = "run.json"
 
 

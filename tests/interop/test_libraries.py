@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from helpers import SHORT_RUN, TIMEOUT, TOKENIZER, greedy, sharp_model
+from helpers import SHORT_RUN, TIMEOUT, TOKENIZER, greedy, records, sharp_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
@@ -158,6 +158,20 @@ def test_wandb_writes_a_run_offline(data, tmp_path, run_here, monkeypatch):
     while b"learning_rate" not in run.read_bytes():  # its service, another process, writes when it finds the time
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+@pytest.mark.extra
+def test_tensorboard_shows_a_run_and_what_it_did_after_it_was_resumed(data, tmp_path, run_here):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = [*SHORT_RUN, "--data", data, "--out_dir", tmp_path / "run", "--log_interval", "1", "--tensorboard"]
+    assert run_here("1-pretrain.py", *flags, "--max_steps", "2").status == 0
+    assert run_here("1-pretrain.py", *flags, "--max_steps", "3", "--resume").status == 0
+    events = EventAccumulator(str(tmp_path / "tensorboard/run")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
+    assert [event.value for event in events.Scalars("loss")] == [
+        pytest.approx(record["loss"]) for record in records(tmp_path / "run") if "loss" in record
+    ]
 
 
 EXPERTS = dict(use_moe=True, moe_intermediate_size=32)
