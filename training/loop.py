@@ -247,6 +247,7 @@ class Run:
             raise FloatingPointError("no step was finite: nothing is saved; lower --learning_rate, or look at the data")
         if self.progress.step != self.checkpointer.saved_step:
             self.save()
+        self.machine.gather(None)  # a process that ends badly ends all of them: not while the first one saves
         self.checkpointer.discard()
         stopped = self.share_done() < 1
         self.log.say(farewell(self.args, self.progress, self.train_set, stopped))
