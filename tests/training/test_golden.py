@@ -1,0 +1,54 @@
+"""Fifty steps whose losses are known: no change of the code alters training unseen.
+
+Where a change is meant to alter it, `WRITE_GOLDEN=1 python -m pytest tests/training/test_golden.py` writes golden.json
+anew, and the commit says why.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import TOKENIZER, make_pairs, records, write_data
+
+from model.chat import EOS, IM_END
+from model.checkpoint import save_model
+from model.LMConfig import PRESETS, LMConfig
+from model.model import CausalLM
+
+GOLDEN = Path(__file__).with_name("golden.json")
+COMMON = "--max_steps 50 --batch_size 2 --max_seq_len 64 --eval_rows 4 --log_interval 10 --warmup_steps 5 --seed 7"
+COMMON += " --epochs 100 --device cpu --learning_rate 2e-3 --min_learning_rate 2e-4"
+RUNS = {  # name: script, flags of its own
+    "dense": ("1-pretrain.py", "--preset tiny --optimizer muon"),
+    "experts": ("1-pretrain.py", "--preset tiny-moe --optimizer adamw"),
+    "sft": ("2-sft.py", "--optimizer muon --accumulation_steps 2"),
+    "lora": ("3-lora.py", "--lora_dropout 0.1"),
+    "dpo": ("4-dpo.py", "--max_seq_len 128"),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_losses_are_those_that_were_stored(name, data, chat_data, run_here, tmp_path):
+    script, own = RUNS[name]
+    flags = ["--out_dir", tmp_path / "out", *COMMON.split(), *own.split()]
+    if script == "1-pretrain.py":
+        flags += ["--data", data]
+    else:
+        torch.manual_seed(0)
+        model = CausalLM(LMConfig(**PRESETS["tiny"]))
+        model.stop_token_ids = [EOS, IM_END]
+        save_model(tmp_path / "base", model, TOKENIZER)
+        pairs = make_pairs(40)
+        folder = write_data(tmp_path / "dpo", pairs[16:], pairs[:16], kind="dpo") if name == "dpo" else chat_data
+        flags += ["--init_from", tmp_path / "base", "--data", folder]
+    result = run_here(script, *flags)
+    assert result.status == 0, result.err
+    names = ("step", "loss", "val_loss", "grad_norm")
+    found = [{key: record[key] for key in names if key in record} for record in records(tmp_path / "out")]
+    stored = json.loads(GOLDEN.read_text("utf-8")) if GOLDEN.exists() else {}
+    if "WRITE_GOLDEN" in os.environ:
+        GOLDEN.write_text(json.dumps(stored | {name: found}, indent=1), "utf-8")
+    else:
+        assert found == [pytest.approx(record, abs=1e-4, rel=1e-4) for record in stored[name]]
