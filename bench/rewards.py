@@ -22,10 +22,10 @@ from functools import partial
 from pathlib import Path
 
 from base.cli import positive, run
-from bench.trials import CHATS, Bench, run_trials
+from bench.trials import CHATS, ROOM, Bench, run_trials
 from demo.tour import grade
 
-GRPO = "--max_seq_len 256 --max_new_tokens 64 --max_steps 100000 --eval_interval 1000".split()
+GRPO = [*ROOM, *"--max_steps 100000 --eval_interval 1000".split()]
 
 
 def compare(
@@ -41,8 +41,9 @@ def compare(
     questions = bench.prepared("questions", "data_process.py", "rl", tasks / f"{kind}_rl.jsonl", *val)
     shown = bench.prepared("shown", "data_process.py", "sft", tasks / f"{kind}_traces.jsonl")
     offered = ["--tools", *tools] if tools else []
+    sft = [*CHATS, *(ROOM[:2] if tools else [])]  # a tool's description is long
     limit = ["--max_steps", bench.args.start_steps]
-    start = bench.trained("1-pretrain.py", "start", "--preset", "tiny", *own, *CHATS, *limit)
+    start = bench.trained("1-pretrain.py", "start", "--preset", "tiny", *own, *sft, *limit)
 
     def probe(model: Path) -> dict:
         return bench.probe(model, questions, tools) | figures(model)
@@ -52,12 +53,12 @@ def compare(
 
     def own_right() -> dict:
         data, wrote = bench.answers_of(start, start, questions, "--only_right", *offered)
-        return learn("own_right", "2-sft.py", bench.left_of(minutes, wrote), "--data", data, *CHATS)
+        return learn("own_right", "2-sft.py", bench.left_of(minutes, wrote), "--data", data, *sft)
 
     bench.once("start", lambda: probe(start))
-    bench.once("more of the same", lambda: learn("more", "2-sft.py", minutes, *own, *CHATS))
+    bench.once("more of the same", lambda: learn("more", "2-sft.py", minutes, *own, *sft))
     bench.once("own right answers", own_right)
-    bench.once("shown how", lambda: learn("shown_how", "2-sft.py", minutes, "--data", shown, *CHATS))
+    bench.once("shown how", lambda: learn("shown_how", "2-sft.py", minutes, "--data", shown, *sft))
     bench.once("rewards", lambda: learn("rewards", "5-grpo.py", minutes, "--data", questions, *GRPO, *offered))
 
 

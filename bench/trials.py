@@ -23,6 +23,7 @@ from training.rollouts import RolloutWriter, Tasks
 
 MUON = "--optimizer muon --min_learning_rate 1e-4 --warmup_steps 10 --epochs 10000"
 ROWS = "--max_seq_len 256"
+ROOM = "--max_seq_len 512 --max_new_tokens 128".split()  # for a question and an answer that calls a tool
 CHATS = f"{ROWS} {MUON} --learning_rate 1e-2".split()  # for models of a million weights
 
 
@@ -101,9 +102,9 @@ class Bench:
         few.write_text("".join(path.read_text("utf-8").splitlines(keepends=True)[:n]), "utf-8")
         return few
 
-    def probe(self, model: Path, questions: Path, tools: tuple[str, ...] = (), generations: int = 4) -> dict:
+    def probe(self, model: Path, questions: Path, tools: tuple[str, ...] = ()) -> dict:
         """Right answers, greedy and sampled, to the questions of val, and the interval of the former."""
-        writing = argparse.Namespace(max_new_tokens=64, max_seq_len=256, mix=None, generations=generations)
+        writing = argparse.Namespace(max_new_tokens=128, max_seq_len=512, mix=None, generations=4)
         vars(writing).update(reward="exact", tools=tools, rollout_rows=256)
         tests = Tasks(questions, "val", writing)
         writer = RolloutWriter(load_model(model), writing, cpu_machine(), tests.tokenizer_dir)
@@ -117,7 +118,7 @@ class Bench:
         texts = self.shared / "distill-text"  # beside the folder of the run, where 6-distill.py keeps them
         if not [*texts.glob("*/meta.json")]:
             command = ["6-distill.py", "--mode", "text", "--teacher", teacher, "--init_from", student, *flags]
-            command += ["--data", questions, "--max_new_tokens", 64, "--prompts", self.args.prompts, *CHATS]
+            command += ["--data", questions, "--prompts", self.args.prompts, *CHATS, *ROOM]
             self.start(*command, "--max_steps", 1, "--out_dir", self.shared / "writing")
         (folder,) = (path.parent for path in texts.glob("*/meta.json"))
         return folder, read_meta(folder)["minutes_of_writing"]
