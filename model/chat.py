@@ -14,6 +14,7 @@ no one has to search for the answer afterwards. The format is ChatML as Qwen wri
 """
 
 import functools
+import itertools
 import json
 import re
 from pathlib import Path
@@ -79,6 +80,15 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """`text` as a list of ids, with no bos or eos, and with no control token whatever the text says."""
     return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def translate(ids: list[int], source: Tokenizer, target: Tokenizer) -> list[int]:
+    """What these ids of one tokenizer are in another: the same control tokens, and the same texts between them."""
+    result = []
+    for is_text, run in itertools.groupby(ids, lambda token_id: token_id >= len(SPECIAL_TOKENS)):
+        tokens = list(run)
+        result += encode(target, source.decode(tokens)) if is_text else tokens
+    return result
 
 
 @functools.lru_cache(maxsize=8)

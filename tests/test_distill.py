@@ -20,8 +20,8 @@ from helpers import (
 from safetensors.torch import load_file, save_file
 
 from corpus.prepared import Prepared
-from model.chat import IM_END
-from model.checkpoint import load_config, load_model
+from model.chat import IM_END, SPECIAL_TOKENS
+from model.checkpoint import load_config, load_model, save_model
 from training import distillation
 
 SHORT = "--max_new_tokens 12 --max_seq_len 64 --log_interval 1 --eval_rows 4 --batch_size 8 --questions 8".split()
@@ -119,6 +119,31 @@ def test_a_text_is_what_the_teacher_would_answer(flags, brief_dir, tasks, chats,
         assert [result.status for result in two] == [0, 0], two
         assert {path.name: path.read_bytes() for path in folder.glob("train.*")} == files
         shutil.rmtree(tmp_path / "distill-text")
+
+
+def test_a_teacher_with_its_own_tokenizer_teaches_the_same_texts(flags, brief_dir, tasks, run_here, tmp_path):
+    """The same teacher, but its tokenizer has other numbers for all pieces, and its embedding the rows to match."""
+    shutil.copytree(TOKENIZER, tmp_path / "tokenizer")
+    path = tmp_path / "tokenizer" / "tokenizer.json"
+    content = json.loads(path.read_text("utf-8"))
+    vocab, first = content["model"]["vocab"], len(SPECIAL_TOKENS) + 256  # control tokens and bytes keep theirs
+    new_id = torch.cat((torch.arange(first), first + torch.randperm(len(vocab) - first)))
+    content["model"]["vocab"] = {piece: new_id[token_id].item() for piece, token_id in vocab.items()}
+    path.write_text(json.dumps(content, ensure_ascii=False), "utf-8")
+    model = load_model(brief_dir)
+    model.model.embed_tokens.weight.data[new_id] = model.lm_head.weight.detach().clone()
+    save_model(tmp_path / "teacher", model, tmp_path / "tokenizer")
+    found = {}
+    for teacher in (brief_dir, tmp_path / "teacher"):
+        run = flags("text", "out", "--teacher", teacher, "--temperature", 0, "--prompts", 6, data=tasks)
+        result = run_here(*run, "--max_steps", 1)
+        assert result.status == 0, result.err
+        (folder,) = (tmp_path / "distill-text").iterdir()
+        found[teacher] = written(folder)
+        shutil.rmtree(tmp_path / "distill-text")
+    assert found[brief_dir] == found[tmp_path / "teacher"]
+    result = run_here(*flags("logits", "out", "--teacher", tmp_path / "teacher"))
+    assert "another tokenizer" in result.error_line(status=2)
 
 
 def test_texts_are_written_once_and_anew_for_other_flags(flags, run_here, tmp_path, monkeypatch):

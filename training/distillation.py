@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import time
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from base.cli import UserError
 from base.files import sha256
 from corpus.prepared import META, SPLITS, writing_prepared
-from model.chat import tokenizer_fingerprint
+from model.chat import tokenizer_fingerprint, translate
 from model.checkpoint import MODEL_FILE, load_config, load_merged
 from model.model import CausalLM
 from model.operators import product_dtype
@@ -169,7 +170,12 @@ def load_teacher(args: argparse.Namespace, machine: Machine, data: TrainingData)
     UserError where it has another tokenizer than the data, or where its context is shorter than a row.
     """
     directory = args.teacher
-    check_teacher(directory, data)
+    check_teacher(directory)
+    if tokenizer_fingerprint(directory) != data.tokenizer_sha256:
+        raise UserError(
+            f"the teacher in {directory} has another tokenizer than {data.paths}: its distribution is over other "
+            "tokens. What it writes can be learnt: --mode text"
+        )
     dtype = machine.dtype if args.teacher_dtype == "auto" else getattr(torch, args.teacher_dtype)
     if is_ours(directory):
         model = load_merged(directory, machine.device)
@@ -188,18 +194,12 @@ def load_teacher(args: argparse.Namespace, machine: Machine, data: TrainingData)
     return teacher._replace(weight=teacher.weight[: data.vocab_size])  # rows that only fill up belong to no token
 
 
-def check_teacher(directory: Path, data: TrainingData):
-    """UserError where there is no teacher of the data's tokenizer."""
+def check_teacher(directory: Path):
+    """UserError where there is no teacher."""
     if not any((directory / name).exists() for name in ("config.json", "adapter_config.json")):
-        raise UserError(
-            f"no teacher in {directory}: give --teacher DIR, a model that is larger or knows more, with the student's "
-            "tokenizer"
-        )
-    if not (directory / "tokenizer.json").exists() or tokenizer_fingerprint(directory) != data.tokenizer_sha256:
-        raise UserError(
-            f"the teacher in {directory} has another tokenizer than {data.paths}: its distribution is over other "
-            "tokens. What it writes can be learnt: as chats, by 2-sft.py"
-        )
+        raise UserError(f"no teacher in {directory}: give --teacher DIR, a model that is larger or knows more")
+    if not (directory / "tokenizer.json").exists():
+        raise UserError(f"the teacher in {directory} has no tokenizer.json")
 
 
 def is_ours(directory: Path) -> bool:
@@ -288,12 +288,13 @@ def distillation_loss(
 def write_answers(args: argparse.Namespace, machine: Machine) -> Path:
     """A folder of sft data: the answers of args.teacher to the prompts of args.data, a folder of questions or chats.
 
-    Beside out_dir, under a name that depends on all that the answers depend on; what an earlier run wrote is taken.
-    UserError for a teacher that the engine cannot run, or where no answer is left.
+    Beside out_dir, under a name that depends on all that the answers depend on; what an earlier run wrote is taken. The
+    teacher reads and writes with its own tokenizer. UserError for a teacher that the engine cannot run, or where no
+    answer is left.
     """
     sets = {split: Tasks(args.data, split, args, ("rl", "sft")) for split in SPLITS}
     train_set = sets["train"]
-    check_teacher(args.teacher, train_set)
+    check_teacher(args.teacher)
     if not is_ours(args.teacher):
         raise UserError(
             f"the teacher in {args.teacher} is of an architecture that the engine does not write with; let another "
@@ -303,13 +304,13 @@ def write_answers(args: argparse.Namespace, machine: Machine) -> Path:
         raise UserError(f"{train_set.paths} holds chats: which answers are right is known of rl data only")
     names = ("prompts", "only_right", "reward", "tools", "generations", "max_new_tokens", "max_seq_len", "temperature")
     settings = {name: getattr(args, name) for name in (*names, "seed")}
-    weights = [sha256(path) for path in sorted(args.teacher.glob("*.safetensors"))]
+    weights = [sha256(path) for pattern in ("*.safetensors", "tokenizer.json") for path in args.teacher.glob(pattern)]
     key = hashlib.sha256(json.dumps([train_set.fingerprint, weights, settings]).encode()).hexdigest()[:16]
     folder = args.out_dir.parent / "distill-text" / key
     if (folder / META).exists():
         return folder
     model = load_merged(args.teacher, machine.device)
-    writer = RolloutWriter(model, args, machine, train_set.tokenizer_dir)
+    writer = RolloutWriter(model, args, machine, args.teacher)
     if machine.rank == 0:
         folder.parent.mkdir(parents=True, exist_ok=True)
     begun = time.perf_counter()
@@ -336,7 +337,8 @@ def write_answers(args: argparse.Namespace, machine: Machine) -> Path:
 
 def answers_to(writer: RolloutWriter, tasks: Tasks) -> Iterator[tuple[int, list[int], bytes]]:
     """What the writer's model answers to this process's share of the prompts: the number of each, and a chat as ids
-    and mask. An answer that did not end by itself would teach not to stop, and is left out."""
+    and mask, in the prompts' tokenizer. An answer that did not end by itself would teach not to stop: it is left out.
+    """
     args = writer.args
     prompts = tasks.kept[: args.prompts]
     block = 8 * args.rollout_rows  # written together
@@ -346,6 +348,9 @@ def answers_to(writer: RolloutWriter, tasks: Tasks) -> Iterator[tuple[int, list[
         for group in writer.write(tasks, questions, args.generations, f"{args.seed}/text", args.temperature):
             for one in group:
                 if one.reply and (one.reward == 1 or not args.only_right):
-                    sequence = one.sequence
-                    mask = bytes(len(sequence.prompt)) + bytes(sequence.chosen)
-                    yield one.question, sequence.prompt + sequence.tokens, mask
+                    ids = tasks.prompt(one.question)
+                    mask = bytes(len(ids))
+                    for own, part in itertools.groupby(zip(one.sequence.tokens, one.sequence.chosen), lambda x: x[1]):
+                        new = translate([token for token, _ in part], writer.tokenizer, tasks.tokenizer)
+                        ids, mask = ids + new, mask + bytes([own]) * len(new)
+                    yield one.question, ids, mask

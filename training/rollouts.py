@@ -7,11 +7,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import jsonlines
 import numpy as np
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from base.cli import UserError, positive
@@ -20,7 +21,7 @@ from engine.decoding import lay_out_for_decoding, shared_copy
 from engine.generation import Engine, Sampling, Sequence
 from engine.session import Reply, Session
 from engine.tools import load_tools
-from model.chat import THINK, TOOL_CALL, load_tokenizer
+from model.chat import THINK, TOOL_CALL, load_tokenizer, tokenizer_fingerprint, translate
 from model.lora import has_lora, merge_lora
 from model.model import CausalLM
 from training.loop import Run, StopRequest
@@ -73,6 +74,10 @@ class Tasks(TrainingData):
         """The numbers of the questions in the order of this epoch."""
         return np.random.default_rng([seed, epoch]).permutation(self.kept)
 
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.tokenizer_dir)
+
     def prompt(self, question: int) -> list[int]:
         return self.prepared.tokens[self.prepared.offsets[question] : self.ends[question]].tolist()
 
@@ -110,6 +115,7 @@ class RolloutWriter:
     def __init__(self, model: CausalLM, args: argparse.Namespace, machine: Machine, tokenizer_dir: Path):
         self.model, self.args, self.machine = model, args, machine
         self.tokenizer = load_tokenizer(tokenizer_dir)
+        self.tokenizer_sha256 = tokenizer_fingerprint(tokenizer_dir)
         self.reward = load_reward(args.reward)
         self.tools = load_tools(args.tools)
 
@@ -129,6 +135,8 @@ class RolloutWriter:
         groups = []
         for question in questions[self.machine.rank :: self.machine.world_size]:
             prompt = tasks.prompt(question)
+            if tasks.tokenizer_sha256 != self.tokenizer_sha256:  # a teacher may have its own
+                prompt = translate(prompt, tasks.tokenizer, self.tokenizer)
             sequences = [session.sequence(prompt, f"{seed}/{question}/{i}") for i in range(answers)]
             groups.append((int(question), sequences))
             for sequence in sequences:
