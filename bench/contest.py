@@ -1,7 +1,9 @@
 """Contestants that take turns, call by call, so that a change in the machine's speed meets all of them."""
 
+import argparse
 import multiprocessing
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -9,6 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from model.checkpoint import save_model
+from model.LMConfig import PRESETS, LMConfig
+from model.model import CausalLM
 from training.machine import Machine, keep_freed_memory, matmul_rate
 
 TOKENIZER = Path(__file__).parents[1] / "model/tokenizer"  # of all models measured
@@ -19,6 +24,19 @@ def cpu_machine() -> Machine:
     """This process alone, its memory kept as in training."""
     keep_freed_memory()
     return Machine(0, 1, torch.device("cpu"), torch.float32)
+
+
+def measure_each(args: argparse.Namespace, measure: Callable[[str, Path, argparse.Namespace], None]):
+    """measure(name, folder, args) of args.model, or else of a model of random weights for each of args.preset."""
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
+    if args.model:
+        measure(args.model.name, args.model, args)
+        return
+    for preset in args.preset:
+        torch.manual_seed(0)
+        with tempfile.TemporaryDirectory() as folder:
+            save_model(Path(folder), CausalLM(LMConfig(**PRESETS[preset])), TOKENIZER)
+            measure(preset, Path(folder), args)
 
 
 class Turns(NamedTuple):

@@ -22,14 +22,13 @@ from pathlib import Path
 import torch
 
 from base.cli import HelpFormatter, positive, run
-from bench.contest import TOKENIZER, Contest, Turns, ratio
+from bench.contest import Contest, Turns, measure_each, ratio
 from engine.decoding import lay_out_for_decoding
 from engine.generation import generate
-from model.checkpoint import load_model, save_model
+from model.checkpoint import load_model
 from model.gguf import write_gguf
 from model.llama_cpp import LlamaCpp
-from model.LMConfig import PRESETS, LMConfig
-from model.model import CausalLM
+from model.LMConfig import PRESETS
 from training.cost import step_flops
 from training.machine import keep_freed_memory
 
@@ -152,17 +151,9 @@ def main():
     parser.add_argument("--batch_sizes", type=positive, nargs="*", default=[1, 4, 16, 64], help="prompts at once")
     parser.add_argument("--rounds", type=positive, default=5, help="measured calls of each")
     args = parser.parse_args()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
     if not importlib.util.find_spec("xllamacpp"):
         print("llama.cpp does not take part: pip install -r requirements-export.txt -c constraints.txt")
-    if args.model:
-        measure(args.model.name, args.model, args)
-        return
-    for preset in args.preset:
-        torch.manual_seed(0)
-        with tempfile.TemporaryDirectory() as folder:
-            save_model(Path(folder), CausalLM(LMConfig(**PRESETS[preset])), TOKENIZER)
-            measure(preset, Path(folder), args)
+    measure_each(args, measure)
 
 
 if __name__ == "__main__":

@@ -25,14 +25,13 @@ from urllib.parse import urlsplit
 import torch
 
 from base.cli import HelpFormatter, positive, run
-from bench.contest import TOKENIZER, Contest, ratio
+from bench.contest import Contest, measure_each, ratio
 from engine.decoding import lay_out_for_decoding
 from engine.generation import Engine, Sampling, Sequence
-from model.checkpoint import load_model, save_model
+from model.checkpoint import load_model
 from model.gguf import write_gguf
 from model.llama_cpp import LlamaCpp
-from model.LMConfig import PRESETS, LMConfig
-from model.model import CausalLM
+from model.LMConfig import PRESETS
 from training.machine import keep_freed_memory
 
 Writer = Callable[[list[list[int]], int], None]  # (prompts, tokens): a client for each prompt reads so many
@@ -117,15 +116,7 @@ def main():
     parser.add_argument("--new_tokens", type=positive, default=64, help="tokens for each client")
     parser.add_argument("--rounds", type=positive, default=5, help="measured calls of each")
     args = parser.parse_args()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
-    if args.model:
-        measure(args.model.name, args.model, args)
-        return
-    for preset in args.preset:
-        torch.manual_seed(0)
-        with tempfile.TemporaryDirectory() as folder:
-            save_model(Path(folder), CausalLM(LMConfig(**PRESETS[preset])), TOKENIZER)
-            measure(preset, Path(folder), args)
+    measure_each(args, measure)
 
 
 if __name__ == "__main__":
