@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -852,7 +853,11 @@ def test_a_full_disk_and_an_interrupt_leave_the_previous_output():
     while not (waiting := list(Path().glob(f".out.{stopped.pid}.*"))) and time.time() < deadline:
         time.sleep(0.05)
     assert waiting
-    time.sleep(0.5)  # Python acts on a signal that comes just before open() blocks only when open() returns: never
+    # Python acts on a signal that comes just before open() blocks only when open() returns: never.
+    process, busy = psutil.Process(stopped.pid), None
+    while busy != (busy := process.cpu_times()[:2]) or process.status() != psutil.STATUS_SLEEPING:
+        assert time.time() < deadline, "it never waits"
+        time.sleep(0.5)
     stopped.send_signal(signal.SIGINT)
 
     _, error = full.communicate(timeout=60)
