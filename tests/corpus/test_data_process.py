@@ -848,7 +848,8 @@ def test_a_full_disk_and_an_interrupt_leave_the_previous_output():
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))"  # as good as a full disk
     full = subprocess_of("pretrain", "b.jsonl", "--output", "out", prelude=limit)
     os.mkfifo("pipe.jsonl")
-    stopped = subprocess_of("pretrain", "pipe.jsonl", "--output", "out")
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # what a shell's `&` takes away
+    stopped = subprocess_of("pretrain", "pipe.jsonl", "--output", "out", prelude=heard)
     deadline = time.time() + 60
     while not (waiting := list(Path().glob(f".out.{stopped.pid}.*"))) and time.time() < deadline:
         time.sleep(0.05)
