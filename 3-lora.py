@@ -14,8 +14,8 @@ many adapters. B starts at zero: step 0 is the base model exactly (arXiv 2106.09
 from pathlib import Path
 
 from base.cli import run
-from model.checkpoint import load_adapter, load_model, replacing_model, save_model
-from model.lora import apply_lora, merge_lora
+from model.checkpoint import load_model, load_with_adapter, replacing_model, save_model
+from model.lora import apply_lora
 from training.flags import LORA_FLAGS, parse_flags
 from training.loop import train
 from training.loss import next_token_loss
@@ -39,9 +39,7 @@ def main():
         lora_rank=8,
     )
     if args.merge:
-        model = load_model(args.init_from)
-        load_adapter(model, args.out_dir, args.init_from)
-        merge_lora(model)
+        model = load_with_adapter(args.init_from, args.out_dir)
         with replacing_model(args.merge, [args.init_from, args.out_dir], "--merge") as new:
             save_model(new, model, args.init_from)
         print(f"{args.init_from} with the adapter of {args.out_dir}, merged -> {args.merge}")

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from base.cli import UserError, above_zero, not_negative, positive, run
+from base.cli import above_zero, not_negative, positive, run
 from model.checkpoint import load_model
 from model.lora import apply_lora
 from model.model import CausalLM
@@ -73,10 +73,8 @@ def main():
         eval_interval=25,
         lora_rank=0,
     )
-    if args.shard:
-        raise UserError("the one who writes answers needs the whole model: 5-grpo.py runs without --shard")
+    train_set, val_set = rollouts.open_tasks(args)
     machine = start_machine(args)
-    train_set, val_set = (rollouts.Tasks(args.data, split, args) for split in ("train", "val"))
     model = load_model(args.init_from)
     reference = load_model(args.init_from, machine.device) if args.beta else None
     if args.lora_rank:

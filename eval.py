@@ -36,8 +36,7 @@ from engine.generation import Engine
 from engine.session import ReplyStream, Session, read_tokens
 from engine.tools import load_tools
 from model.chat import BOS, EOS, encode, load_tokenizer, tokenizer_fingerprint
-from model.checkpoint import load_adapter, load_model
-from model.lora import merge_lora
+from model.checkpoint import load_model, load_with_adapter
 from model.model import CausalLM
 from training.loss import evaluate, next_token_loss
 from training.machine import Machine, choose_device, keep_freed_memory
@@ -296,11 +295,9 @@ def main():
         keep_freed_memory()
     if args.half_weights and (device.type != "cpu" or args.data):
         raise UserError("--half_weights is for writing on a CPU: give --device cpu, and not --data")
-    model = load_model(directory, device).eval()
+    model = load_with_adapter(directory, args.lora, device) if args.lora else load_model(directory, device)
+    model.eval()
     n_parameters = model.num_parameters()
-    if args.lora:
-        load_adapter(model, args.lora, directory)
-        merge_lora(model)
     if device.type == "cpu" and not args.data:  # whose loss needs the layers as they were trained
         model = lay_out_for_decoding(model, args.half_weights)
     tokenizer = load_tokenizer(directory)

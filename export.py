@@ -22,9 +22,8 @@ from torch import nn
 
 from base.cli import HelpFormatter, UserError, run
 from base.files import write_file
-from model.checkpoint import load_adapter, load_model, replacing_model, save_model
+from model.checkpoint import load_model, load_with_adapter, replacing_model, save_model
 from model.gguf import WEIGHT_TYPES, write_gguf, write_modelfile
-from model.lora import merge_lora
 from model.model import CausalLM
 from model.verify import verify_folder, verify_gguf
 
@@ -85,10 +84,8 @@ def main():
     args = parser.parse_args()
     if args.to == "merged" and not args.lora:
         raise UserError("--to merged needs the adapter: add --lora DIR")
-    model = load_model(args.model).eval()
-    if args.lora:
-        load_adapter(model, args.lora, args.model)
-        merge_lora(model)
+    model = load_with_adapter(args.model, args.lora) if args.lora else load_model(args.model)
+    model.eval()
     default = args.model.parent / f"{args.model.resolve().name}-{args.to}"
     EXPORTS[args.to](model, args, args.output or default)
 

@@ -42,8 +42,7 @@ def answers(bench: Bench):
     args, minutes, tasks = bench.args, bench.args.minutes, bench.tasks()
     many = bench.prepared("many", "data_process.py", "sft", tasks / "sums_traces.jsonl")
     own = bench.prepared("own", "data_process.py", "sft", bench.first(args.chats, tasks / "sums_traces.jsonl"))
-    val = ["--val", tasks / "sums_rl_val.jsonl"]
-    questions = bench.prepared("questions", "data_process.py", "rl", tasks / "sums_rl.jsonl", *val)
+    questions = bench.questions("sums")
 
     # Of chats alone, from random weights: 1-pretrain.py scores what the data say, here the answers.
     lasts = ["--max_minutes", args.teacher_minutes]

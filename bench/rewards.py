@@ -36,10 +36,8 @@ def compare(
     tools: tuple[str, ...] = (),
 ):
     """All runs from one start, which learns from its own chats alone: --data, and what goes with it."""
-    minutes, tasks = bench.args.minutes, bench.tasks()
-    val = ["--val", tasks / f"{kind}_rl_val.jsonl"]
-    questions = bench.prepared("questions", "data_process.py", "rl", tasks / f"{kind}_rl.jsonl", *val)
-    shown = bench.prepared("shown", "data_process.py", "sft", tasks / f"{kind}_traces.jsonl")
+    minutes, questions = bench.args.minutes, bench.questions(kind)
+    shown = bench.prepared("shown", "data_process.py", "sft", bench.tasks() / f"{kind}_traces.jsonl")
     offered = ["--tools", *tools] if tools else []
     sft = [*CHATS, *(ROOM[:2] if tools else [])]  # a tool's description is long
     limit = ["--max_steps", bench.args.start_steps]

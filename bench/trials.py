@@ -96,6 +96,12 @@ class Bench:
         """The demonstration's questions and chats."""
         return self.prepared("tasks", "data_process.py", "demo", "--tasks")
 
+    def questions(self, kind: str) -> Path:
+        """Of this kind, prepared; val has operands that stand in no other file."""
+        tasks = self.tasks()
+        val = ["--val", tasks / f"{kind}_rl_val.jsonl"]
+        return self.prepared("questions", "data_process.py", "rl", tasks / f"{kind}_rl.jsonl", *val)
+
     def first(self, n: int, path: Path) -> Path:
         """Another file, of the first n lines of this one."""
         few = self.shared / "few.jsonl"

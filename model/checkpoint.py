@@ -240,16 +240,25 @@ def load_model(directory: Path, device: torch.device | str = "cpu") -> CausalLM:
     return model.to(device)
 
 
-def load_merged(directory: Path, device: torch.device | str = "cpu") -> CausalLM:
-    """The model in `directory`; where that holds an adapter, the model that it names as its base, merged with it."""
-    adapter = Path(directory) / "adapter_config.json"
-    if (Path(directory) / "config.json").exists() or not adapter.exists():
-        return load_model(directory, device)
-    base_dir = Path(read_json(adapter).get("base_model_name_or_path") or "")
+def load_with_adapter(base_dir: Path, adapter_dir: Path, device: torch.device | str = "cpu") -> CausalLM:
+    """The model in base_dir, with the adapter in adapter_dir merged into its weights."""
     model = load_model(base_dir, device)
-    load_adapter(model, directory, base_dir)
+    load_adapter(model, adapter_dir, base_dir)
     merge_lora(model)
     return model
+
+
+def load_merged(directory: Path, device: torch.device | str = "cpu") -> CausalLM:
+    """The model in `directory`; where that holds an adapter, the model that it names as its base, merged with it."""
+    adapter = Path(directory) / ADAPTER_CONFIG_FILE
+    if (Path(directory) / CONFIG_FILE).exists() or not adapter.exists():
+        return load_model(directory, device)
+    return load_with_adapter(base_of(directory), directory, device)
+
+
+def base_of(adapter_dir: Path) -> Path:
+    """The folder that an adapter names as its base."""
+    return Path(read_json(Path(adapter_dir) / ADAPTER_CONFIG_FILE).get("base_model_name_or_path") or "")
 
 
 def load_weights(model: CausalLM, tensors: dict[str, Tensor], path: Path):

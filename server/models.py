@@ -7,10 +7,17 @@ from pathlib import Path
 import torch
 
 from base.cli import UserError
-from base.files import read_json
 from engine.decoding import lay_out_for_decoding
 from model.chat import load_tokenizer
-from model.checkpoint import ADAPTER_FILE, MODEL_FILE, load_merged, load_outline, load_stop_ids
+from model.checkpoint import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    MODEL_FILE,
+    base_of,
+    load_merged,
+    load_outline,
+    load_stop_ids,
+)
 from server.batcher import Batcher
 
 OUT = Path("out")
@@ -25,9 +32,8 @@ class Served:
         """name: its folder's, without one. UserError where there is none."""
         self.directory, self.name = directory, name or directory.resolve().name
         self.base, weights = directory, directory / MODEL_FILE
-        if (directory / "adapter_config.json").exists():
-            base = read_json(directory / "adapter_config.json").get("base_model_name_or_path")
-            self.base, weights = Path(str(base)), directory / ADAPTER_FILE
+        if (directory / ADAPTER_CONFIG_FILE).exists():
+            self.base, weights = base_of(directory), directory / ADAPTER_FILE
         outline = load_outline(self.base)
         load_stop_ids(directory, outline)
         if not weights.exists():

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from base.cli import UserError
+from base.cli import UserError, fraction, not_negative, positive
 from base.files import sha256
 from corpus.prepared import META, SPLITS, writing_prepared
 from model.chat import tokenizer_fingerprint, translate
@@ -23,13 +24,49 @@ from model.checkpoint import MODEL_FILE, load_config, load_merged
 from model.model import CausalLM
 from model.operators import product_dtype
 from training.balance import expert_balance
-from training.loss import CARD_CHUNK, LOSS_CHUNK
+from training.loss import CARD_CHUNK, LOSS_CHUNK, LossFunction, sum_batches
 from training.machine import Machine
 from training.packing import Batch, TrainingData
-from training.rollouts import RolloutWriter, Tasks
+from training.rollouts import Rollout, RolloutWriter, Tasks, describe_rollouts, learning_batches
 
+DISTILL_FLAGS = {  # name -> options of argparse's add_argument
+    "--teacher": dict(type=Path, default=Path("out/teacher"), help="folder of a model or of an adapter"),
+    "--mode": dict(choices=["text", "logits", "on_policy"], default="logits", help="what is learnt from it, see above"),
+    "--divergence": dict(
+        choices=["forward", "reverse", "jsd"], help="see training/distillation.py; else forward, on_policy reverse"
+    ),
+    "--jsd_beta": dict(type=fraction, default=0.5, help="of jsd, between forward (0) and reverse (1)"),
+    "--temperature": dict(type=not_negative, default=1.0, help="divides the logits of both; of text, the teacher's"),
+    "--ce_weight": dict(type=not_negative, default=0.0, help="of the loss of the labels, beside the divergence"),
+    "--teacher_dtype": dict(
+        choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="of its weights; auto: as --dtype"
+    ),
+    "--prompts": dict(type=positive, help="text: only so many of each split; without it, all"),
+    "--only_right": dict(action="store_true", help="text: leave out answers that --reward does not give 1"),
+    "--keep_layers": dict(nargs="+", type=int, metavar="N", help="start from these layers of --init_from, from 0"),
+    "--keep_ffn": dict(type=positive, metavar="N", help="and from the N busiest neurons of each feed-forward layer"),
+}
 # What is known of each scored token beside its loss; all but the first, of the distributions at temperature 1.
 METRICS = ("divergence", "cross_entropy", "agreement", "student_entropy", "teacher_entropy")
+
+
+def check_flags(args: argparse.Namespace):
+    """UserError for flags that do not go together."""
+    shrinks = args.keep_layers or args.keep_ffn
+    if args.preset and (shrinks or args.lora_rank):
+        raise UserError("--preset is a new student: there is nothing to keep or to adapt")
+    if shrinks and args.lora_rank:
+        raise UserError(
+            "an adapter belongs to a model on disk: shrink and distill first, then give that to --lora_rank"
+        )
+    if args.keep_ffn and args.mode == "on_policy":
+        raise UserError(
+            "--keep_ffn looks at texts or chats to see which neurons are busy; use it with --mode text or logits"
+        )
+    if not args.temperature and args.mode != "text":
+        raise UserError("--temperature 0 is for --mode text, where the teacher then writes its most probable tokens")
+    if args.jsd_beta in (0, 1):
+        raise UserError("--jsd_beta 0 and 1 make every divergence 0: give --divergence forward or reverse")
 
 
 # ------------------------------------------------------------------------------------------------------------ formulas
@@ -354,3 +391,33 @@ def answers_to(writer: RolloutWriter, tasks: Tasks) -> Iterator[tuple[int, list[
                         new = translate([token for token, _ in part], writer.tokenizer, tasks.tokenizer)
                         ids, mask = ids + new, mask + bytes([own]) * len(new)
                     yield one.question, ids, mask
+
+
+# -------------------------------------------------------------------------------------------- the student's own answers
+
+
+def every_answer(groups: list[list[Rollout]]) -> tuple[list[Rollout], int]:
+    """All answers, and how many tokens the student chose in them."""
+    answers = [one for group in groups for one in group]
+    return answers, sum(sum(one.sequence.chosen) for one in answers)
+
+
+@torch.no_grad()
+def validate_answers(writer: RolloutWriter, tasks: Tasks, loss_fn: LossFunction, rows: int | None) -> dict[str, float]:
+    """Means of loss_fn's METRICS over the student's own answers to questions of val; and how many are right."""
+    args, model = writer.args, writer.model
+    answers, _ = every_answer(writer.write(tasks, tasks.kept[:rows], 1, "validation"))
+    batches = ((batch, {}) for batch in learning_batches(answers, args.max_seq_len, args.batch_size))
+    model.eval()
+    sums = sum_batches(model, loss_fn, batches, writer.machine)
+    model.train()
+    figures = {f"val_{name}": sums[name] / max(sums["scored"], 1) for name in ("loss", *METRICS)}
+    return figures | (writer.validate(tasks, rows) if tasks.checked else {})
+
+
+def describe_answers(window: Counter, checked: bool) -> dict[str, float]:
+    """A line of the log from sums over steps; checked: whether there were rewards."""
+    described = describe_rollouts(window)
+    shown = ("length", "ended", "gap", "sampling_seconds", *(["reward"] if checked else []))
+    means = {name: window[name] / max(window["count"], 1) for name in METRICS}
+    return means | {name: described[name] for name in shown}

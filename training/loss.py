@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -154,15 +154,27 @@ def sum_up(
     model: CausalLM, loss_fn: LossFunction, data: Mixture, rows: np.ndarray, machine: Machine, batch_size: int
 ) -> Counter:
     """Loss, count, UTF-8 bytes of the scored tokens, and metrics, summed over the rows by all processes together."""
+
+    def batches() -> Iterator[tuple[Batch, dict | None]]:
+        for share, counts in machine.share(rows, batch_size):
+            batch = data.batch(share)
+            n_bytes = data.token_bytes[batch.labels[batch.labels != IGNORE].numpy()].sum()
+            yield batch, {"bytes": n_bytes} if counts else None
+
+    return sum_batches(model, loss_fn, batches(), machine)
+
+
+def sum_batches(
+    model: CausalLM, loss_fn: LossFunction, batches: Iterable[tuple[Batch, dict | None]], machine: Machine
+) -> Counter:
+    """Loss, count, metrics, and what stands beside each batch, summed by all processes; None: it does not count."""
     found = []  # of each batch: numbers of the device, which are asked for at the end
-    for share, counts in machine.share(rows, batch_size):
-        batch = data.batch(share)
-        n_bytes = data.token_bytes[batch.labels[batch.labels != IGNORE].numpy()].sum()
+    for batch, more in batches:
         batch = batch.to(machine.device)
         with machine.autocast():
             loss_sum, count, metrics = call(loss_fn, model, batch)
-        if counts:
-            found.append(metrics | {"loss": loss_sum, "count": count, "bytes": n_bytes})
+        if more is not None:
+            found.append(metrics | {"loss": loss_sum, "count": count} | more)
     sums = Counter()
     for metrics in found:
         sums.update({name: float(value) for name, value in metrics.items()})

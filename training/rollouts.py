@@ -82,6 +82,13 @@ class Tasks(TrainingData):
         return self.prepared.tokens[self.prepared.offsets[question] : self.ends[question]].tolist()
 
 
+def open_tasks(args: argparse.Namespace, kinds: tuple[str, ...] = ("rl",)) -> tuple[Tasks, Tasks]:
+    """Questions to learn from, and to validate with. UserError under --shard: who writes needs the whole model."""
+    if args.shard:
+        raise UserError("the one who writes answers needs the whole model: this runs without --shard")
+    return Tasks(args.data, "train", args, kinds), Tasks(args.data, "val", args, kinds)
+
+
 def last_answers(chats: Prepared) -> np.ndarray:
     """Where the last answer of each chat begins, (chats,): the last run of its trained tokens."""
     begins = np.flatnonzero(np.diff(chats.mask, prepend=np.uint8(0)) == 1)

@@ -31,12 +31,14 @@ from helpers import (
 )
 from safetensors.torch import load_file
 
+from base.cli import UserError
 from model.checkpoint import load_model
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
 from training import loop, loss, machine
 from training.cost import memory_estimate
 from training.flags import parse_flags
+from training.rollouts import open_tasks
 from training.shard import part
 
 MOE = ["--preset", "tiny-moe", "--optimizer", "muon", "--grad_checkpointing", "--batch_size", "1"]
@@ -240,6 +242,8 @@ def test_what_cannot_be_sharded_is_refused(data, run_here, tmp_path):
     flags = ["--data", data, "--out_dir", tmp_path / "out", "--shard"]
     assert "torchrun --nproc_per_node" in run_here("1-pretrain.py", *flags).error_line(status=2)
     assert "without --shard" in run_here("5-grpo.py", *flags).error_line(status=2)
+    with pytest.raises(UserError, match="whole model: this runs without --shard"):  # 6-distill.py --mode on_policy, too
+        open_tasks(argparse.Namespace(shard=True), ("rl", "sft"))
     result = run_here("1-pretrain.py", *flags, "--batch_size", "auto")
     assert result.status == 2
     assert "--shard" in result.err
