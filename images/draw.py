@@ -196,7 +196,9 @@ def draw_imports(axes: Axes):
         circle = dict(boxstyle="circle,pad=0.25", facecolor=ROOM_COLORS[imported], edgecolor=LINE)
         axes.text(corner, y, f"{number}", ha="center", va="center", fontsize=7.5, color="black", bbox=circle)
     for room, (x, y) in places.items():
-        scripts = " ".join(sorted(path.stem for path in ROOT.glob("*.py")))
+        names = sorted(path.stem for path in ROOT.glob("*.py"))
+        stages = [name for name in names if name[0].isdigit()]
+        scripts = f"{stages[0]} to {stages[-1]} {' '.join(names[len(stages) :])}"
         sentence = scripts if room == "scripts" else importlib.import_module(room).__doc__
         text = "\n".join(textwrap.wrap(f"{room}: {re.split(': |[.] ', sentence)[0]}", 34))
         corner = (x - WIDTH / 2, y - HEIGHT / 2)
