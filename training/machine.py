@@ -4,6 +4,7 @@ import argparse
 import atexit
 import contextlib
 import ctypes
+import importlib
 import math
 import os
 import sys
@@ -156,6 +157,9 @@ def start_machine(args: argparse.Namespace) -> Machine:
         return_freed_memory() if args.shard else keep_freed_memory()
         torch.set_num_threads(max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if world_size > 1:
+        # torch's optimizers import this anyway. Imported when there is a group, it holds it beyond its end; and gloo's
+        # threads, which nobody joins then, may let go of a tensor while Python is ending: that aborts the process.
+        importlib.import_module("torch._dynamo")
         if device.type == "cuda" and dist.is_nccl_available():  # objects go over gloo, and not through the card
             dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
         else:  # a CPU; or Windows, which has no NCCL

@@ -104,3 +104,32 @@ def test_a_machine_that_dies_and_returns_goes_on_with_the_others(data, tmp_path)
     assert [machine.wait(TIMEOUT) for machine in (first, again)] == [0, 0], cluster.said()
     assert saved_progress(cluster.out_dir)["step"] == 5
     assert steps_of(cluster.out_dir) == [0, 1, 2, 3, 4, 5]
+
+
+LEAVES = """
+import argparse, atexit, os, sys
+sys.path.insert(0, {root!r})
+
+@atexit.register  # runs last
+def tell():
+    print([open(f"/proc/self/task/{{task}}/comm").read().strip() for task in os.listdir("/proc/self/task")])
+
+from training.machine import start_machine
+args = dict(device="cpu", dtype="float32", seed=0, shard=False, compile=False)
+machine = start_machine(argparse.Namespace(**args))
+import torch
+torch.optim.AdamW([torch.zeros(1)])
+machine.gather("said just before the end")
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="Linux lists a process's threads there")
+def test_no_thread_of_the_connection_outlives_it(tmp_path):
+    """One that lets go of a tensor while Python is ending would abort the process."""
+    (tmp_path / "leaves.py").write_text(LEAVES.format(root=str(ROOT)), "utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["--redirects", "3", "--log_dir", tmp_path / "logs", tmp_path / "leaves.py"]
+    subprocess.run(command, check=True, timeout=TIMEOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    threads = [path.read_text("utf-8") for path in tmp_path.glob("logs/**/stdout.log")]
+    assert len(threads) == 2
+    assert not any("gloo" in names for names in threads), threads
