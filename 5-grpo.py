@@ -30,11 +30,14 @@ from training.loss import token_log_probs
 from training.machine import start_machine
 
 
-def group_advantages(rewards: Tensor, scale_rewards: bool) -> Tensor:
+def group_advantages(rewards: Tensor, scale_rewards: bool, worse_weight: float = 1.0) -> Tensor:
     """How much better each answer is than its group, from rewards (groups, answers): 2503.20783, eq. 3; with
-    scale_rewards in units of the group's standard deviation: 2402.03300, 4.1.2."""
+    scale_rewards in units of the group's standard deviation: 2402.03300, 4.1.2. worse_weight is of those below 0: with
+    0 only better answers are learnt from, as in rejection sampling (2504.11343), and rare ones most."""
     better = rewards - rewards.mean(1, keepdim=True)
-    return better / (rewards.std(1, keepdim=True) + 1e-4) if scale_rewards else better
+    if scale_rewards:
+        better = better / (rewards.std(1, keepdim=True) + 1e-4)
+    return torch.where(better > 0, better, worse_weight * better)
 
 
 def policy_loss(log_probs: Tensor, old: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
@@ -49,6 +52,7 @@ def policy_loss(log_probs: Tensor, old: Tensor, advantages: Tensor, clip_low: fl
 GRPO_FLAGS = {
     "--loss": dict(choices=["dapo", "dr_grpo", "grpo"], default="dapo", help="what the sum is divided by, see main()"),
     "--scale_rewards": dict(action="store_true", help="divide by the group's standard deviation"),
+    "--worse_weight": dict(type=not_negative, default=1.0, help="of answers worse than their group; 0: leave them out"),
     "--beta": dict(type=not_negative, default=0.0, help="weight of the distance from the model of --init_from"),
     "--updates": dict(type=positive, default=1, help="steps of the optimizer with the same answers"),
     "--clip_low": dict(type=above_zero, default=0.2, help="how much less probable a token may become by them"),
@@ -86,7 +90,8 @@ def main():
         answers = [one for group in groups for one in group]
         for group in groups:
             rewards = torch.tensor([[one.reward for one in group]])
-            for one, advantage in zip(group, group_advantages(rewards, args.scale_rewards)[0].tolist()):
+            advantages = group_advantages(rewards, args.scale_rewards, args.worse_weight)[0]
+            for one, advantage in zip(group, advantages.tolist()):
                 one.advantage = advantage
         tokens = sum(sum(one.sequence.chosen) for one in answers)
         count = {"dapo": tokens, "dr_grpo": len(answers) * args.max_new_tokens, "grpo": len(answers)}[args.loss]

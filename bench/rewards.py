@@ -26,6 +26,11 @@ from bench.trials import CHATS, ROOM, Bench, run_trials
 from demo.tour import grade
 
 GRPO = [*ROOM, *"--max_steps 100000 --eval_interval 1000".split()]
+# A weak start is seldom right: of many questions a step still learns from some fifty different right answers.
+MANY = (
+    *"--questions 256 --generations 4 --worse_weight 0".split(),
+    *"--optimizer muon --learning_rate 5e-3 --min_learning_rate 1e-4".split(),
+)
 
 
 def compare(
@@ -34,6 +39,7 @@ def compare(
     own: list,
     figures: Callable[[Path], dict] = lambda model: {},
     tools: tuple[str, ...] = (),
+    grpo: tuple[str, ...] = (),
 ):
     """All runs from one start, which learns from its own chats alone: --data, and what goes with it."""
     minutes, questions = bench.args.minutes, bench.questions(kind)
@@ -57,7 +63,7 @@ def compare(
     bench.once("more of the same", lambda: learn("more", "2-sft.py", minutes, *own, *sft))
     bench.once("own right answers", own_right)
     bench.once("shown how", lambda: learn("shown_how", "2-sft.py", minutes, "--data", shown, *sft))
-    bench.once("rewards", lambda: learn("rewards", "5-grpo.py", minutes, "--data", questions, *GRPO, *offered))
+    bench.once("rewards", lambda: learn("rewards", "5-grpo.py", minutes, "--data", questions, *GRPO, *grpo, *offered))
 
 
 def choosing(bench: Bench):
@@ -76,7 +82,7 @@ def choosing(bench: Bench):
 
 def thinking(bench: Bench):
     few = bench.first(bench.args.chats, bench.tasks() / "sums_traces.jsonl")
-    compare(bench, "sums", ["--data", bench.prepared("few", "data_process.py", "sft", few)])
+    compare(bench, "sums", ["--data", bench.prepared("few", "data_process.py", "sft", few)], grpo=MANY)
 
 
 def calling(bench: Bench):

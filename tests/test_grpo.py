@@ -50,6 +50,8 @@ def test_advantages_are_those_of_the_papers():
         mean = expected.mean()
         std = ((expected - mean).square().sum() / 3).sqrt()  # with Bessel's correction
         torch.testing.assert_close(row, (expected - mean) / (std + 1e-4))
+    halved = GRPO["group_advantages"](rewards, scale_rewards=False, worse_weight=0.5)
+    assert halved.tolist() == [[0.5, -0.25, -0.25, 0.5], [-0.125, -0.125, -0.125, 0.75], [0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("clip", [(0.2, 0.28), (0.2, 0.2)])
@@ -135,6 +137,21 @@ def test_where_all_answers_are_as_good_nothing_moves(tasks, brief_dir, run_here,
     assert run_here("5-grpo.py", *flags(tasks, brief_dir, tmp_path / "out", "same")).status == 0
     before, after = load_file(brief_dir / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
     assert all(before[name].equal(after[name]) for name in before)
+
+
+def test_without_weight_answers_that_are_all_wrong_and_those_below_the_mean_teach_nothing(
+    tasks, brief_dir, run_here, tmp_path, monkeypatch
+):
+    learnt, batches = [], rollouts.learning_batches
+
+    def noted(chosen, *sizes):
+        learnt.extend(chosen)
+        return batches(chosen, *sizes)
+
+    monkeypatch.setattr(rollouts, "learning_batches", noted)
+    assert run_here("5-grpo.py", *flags(tasks, brief_dir, tmp_path, "parity", "--worse_weight", 0)).status == 0
+    assert learnt
+    assert all(one.reward == 1 and one.advantage > 0 for one in learnt)
 
 
 @pytest.mark.extra
