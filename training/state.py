@@ -157,7 +157,7 @@ class Checkpointer:
         self.tokenizer_dir = args.init_from or data.tokenizer_dir
         self.resumed = resumes(args)
         self.directory = self.out_dir if self.resumed else self.out_dir.with_name(f".{self.out_dir.name}.writing")
-        self.saved_step = 0
+        self.saved_step = 0  # by this process: a kill may have come after the state and before the model of its step
         self.names = {parameter: name for name, parameter in model.named_parameters()}
         self.must_agree = {
             "data": data.fingerprint,
@@ -243,7 +243,6 @@ class Checkpointer:
             raise UserError(f"{path} is not the state of this model and optimizer: {error}") from None
         if self.scaler.is_enabled() and info.get("scaler"):  # of a run in another format there is none
             self.scaler.load_state_dict(info["scaler"])
-        self.saved_step = progress.step
         return progress
 
     def take(self, tensors: dict[str, Tensor]):

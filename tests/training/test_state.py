@@ -136,6 +136,40 @@ def test_a_kill_between_the_two_renames_is_mended_by_whoever_comes_next(trained,
     load_model(tmp_path / "out")
 
 
+def test_a_kill_at_any_file_of_the_last_save_is_mended_by_resuming(data, run_here, tmp_path, monkeypatch):
+    """Also where the run has nothing left to do."""
+    flags = ["--data", data, "--preset", "tiny", "--max_seq_len", "32", "--batch_size", "2", "--eval_rows", "1"]
+    flags += ["--max_steps", "2", "--save_interval", "1", "--out_dir"]
+    replace, files = os.replace, []
+
+    def killed_at(number: int):
+        files.clear()
+
+        def replace_or_be_killed(source, target):
+            if len(files) == number:
+                raise KeyboardInterrupt
+            files.append(Path(target).name)
+            replace(source, target)
+
+        return replace_or_be_killed
+
+    monkeypatch.setattr(os, "replace", killed_at(-1))
+    assert run_here("1-pretrain.py", *flags, tmp_path / "whole").status == 0
+    names, whole = list(files), snapshot(tmp_path / "whole")
+    first = len(names) - names[::-1].index("state.safetensors") - 1  # where the last save begins
+    assert "model.safetensors" in names[first:]
+    for number in (first, names.index("model.safetensors", first), len(names) - 1):
+        out_dir = tmp_path / str(number)
+        monkeypatch.setattr(os, "replace", killed_at(number))
+        assert run_here("1-pretrain.py", *flags, out_dir).status == 130
+        monkeypatch.setattr(os, "replace", replace)
+        assert run_here("1-pretrain.py", *flags, out_dir, "--resume").status == 0
+        after = snapshot(out_dir)
+        for name in ("model.safetensors", "config.json", "tokenizer.json"):
+            assert after[Path(name)] == whole[Path(name)], f"killed before {names[number]}: another {name}"
+        assert saved_progress(out_dir)["step"] == 2
+
+
 def limit_file_size():
     import resource  # not on Windows
 
