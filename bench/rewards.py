@@ -8,7 +8,8 @@
 choosing   the start, `tiny`, has learnt the demonstration's chats, and sums, one half answered at once and one half
            worked out column by column. Counted is also what it answers to the demonstration's other questions.
 thinking   the start has learnt 500 sums (--chats), all worked out.
-calling    the start has learnt products, one half answered at once and one half by a call of the calculator.
+calling    the start has learnt products, one half answered at once and one half by a call of the calculator, and sums
+           worked out, from which it learns to copy numbers. Counted is also how many of the sums it can do.
 
 From there, for --minutes each: more of the chats that the start has learnt; its own right answers to questions, the
 minutes in which it wrote them counted; what a teacher who knows would show (20,000 chats, all of them slow); and
@@ -86,8 +87,13 @@ def thinking(bench: Bench):
 
 
 def calling(bench: Bench):
-    own = bench.prepared("own", "data_process.py", "sft", bench.tasks() / "products_sft.jsonl")
-    compare(bench, "products", ["--data", own], tools=("calculator",))
+    products = bench.prepared("own", "data_process.py", "sft", bench.tasks() / "products_sft.jsonl")
+    sums = bench.prepared("sums", "data_process.py", "sft", bench.tasks() / "sums_traces.jsonl")
+    own = ["--data", f"products={products}", f"sums={sums}", "--mix", "products=0.5", "sums=0.5"]
+    others = bench.questions("sums")
+    compare(
+        bench, "products", own, lambda model: {"others_right": bench.probe(model, others)["right"]}, ("calculator",)
+    )
 
 
 TRIALS = {function.__name__: function for function in (choosing, thinking, calling)}

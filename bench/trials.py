@@ -100,7 +100,7 @@ class Bench:
         """Of this kind, prepared; val has operands that stand in no other file."""
         tasks = self.tasks()
         val = ["--val", tasks / f"{kind}_rl_val.jsonl"]
-        return self.prepared("questions", "data_process.py", "rl", tasks / f"{kind}_rl.jsonl", *val)
+        return self.prepared(f"{kind}_questions", "data_process.py", "rl", tasks / f"{kind}_rl.jsonl", *val)
 
     def first(self, n: int, path: Path) -> Path:
         """Another file, of the first n lines of this one."""
