@@ -91,9 +91,11 @@ def calling(bench: Bench):
     sums = bench.prepared("sums", "data_process.py", "sft", bench.tasks() / "sums_traces.jsonl")
     own = ["--data", f"products={products}", f"sums={sums}", "--mix", "products=0.5", "sums=0.5"]
     others = bench.questions("sums")
-    compare(
-        bench, "products", own, lambda model: {"others_right": bench.probe(model, others)["right"]}, ("calculator",)
-    )
+
+    def sums_right(model: Path) -> dict:
+        return {"others_right": bench.probe(model, others)["right"]}
+
+    compare(bench, "products", own, sums_right, ("calculator",), MANY)
 
 
 TRIALS = {function.__name__: function for function in (choosing, thinking, calling)}
