@@ -46,6 +46,7 @@ def main():
     import uvicorn
 
     from server.api import LOOPBACK, create_app
+    from server.guard import Impatient
     from server.models import find_models
 
     device = choose_device(args.device)
@@ -67,7 +68,7 @@ def main():
     print(f"{url}  {', '.join(models)}", flush=True)
     if args.open:
         threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
-    options = dict(http="h11", ws="none", log_level="warning", server_header=False, timeout_graceful_shutdown=GRACE)
+    options = dict(http=Impatient, ws="none", log_level="warning", server_header=False, timeout_graceful_shutdown=GRACE)
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn passes it on when all is closed
         uvicorn.Server(uvicorn.Config(app, **options)).run(sockets=[listening])
 

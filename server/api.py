@@ -5,6 +5,7 @@ import asyncio
 import contextlib
 import hmac
 import json
+import os
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -22,7 +23,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from engine.tools import Tool
 from server.answer import Answer, tell
-from server.guard import Guard, Refusal
+from server.guard import BODY_SECONDS, UNREAD_SECONDS, Guard, Refusal
 from server.models import OUT, Served
 from server.runs import router as runs_router
 from server.schema import ChatRequest, CompletionRequest, Request
@@ -147,11 +148,12 @@ def create_app(
     async def authorize(http: HTTPRequest):
         scheme, _, key = http.headers.get("authorization", "").partition(" ")
         given = key.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
-        if args.api_key and not hmac.compare_digest(given, args.api_key.encode()):
+        if args.api_key and not hmac.compare_digest(given, os.fsencode(args.api_key)):
             raise Refusal(401, "this server wants its API key: Authorization: Bearer KEY")
 
     app = FastAPI(title="Jiezi", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(Guard)
+    # The engine has request_timeout (service.py); a client that reads slowly is not waited for much longer.
+    app.add_middleware(Guard, seconds=args.request_timeout + BODY_SECONDS + UNREAD_SECONDS)
     if args.host in LOOPBACK:  # then a name that leads here by a stranger's DNS is not ours
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"], www_redirect=False)
     routes = APIRouter(dependencies=[Depends(authorize)])

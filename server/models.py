@@ -41,6 +41,7 @@ class Served:
         self.created = int(weights.stat().st_mtime)
         self.is_chat, self.parameters = outline.is_chat, outline.num_parameters()
         self.context = outline.config.max_position_embeddings
+        self.n_answers = 0  # that are being written, or not yet sent
         self.batcher: Batcher | None = None
         self.opening = asyncio.Lock()
 
