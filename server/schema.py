@@ -55,7 +55,7 @@ NotOffered = Annotated[Any, AfterValidator(not_offered)]
 Text = Annotated[str, BeforeValidator(plain_text)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0, strict=True)]
-Tokens = Annotated[list[TokenId], Field(fail_fast=True)]  # of a hundred thousand errors nobody reads more than the first
+Tokens = Annotated[list[TokenId], Field(fail_fast=True)]  # of a hundred thousand errors one is enough
 
 
 class Given(BaseModel):

@@ -54,6 +54,7 @@ class Liar(Handler):
 def liar(hub, monkeypatch):  # noqa: F811
     hub.RequestHandlerClass = Liar
     hub.told = {}
+    hub.handle_error = lambda *_: None  # of a client that has hung up
     monkeypatch.setattr(fetch, "TRIES", 2)
     Path("outside").mkdir()
     return hub
@@ -88,7 +89,7 @@ def both(**fields):
     """A listing of one file, as either hub would say it."""
 
     def listing(path: str) -> bytes:
-        if path.startswith("/api/"):
+        if path.startswith("/api/datasets/"):
             own = {"type": "file", "path": "a.jsonl", "size": len(LINES), "oid": "0" * 40}
             names = {"Path": "path", "Size": "size"}
             own |= {names[name]: value for name, value in fields.items() if name in names}
@@ -229,8 +230,9 @@ def test_contents(liar, which, name, capfd):  # noqa: F811
     path = Path("data/set/a.jsonl")
     assert error or path.read_bytes() == LINES
     assert not path.exists() or path.read_bytes() == LINES
-    liar.told.clear()  # and the honest one is fetched after it
-    assert not attempt(capfd, "fetch", "set", "--hub", which)
+    liar.told.clear()  # and the honest one is fetched after it; where a wrong beginning was left, that goes first
+    again = attempt(capfd, "fetch", "set", "--hub", which)
+    assert not again or ("fetch it again" in again and not attempt(capfd, "fetch", "set", "--hub", which))
     assert path.read_bytes() == LINES
 
 
