@@ -137,7 +137,8 @@ def from_peft(model: CausalLM, tensors: dict[str, Tensor], config: dict):
     }
     for name in right:
         if not right[name]:
-            raise UserError(f"adapter_config.json has the {name} {config.get(name)!r:.60}, which this adapter cannot have")
+            value = repr(config.get(name))[:60]
+            raise UserError(f"adapter_config.json has the {name} {value}, which this adapter cannot have")
     apply_lora(model, r, alpha, dropout, tuple(targets))
     expected, _ = to_peft(model)
     for name in sorted(expected.keys() | tensors.keys()):

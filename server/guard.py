@@ -1,6 +1,7 @@
 """What is let in, and how the rest is told."""
 
 import asyncio
+import contextlib
 
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
@@ -74,14 +75,17 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send):
         if scope["type"] != "http":
-            return await self.app(scope, receive, send)
+            await self.app(scope, receive, send)
+            return
         headers = Headers(scope=scope)
         origin, length = headers.get("origin"), headers.get("content-length", "0")
         if origin is not None and origin.partition("://")[2] != headers.get("host"):
             refusal = Refusal(403, f"pages of {origin[:100]} may not call this server", "foreign_origin")
-            return await refusal.response()(scope, receive, send)
+            await refusal.response()(scope, receive, send)
+            return
         if not length.isdecimal() or int(length) > MAX_BODY:
-            return await Refusal(413, f"a request may have {MAX_BODY} bytes").response()(scope, receive, send)
+            await Refusal(413, f"a request may have {MAX_BODY} bytes").response()(scope, receive, send)
+            return
         size, more, deadline = 0, True, asyncio.get_running_loop().time() + BODY_SECONDS
 
         async def receive_limited() -> Message:
@@ -98,7 +102,5 @@ class Guard:
                 raise HTTPException(413, f"a request may have {MAX_BODY} bytes")
             return message
 
-        try:
+        with contextlib.suppress(asyncio.TimeoutError, asyncio.CancelledError):  # the second when the server ends
             await asyncio.wait_for(self.app(scope, receive_limited, send), self.seconds)
-        except (asyncio.TimeoutError, asyncio.CancelledError):  # cancelled is what is left when the server ends
-            return

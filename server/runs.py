@@ -63,9 +63,9 @@ def router(folder: Path) -> APIRouter:
         if not whole and len(block) == BLOCK:  # no line of ours
             whole = block
         arguments = {}
-        with suppress(OSError, ValueError, RecursionError):  # it is written with the first save
-            with open(directory / RUN_FILE, "rb") as file:
-                arguments = parse(file.read(BLOCK))
+        # It is written with the first save.
+        with suppress(OSError, ValueError, RecursionError), open(directory / RUN_FILE, "rb") as file:
+            arguments = parse(file.read(BLOCK))
         found = {"run": arguments, "file": identity, "records": list(parse_lines(whole)), "next": since + len(whole)}
         return as_json(found | {"more": len(block) == BLOCK})
 

@@ -226,7 +226,7 @@ def load_teacher(args: argparse.Namespace, machine: Machine, data: TrainingData)
             raise
         except Exception as error:  # what an architecture makes of its config and weights can fail in any way
             reason = str(error).strip().partition("\n")[0]
-            raise UserError(f"transformers cannot run the teacher in {directory}: {reason}") from None
+            raise UserError(f"transformers cannot load the teacher in {directory}: {reason}") from None
         context = getattr(model.config, "max_position_embeddings", math.inf)
     if args.max_seq_len > context:
         raise UserError(f"--max_seq_len {args.max_seq_len} is above the context of the teacher, {context} tokens")

@@ -7,11 +7,11 @@ one line that says what is wrong. Nothing is written outside of data/ and the ca
 import gzip
 import io
 import json
-import os
 import sys
 import tarfile
 import time
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -108,27 +108,48 @@ def raw(data: bytes):
 
 DEEP = b"[" * 100_000
 LISTINGS = {
-    **{f"the listing {data[:20]!r}": raw(data) for data in (b"", b"<html>", b"3", b"null", b'"x"', b"\xff\xfe", b"[3]", b"{}")},
-    **{f"the data {value}": raw(b'{"Data": %s}' % value) for value in (b"3", b"[]", b'"x"', b'{"Files": 3}', b'{"Files": [3]}')},
+    **{
+        f"the listing {data[:20]!r}": raw(data)
+        for data in (b"", b"<html>", b"3", b"null", b'"x"', b"\xff\xfe", b"[3]", b"{}")
+    },
+    **{
+        f"the data {value}": raw(b'{"Data": %s}' % value)
+        for value in (b"3", b"[]", b'"x"', b'{"Files": 3}', b'{"Files": [3]}')
+    },
     "files that are a text": raw(b'{"Data": {"Files": "abc"}}'),
     "a file without a name": raw(b'{"Data": {"Files": [{"Type": "blob"}]}}'),
     "a deep listing": raw(DEEP),
-    **{f"the name {name!r}"[:60]: both(Path=name) for name in (None, 3, [], {}, True, "", ".", "/", "..", "a.jsonl/..")},
+    **{
+        f"the name {name!r}"[:60]: both(Path=name) for name in (None, 3, [], {}, True, "", ".", "/", "..", "a.jsonl/..")
+    },
     **{
         f"the name {name!r}"[:60]: both(Path=name)
         for name in ("/etc/a.jsonl", "../outside/a.jsonl", "x/../../../outside/a.jsonl", "../../../../outside/a.jsonl")
     },
     **{
         f"the name {name!r}"[:60]: both(Path=name)
-        for name in ("\0.jsonl", "a\0.jsonl", "\ud800.jsonl", "a\nb.jsonl", "\x1b[2J.jsonl", "~/a.jsonl", "$HOME.jsonl", "-rf.jsonl")
+        for name in (
+            "\0.jsonl",
+            "a\0.jsonl",
+            "\ud800.jsonl",
+            "a\nb.jsonl",
+            "\x1b[2J.jsonl",
+            "~/a.jsonl",
+            "$HOME.jsonl",
+            "-rf.jsonl",
+        )
     },
     "a name of 300 letters": both(Path="a" * 300 + ".jsonl"),
     "a name of 9,999 folders": both(Path="a/" * 9999 + "a.jsonl"),
     **{f"the size {size!r}"[:40]: both(Size=size) for size in ("12", "x", [], {}, True, -1, 0.5, 1e300, 2**80, None)},
-    **{f"the sum {value!r}"[:40]: both(Sha256=value) for value in (3, [], "", "x", "0" * 10**5, "../../outside/x", None)},
-}  # fmt: skip
+    **{
+        f"the sum {value!r}"[:40]: both(Sha256=value)
+        for value in (3, [], "", "x", "0" * 10**5, "../../outside/x", None)
+    },
+}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LISTINGS)
 def test_listings(liar, which, name, capfd):  # noqa: F811
     liar.told["listing"] = LISTINGS[name]
@@ -183,7 +204,9 @@ CONTENTS = {
     "bytes": says(b"\xff\xfe\0" * 1000),
     "a status of letters": says(b"HTTP/1.1 OK\r\n\r\n"),
     "the status 999": says(head("999 x", Content_Length=0)),
-    "the status 206 of another part": says(head("206 Partial", Content_Range=f"bytes 5-{N}/{N}", Content_Length=N - 5), LINES[5:]),
+    "the status 206 of another part": says(
+        head("206 Partial", Content_Range=f"bytes 5-{N}/{N}", Content_Length=N - 5), LINES[5:]
+    ),
     "the status 204": says(head("204 No Content")),
     "the status 304": says(head("304 Not Modified")),
     "the status 416": says(head("416 Range", Content_Length=0)),
@@ -193,7 +216,9 @@ CONTENTS = {
     "much too much": lambda server: (head(), *([bytes(2**20)] * 600)),
     "another file": says(head(Content_Length=N), LINES[::-1]),
     "a page": says(head(Content_Length=6, Content_Type="text/html"), b"<html>"),
-    "gzip by its header": says(head(Content_Length=len(gzip.compress(LINES)), Content_Encoding="gzip"), gzip.compress(LINES)),
+    "gzip by its header": says(
+        head(Content_Length=len(gzip.compress(LINES)), Content_Encoding="gzip"), gzip.compress(LINES)
+    ),
     "a bomb by its header": lambda server: (head(Content_Encoding="gzip"), *([gzip.compress(bytes(2**26))] * 40)),
     "chunks that are none": says(head(Transfer_Encoding="chunked"), b"zz\r\n" + LINES),
     "chunks without end": says(head(Transfer_Encoding="chunked"), b"ffffffffffff\r\n" + LINES),
@@ -213,16 +238,29 @@ CONTENTS = {
     },
     **{
         f"go to {place!r}"[:50]: to(place)
-        for place in ("file:///etc/passwd", "ftp://127.0.0.1:9/x", "data:,x", "", "http://", "http://[", "http://127.0.0.1:9/", "//", "\x01")
+        for place in (
+            "file:///etc/passwd",
+            "ftp://127.0.0.1:9/x",
+            "data:,x",
+            "",
+            "http://",
+            "http://[",
+            "http://127.0.0.1:9/",
+            "//",
+            "\x01",
+        )
     },
     "go to a very long place": to("http://127.0.0.1:9/" + "a" * 60_000),
-    "in circles": lambda server: [head("302 Found", Location=f"http://127.0.0.1:{server.server_port}/x", Content_Length=0)],
+    "in circles": lambda server: [
+        head("302 Found", Location=f"http://127.0.0.1:{server.server_port}/x", Content_Length=0)
+    ],
     "always further": lambda server: [
         head("302 Found", Location=f"http://127.0.0.1:{server.server_port}/{time.perf_counter_ns()}", Content_Length=0)
     ],
-}  # fmt: skip
+}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONTENTS)
 def test_contents(liar, which, name, capfd):  # noqa: F811
     liar.told["content"] = CONTENTS[name]
@@ -291,13 +329,51 @@ PARTS = {
         "of gzip": gzip.compress(ZIPPED),
         "more behind": ZIPPED + b"garbage",
     },
-    "x.jsonl": {"NUL": bytes(1000), "bytes": b"\xff\xfe\n" * 9, "UTF-16": LINES.decode().encode("utf-16"), "empty": b"", "blank": b"\n" * 9999, "escapes": b'{"text": "\x1b[2J"}\n', "deep": b'{"text": ' + DEEP + b"}\n"},
-    "x.json": {"deep": DEEP, "open": b"[1, 2", "more": b"[1] 2", "one": b'{"text": "x"}', "numbers": b"[1,2,3]", "commas": b"[,,,,1,,]", "a digit bomb": b"[" + b"9" * 5000 + b"]", "NaN": b"[NaN, Infinity]"},
-    "x.csv": {"NUL": b"text\na\0b\n", "open quote": b'text\n"a\nb\n', "no rows": b"text\n", "many columns": b"," * 10**5 + b"\n" + b"," * 10**5, "bytes": b"text\n\xff\xfe\n", "two of a name": b"text,text\n1,2\n", "more than there are": b"text\n1,2,3\n", "old line ends": b"text\ra\rb\r"},
-    "x.parquet": {"bytes": b"PAR1" + bytes(99) + b"PAR1", "cut": table(text=["a"] * 999)[:-9], "empty": b"", "a footer of 2 GiB": b"PAR1" + b"\xff\xff\xff\x7fPAR1", "bytes in it": table(text=[b"\xff\xfe"]), "dates": table(text=pyarrow.array([2**62], pyarrow.timestamp("ns"))), "a date of the year 292,277": table(text=pyarrow.array([2**53], pyarrow.timestamp("ms"))), "numbers": table(text=[float("nan"), 1e308]), "lists": table(text=[[["a"]], None]), "no columns": table()},
-}  # fmt: skip
+    "x.jsonl": {
+        "NUL": bytes(1000),
+        "bytes": b"\xff\xfe\n" * 9,
+        "UTF-16": LINES.decode().encode("utf-16"),
+        "empty": b"",
+        "blank": b"\n" * 9999,
+        "escapes": b'{"text": "\x1b[2J"}\n',
+        "deep": b'{"text": ' + DEEP + b"}\n",
+    },
+    "x.json": {
+        "deep": DEEP,
+        "open": b"[1, 2",
+        "more": b"[1] 2",
+        "one": b'{"text": "x"}',
+        "numbers": b"[1,2,3]",
+        "commas": b"[,,,,1,,]",
+        "a digit bomb": b"[" + b"9" * 5000 + b"]",
+        "NaN": b"[NaN, Infinity]",
+    },
+    "x.csv": {
+        "NUL": b"text\na\0b\n",
+        "open quote": b'text\n"a\nb\n',
+        "no rows": b"text\n",
+        "many columns": b"," * 10**5 + b"\n" + b"," * 10**5,
+        "bytes": b"text\n\xff\xfe\n",
+        "two of a name": b"text,text\n1,2\n",
+        "more than there are": b"text\n1,2,3\n",
+        "old line ends": b"text\ra\rb\r",
+    },
+    "x.parquet": {
+        "bytes": b"PAR1" + bytes(99) + b"PAR1",
+        "cut": table(text=["a"] * 999)[:-9],
+        "empty": b"",
+        "a footer of 2 GiB": b"PAR1" + b"\xff\xff\xff\x7fPAR1",
+        "bytes in it": table(text=[b"\xff\xfe"]),
+        "dates": table(text=pyarrow.array([2**62], pyarrow.timestamp("ns"))),
+        "a date of the year 292,277": table(text=pyarrow.array([2**53], pyarrow.timestamp("ms"))),
+        "numbers": table(text=[float("nan"), 1e308]),
+        "lists": table(text=[[["a"]], None]),
+        "no columns": table(),
+    },
+}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in PARTS for kind in PARTS[name]])
 def test_parts(liar, which, name, kind, capfd, monkeypatch):  # noqa: F811
     monkeypatch.setattr("corpus.files.MAX_RECORD", MAX_RECORD // 16)
@@ -355,7 +431,17 @@ ARCHIVES = {
     "exam": {
         **{
             f"zip {name!r}"[:40]: archive(lambda file, name=name: file.writestr(name, "x"))
-            for name in ("../../outside/x", "/tmp/../outside/x", "a/../../../outside/x", "..\\..\\outside\\x", "a\nb", "\x1b[2J", "a" * 300, "con", ".")
+            for name in (
+                "../../outside/x",
+                "/tmp/../outside/x",
+                "a/../../../outside/x",
+                "..\\..\\outside\\x",
+                "a\nb",
+                "\x1b[2J",
+                "a" * 300,
+                "con",
+                ".",
+            )
         },
         "zip a link": archive(link_of_zip),
         "zip cut": GOOD[:-30],
@@ -370,11 +456,16 @@ ARCHIVES = {
         "zip itself": archive(lambda file: file.writestr("exam.zip", "x")),
     },
     "tar": {
-        **{f"tar {name!r}": tarred(member(name, size=1)) for name in ("../../outside/x", "/outside/x", "a/../../../outside/x", ".", "a\nb")},
+        **{
+            f"tar {name!r}": tarred(member(name, size=1))
+            for name in ("../../outside/x", "/outside/x", "a/../../../outside/x", ".", "a\nb")
+        },
         "tar a link": tarred(member("link", tarfile.SYMTYPE, "../../outside"), member("link/x", size=1)),
         "tar a link to all": tarred(member("link", tarfile.SYMTYPE, "/"), member("link/etc/x", size=1)),
         "tar a hard link": tarred(member("link", tarfile.LNKTYPE, "../../outside/x")),
-        "tar a link in two steps": tarred(member("a", tarfile.SYMTYPE, "."), member("b", tarfile.SYMTYPE, "a/../../../outside"), member("b/x", size=1)),
+        "tar a link in two steps": tarred(
+            member("a", tarfile.SYMTYPE, "."), member("b", tarfile.SYMTYPE, "a/../../../outside"), member("b/x", size=1)
+        ),
         "tar a device": tarred(member("zero", tarfile.CHRTYPE)),
         "tar a pipe": tarred(member("text.jsonl", tarfile.FIFOTYPE)),
         "tar cut": tarred(member("a.jsonl", size=10**5))[:-20],
@@ -383,9 +474,10 @@ ARCHIVES = {
         "tar a size of 2^40": tarred(member("a.jsonl", size=9)).replace(b"x", b"y"),
         "tar damaged": (lambda data: data[:40] + bytes(9) + data[49:])(tarred(member("a.jsonl", size=10**5))),
     },
-}  # fmt: skip
+}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("entry", "name"), [(entry, name) for entry in ARCHIVES for name in ARCHIVES[entry]])
 def test_archives(liar, entry, name, capfd):
     liar.files = {{"exam": "exam.zip", "tar": "corpus.tar.bz2"}[entry]: ARCHIVES[entry][name]}
@@ -429,11 +521,8 @@ def test_what_is_shown_of_a_stranger_file_cannot_steer_the_terminal(name, tmp_pa
     }
     for file, record in records.items():
         Path(file).write_text((json.dumps(record) + "\n" + json.dumps({"x": text}) + "\n") * 9, "utf-8")
-        with_names = cli.run
-        try:
-            with_names(lambda file=file: data_process.main(["look", file]))
-        except SystemExit:
-            pass
+        with suppress(SystemExit):
+            cli.run(lambda file=file: data_process.main(["look", file]))
         out, err = capfd.readouterr()
         assert out
         assert not [letter for letter in out + err if not letter.isprintable() and letter not in "\n\t"], file

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 import export
 from base.cli import UserError
-from model.chat import EOS, IM_END
+from model.chat import EOS, IM_END, SPECIAL_TOKENS
 from model.checkpoint import check_model, load_merged, load_model, load_outline, save_model
 from model.gguf import write_modelfile
 from model.lora import apply_lora
@@ -59,13 +59,23 @@ def change(path: Path, **changes):
     path.write_text(json.dumps({name: value for name, value in content.items() if value != "GONE"}), "utf-8")
 
 
-SIZES = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
+SIZES = [
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+]
 SIZES += ["head_dim", "max_position_embeddings"]
 BAD_CONFIGS = [
     *((size, value) for size in SIZES for value in (0, -1, 2**40, 1e300, "64", [64], True, 64.5)),
     *(("rms_norm_eps", value) for value in (-1, float("nan"), float("inf"), "x", [], 0)),
     *(("rope_theta", value) for value in (0, -1, float("nan"), float("inf"), "x", [])),
-    *(("rope_parameters", value) for value in (3, [], "x", {"rope_type": "yarn"}, {"rope_type": []}, {"rope_theta": None})),
+    *(
+        ("rope_parameters", value)
+        for value in (3, [], "x", {"rope_type": "yarn"}, {"rope_type": []}, {"rope_theta": None})
+    ),
     *(("model_type", value) for value in (None, 3, [], {}, "gpt2", "../llama", "LLAMA", "qwen3\0", "glm4_moe")),
     *(("hidden_act", value) for value in ("relu", 3, [], {"a": 1})),
     *(("attention_bias", value) for value in (True, "x", 1)),
@@ -73,7 +83,7 @@ BAD_CONFIGS = [
     *(("eos_token_id", value) for value in ("x", [[]], {}, -1, 2**70, [None], ["a"])),
     *(("quantization_config", value) for value in ({"quant_method": "gptq"}, 3, "x")),
     *(("layer_types", value) for value in (["sliding_attention"], 3, [[]], {"a": 1})),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("field", "value"), BAD_CONFIGS, ids=str)
@@ -82,14 +92,17 @@ def test_a_strangers_config_is_read_or_refused_in_words(field, value, world):
     before = psutil.Process().memory_info().rss
     changes = {field: value} | ({"rope_parameters": "GONE"} if field == "rope_theta" else {})
     change(world / "sft/config.json", **changes)
+    refusal, model = None, None
     try:
         load_outline(world / "sft")
         model = load_model(world / "sft")
     except UserError as error:
-        assert str(error)
-        assert "\n" not in str(error)
-    else:
+        refusal = str(error)
+    if model:
         assert torch.isfinite(model.eval()(torch.arange(20, 30)[None])).all()
+    else:
+        assert refusal
+        assert "\n" not in refusal
     assert psutil.Process().memory_info().rss < before + MEMORY
 
 
@@ -97,14 +110,47 @@ BAD_ADAPTERS = [
     *(("r", value) for value in (0, -1, 1.5, "2", None, [], True, 3, 2**16, 2**70)),
     *(("lora_alpha", value) for value in (0, -1, float("nan"), float("inf"), "4", None, [], 2**2000)),
     *(("lora_dropout", value) for value in (-1, 2, float("nan"), "x", [])),
-    *(("target_modules", value) for value in ([], "q_proj", ["x"], [3], [[]], {"q_proj": 1}, ["lm_head"], None, "all-linear", ["../q_proj"], ["q_proj", "v_proj"])),
+    *(
+        ("target_modules", value)
+        for value in (
+            [],
+            "q_proj",
+            ["x"],
+            [3],
+            [[]],
+            {"q_proj": 1},
+            ["lm_head"],
+            None,
+            "all-linear",
+            ["../q_proj"],
+            ["q_proj", "v_proj"],
+        )
+    ),
     *(("peft_type", value) for value in ("LOHA", 3, ["LORA"])),
     *(("use_dora", value) for value in (True, "x")),
-    *(("base_model_name_or_path", value) for value in (None, 3, [], "", "\0", "\ud800", "a" * 5000, "/dev/zero", "/etc", "../" * 99, "http://x/y", "lora")),
-]  # fmt: skip
+    *(
+        ("base_model_name_or_path", value)
+        for value in (
+            None,
+            3,
+            [],
+            "",
+            "\0",
+            "\ud800",
+            "a" * 5000,
+            "/dev/zero",
+            "/etc",
+            "../" * 99,
+            "http://x/y",
+            "lora",
+        )
+    ),
+]
 
 
-@pytest.mark.parametrize(("field", "value"), BAD_ADAPTERS, ids=lambda value: str(value)[:30].encode("ascii", "replace").decode())
+@pytest.mark.parametrize(
+    ("field", "value"), BAD_ADAPTERS, ids=lambda value: str(value)[:30].encode("ascii", "replace").decode()
+)
 def test_a_strangers_adapter_is_refused_in_words(field, value, world):
     before = psutil.Process().memory_info().rss
     change(world / "lora/adapter_config.json", **{field: value})
@@ -121,15 +167,16 @@ STOPS = [[99_999_999], [-5], [300], [], [[3]], ["x"], "x", None, 2.5, True, [4] 
 def test_stop_tokens_of_any_kind_in_a_modelfile(ids, world):
     change(world / "sft/generation_config.json", eos_token_id=ids)
     model = load_model(world / "sft")
-    try:
-        write_modelfile(world / "Modelfile", model, Path("x.gguf"))
-    except UserError as error:
-        assert "no control token" in str(error)
-        assert not (world / "Modelfile").exists()
-    else:
-        stops = [line for line in (world / "Modelfile").read_text("utf-8").splitlines() if line.startswith("PARAMETER stop")]
+    path = world / "Modelfile"
+    if all(0 <= token_id < len(SPECIAL_TOKENS) for token_id in model.stop_token_ids):
+        write_modelfile(path, model, Path("x.gguf"))
+        stops = [line for line in path.read_text("utf-8").splitlines() if line.startswith("PARAMETER stop")]
         assert set(stops) <= {'PARAMETER stop "<|end_of_text|>"', 'PARAMETER stop "<|im_end|>"'}
         assert len(stops) == len(set(stops)) > 0
+    else:
+        with pytest.raises(UserError, match="no control token"):
+            write_modelfile(path, model, Path("x.gguf"))
+        assert not path.exists()
 
 
 TEMPLATES = {
@@ -148,6 +195,7 @@ TEMPLATES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "a large number"])
 def test_a_template_that_is_none_is_not_exported(name, world, run_here):
     path = world / "sft/chat_template.jinja"
@@ -160,16 +208,23 @@ def test_a_template_that_is_none_is_not_exported(name, world, run_here):
 
 TOKENIZERS = {
     "no merges": lambda content: content["model"].pop("merges"),
-    "merges as texts": lambda content: content["model"].update(merges=[" ".join(pair) for pair in content["model"]["merges"]]),
+    "merges as texts": lambda content: content["model"].update(
+        merges=[" ".join(pair) for pair in content["model"]["merges"]]
+    ),
     "merges that are none": lambda content: content["model"].update(merges=[["x", "y"]]),
-    "another kind": lambda content: content.update(model={"type": "WordLevel", "vocab": content["model"]["vocab"], "unk_token": "<unk>"}),
+    "another kind": lambda content: content.update(
+        model={"type": "WordLevel", "vocab": content["model"]["vocab"], "unk_token": "<unk>"}
+    ),
     "another normalizer": lambda content: content.update(normalizer={"type": "Lowercase"}),
     "another splitting": lambda content: content.update(pre_tokenizer={"type": "Whitespace"}),
-    "a word that becomes a control token": lambda content: content["added_tokens"].append(content["added_tokens"][4] | {"id": 4, "content": "the"}),
+    "a word that becomes a control token": lambda content: content["added_tokens"].append(
+        content["added_tokens"][4] | {"id": 4, "content": "the"}
+    ),
 }
 
 
-@pytest.mark.parametrize("to", [pytest.param("gguf", marks=pytest.mark.slow), "bf16"])
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["gguf", "bf16"])
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_a_tokenizer_of_another_kind_is_not_exported_as_ours(name, to, world, run_here):
     if to == "gguf":
@@ -188,7 +243,22 @@ def test_a_tokenizer_of_another_kind_is_not_exported_as_ours(name, to, world, ru
         assert "the tokens of" in result.out
 
 
-NAMES = ["a b", "芥子", 'a"b', "a'b", "$(id)", "a;b", "-rf", "{x}", "%s", "a#b", "a\nSYSTEM x", "a\r", "\x1b[2J", os.fsdecode(b"\xff")]
+NAMES = [
+    "a b",
+    "芥子",
+    'a"b',
+    "a'b",
+    "$(id)",
+    "a;b",
+    "-rf",
+    "{x}",
+    "%s",
+    "a#b",
+    "a\nSYSTEM x",
+    "a\r",
+    "\x1b[2J",
+    os.fsdecode(b"\xff"),
+]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="names of POSIX")
@@ -206,13 +276,16 @@ def test_a_folders_name_says_nothing_in_a_modelfile_or_a_command(name, world, mo
     assert lines[0] == f"FROM ./{name}-f16.gguf"
     assert {line.split()[0] for line in lines if line[:4].isupper()} == {"FROM", "TEMPLATE", "PARAMETER"}
     command = capsys.readouterr().out.strip().splitlines()[-1].partition("now: ")[2]
-    said = subprocess.run(["bash", "-c", f"ollama() {{ printf '%s\\n' \"$@\"; }}; {command}"], capture_output=True, text=True)
+    said = subprocess.run(
+        ["bash", "-c", f"ollama() {{ printf '%s\\n' \"$@\"; }}; {command}"], capture_output=True, text=True
+    )
     assert said.stdout.splitlines() == ["create", name, "-f", str(world / "out/Modelfile")]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links and pipes of POSIX")
 @pytest.mark.parametrize("output", ["sft", "lora", "sft/x", "file", "file/x", ".", "pipe", "x" * 300, "link", "busy"])
-@pytest.mark.parametrize("to", [pytest.param("gguf", marks=pytest.mark.slow), "bf16"])
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["gguf", "bf16"])
 def test_places_where_nothing_may_be_put(output, to, world, run_here, monkeypatch):
     if to == "gguf":
         pytest.importorskip("gguf")
@@ -238,7 +311,9 @@ def test_places_where_nothing_may_be_put(output, to, world, run_here, monkeypatc
 
 @pytest.mark.slow
 @pytest.mark.parametrize("to", ["gguf", "ollama", "bf16", "untied", "merged"])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=["SIGKILL", "SIGTERM", "SIGINT"])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=["SIGKILL", "SIGTERM", "SIGINT"]
+)
 def test_an_export_that_is_interrupted_leaves_nothing_by_its_name_or_the_whole(to, number, world):
     """At random moments, the file writing among them; then it is run to its end."""
     if to in ("gguf", "ollama"):
@@ -260,7 +335,11 @@ def test_an_export_that_is_interrupted_leaves_nothing_by_its_name_or_the_whole(t
         process.send_signal(number)
         _, err = process.communicate(timeout=TIMEOUT)
         assert "Traceback" not in err
-        names = {path.name for path in (world / "out").iterdir() if path.name[0] != "."} if (world / "out").exists() else set()
+        names = (
+            {path.name for path in (world / "out").iterdir() if path.name[0] != "."}
+            if (world / "out").exists()
+            else set()
+        )
         assert names <= whole
         if "model.safetensors" in names:
             assert names == whole
@@ -276,18 +355,25 @@ def test_an_export_that_is_interrupted_leaves_nothing_by_its_name_or_the_whole(t
 EVIL = 'open("pwned", "w").close()\nclass Model: pass\n'
 TEACHERS = {  # changes of a GPT-2's config.json
     "code of its own": {"auto_map": {"AutoConfig": "evil.Model", "AutoModelForCausalLM": "evil.Model"}},
-    "code of its own, of an unknown kind": {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Model", "AutoModelForCausalLM": "evil.Model"}},
+    "code of its own, of an unknown kind": {
+        "model_type": "evil",
+        "auto_map": {"AutoConfig": "evil.Model", "AutoModelForCausalLM": "evil.Model"},
+    },
     "an unknown kind": {"model_type": "nothing"},
     "no kind": {"model_type": "GONE"},
     "an encoder": {"model_type": "bert"},
-    **{f"{field} {value!r}": {field: value} for field in ("n_layer", "n_head", "n_embd") for value in (0, -1, "x", None, 1.5, [])},
+    **{
+        f"{field} {value!r}": {field: value}
+        for field in ("n_layer", "n_head", "n_embd")
+        for value in (0, -1, "x", None, 1.5, [])
+    },
     "a vocabulary of 7": {"vocab_size": 7},
     "an unknown activation": {"activation_function": "evil"},
     "GPTQ": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
     "bitsandbytes": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
     "an unknown format": {"dtype": "float3"},
     "an attention from a hub": {"_attn_implementation": "evil/kernel"},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -301,15 +387,20 @@ def gpt2(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TEACHERS)
-def test_a_strangers_teacher_teaches_or_is_refused_and_runs_no_code(name, gpt2, data, base_dir, tmp_path, run_here, monkeypatch):
+def test_a_strangers_teacher_teaches_or_is_refused_and_runs_no_code(
+    name, gpt2, data, base_dir, tmp_path, run_here, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(logging, "raiseExceptions", False)  # its log holds another test's stderr
     shutil.copytree(gpt2, tmp_path / "gpt2")
     (tmp_path / "gpt2/evil.py").write_text(EVIL)
     change(tmp_path / "gpt2/config.json", **TEACHERS[name])
     flags = ["--data", data, "--init_from", base_dir, "--teacher", tmp_path / "gpt2", "--out_dir", tmp_path / "out"]
-    result = run_here("6-distill.py", *flags, "--max_seq_len", 64, "--max_steps", 1, "--batch_size", 2, "--eval_rows", 1)
+    result = run_here(
+        "6-distill.py", *flags, "--max_seq_len", 64, "--max_steps", 1, "--batch_size", 2, "--eval_rows", 1
+    )
     if result.status:
         assert result.status in (1, 2)  # 1: it loads, and has no finite number to say
         assert result.err.splitlines()[-1].startswith("error: ")  # after what transformers says
@@ -318,7 +409,10 @@ def test_a_strangers_teacher_teaches_or_is_refused_and_runs_no_code(name, gpt2, 
     assert not (ROOT / "pwned").exists()
 
 
-@pytest.mark.parametrize("spoil", ["cut", "a pickle", "none", "a header of 2^62", "other shapes", "NaN", "pytorch_model.bin"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "spoil", ["cut", "a pickle", "none", "a header of 2^62", "other shapes", "NaN", "pytorch_model.bin"]
+)
 def test_a_teachers_weights(spoil, gpt2, data, base_dir, tmp_path, run_here, monkeypatch):
     monkeypatch.setattr(logging, "raiseExceptions", False)
     shutil.copytree(gpt2, tmp_path / "gpt2")
@@ -339,6 +433,8 @@ def test_a_teachers_weights(spoil, gpt2, data, base_dir, tmp_path, run_here, mon
     elif spoil == "pytorch_model.bin":
         torch.save(tensors, path.with_name("pytorch_model.bin"))
     flags = ["--data", data, "--init_from", base_dir, "--teacher", tmp_path / "gpt2", "--out_dir", tmp_path / "out"]
-    result = run_here("6-distill.py", *flags, "--max_seq_len", 64, "--max_steps", 1, "--batch_size", 2, "--eval_rows", 1)
+    result = run_here(
+        "6-distill.py", *flags, "--max_seq_len", 64, "--max_steps", 1, "--batch_size", 2, "--eval_rows", 1
+    )
     assert result.status == (1 if spoil == "NaN" else 2)
     assert result.err.splitlines()[-1].startswith("error: ")

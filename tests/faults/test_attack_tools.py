@@ -323,8 +323,9 @@ def test_a_process_that_cannot_be_started_is_an_error(users, monkeypatch):
 def test_a_function_does_not_outlive_a_caller_that_was_killed(tmp_path):
     (tmp_path / "mine.py").write_text(USERS, "utf-8")
     code = (
-        "import sys; from engine import tools; tools.MAX_SECONDS = 1000; known = tools.load_tools([sys.argv[1]]); "
-        "print('ready', flush=True); tools.run_calls(known, [{'name': 'act', 'arguments': {'what': 'ignores signals'}}])"
+        "import sys; from engine import tools; tools.MAX_SECONDS = 1000; known = tools.load_tools([sys.argv[1]])\n"
+        "print('ready', flush=True)\n"
+        "tools.run_calls(known, [{'name': 'act', 'arguments': {'what': 'ignores signals'}}])"
     )
     caller = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path / "mine.py")], cwd=ROOT, stdout=subprocess.PIPE, text=True
