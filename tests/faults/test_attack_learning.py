@@ -85,10 +85,10 @@ NOTES = {
         for value in ("(", "*", "[", 3, "(?P<x", "\\")
     },
     **{
-        f"the numbers {value!r:.20}": ("countdown", json.dumps({"answer": "", "numbers": value}))
+        f"the numbers {value!r:.20}": ("countdown", json.dumps({"answer": "1", "numbers": value}))
         for value in (3, "x", None, [[]], [None], {})
     },
-    "no numbers": ("countdown", '{"answer": ""}'),
+    "no numbers": ("countdown", '{"answer": "1"}'),
 }
 
 
@@ -96,9 +96,6 @@ NOTES = {
 def wordy(monkeypatch):
     """Whatever the model writes is taken for the answer 1."""
     monkeypatch.setattr(rollouts, "read_reply", lambda sequence, tokenizer: Reply("1"))
-
-
-FINE = {"the number '" + "9" * 12, "the answer 3", "the numbers {}", "no numbers"}
 
 
 @pytest.mark.slow
@@ -111,8 +108,8 @@ def test_a_note_that_cannot_be_judged_by_is_named(name, wordy, brief_dir, run_he
     if result.status:
         assert result.error_line(status=2)
         assert not (tmp_path / "out").exists()
-    else:  # "1" is judged without what is wrong, or it is the same to the function
-        assert name in FINE
+    else:  # the answer is wrong whatever the note may mean
+        assert reward in ("number", "countdown")
 
 
 FUNCTIONS = {
