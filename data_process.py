@@ -37,6 +37,7 @@ from base.cli import (
     natural,
     not_negative,
     positive,
+    printable,
     python_command,
     run,
 )
@@ -129,7 +130,7 @@ def show(args: argparse.Namespace):
     for title, (ids, mask) in zip(KINDS[data.kind].titles, data.record(args.index), strict=True):
         print(f"--- {title} {args.index} of {args.split}: {len(ids)} tokens, {mask.sum()} trained")
         for trained, stretch in groupby(zip(ids.tolist(), mask.tolist(), strict=True), key=lambda pair: pair[1]):
-            text = tokenizer.decode([token_id for token_id, _ in stretch], skip_special_tokens=False)
+            text = printable(tokenizer.decode([token_id for token_id, _ in stretch], skip_special_tokens=False))
             marked = trained and data.mask is not None
             print(f"{before}{text}{after}" if marked else text, end="")
         print()
@@ -190,9 +191,8 @@ def look(args: argparse.Namespace):
     """The command look: what files hold, and the command to go on with."""
     seen = first_look(args.inputs, args.records, args.fields)
     about = f" of about {seen.records / seen.share:,.0f}" if seen.share < 1 else ""
-    print(
-        f"{', '.join(args.inputs)}: the first {seen.records:,}{about} records, with the fields {', '.join(seen.names)}"
-    )
+    names = printable(", ".join(seen.names))
+    print(f"{', '.join(args.inputs)}: the first {seen.records:,}{about} records, with the fields {names}")
     if seen.reading is None:
         raise UserError(
             f"{args.inputs[0]}: the records are of no known shape: say which field is which with --fields, such as "
@@ -207,12 +207,13 @@ def look(args: argparse.Namespace):
         settled = parse_arguments(command)
         settled.max_bad_fraction = 1
         report, documents = examine(seen, settled)
-        print("\n".join(describe(report, documents, args.tokenizer)))
+        print(printable("\n".join(describe(report, documents, args.tokenizer))))
         draw(report.figures.as_dict(), args.picture)
         print(f"picture: {args.picture}")
     else:
         for place, record in some(seen.batches[0].records):
-            print(f"--- record {place}\n{json.dumps(parse(record), ensure_ascii=False, default=str)[:SHOWN]}")
+            text = json.dumps(parse(record), ensure_ascii=False, default=str)
+            print(f"--- record {place}\n{printable(text[:SHOWN])}")
     script = ["data_process.py", *command]
     if seen.reading.command == "exam":
         script = ["eval.py", "--choice", *args.inputs]

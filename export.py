@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from base.cli import HelpFormatter, UserError, run
+from base.cli import HelpFormatter, UserError, join_words, run
 from base.files import write_file
 from model.checkpoint import load_model, load_with_adapter, replacing_model, save_model
 from model.gguf import WEIGHT_TYPES, write_gguf, write_modelfile
@@ -46,7 +46,8 @@ def export_gguf(model: CausalLM, args: argparse.Namespace, output: Path) -> Path
 def export_ollama(model: CausalLM, args: argparse.Namespace, output: Path):
     path = export_gguf(model, args, output)
     write_modelfile(output / "Modelfile", model, path)
-    print(f"{output / 'Modelfile'}; now: ollama create {args.model.resolve().name} -f {output / 'Modelfile'}")
+    command = ["ollama", "create", args.model.resolve().name, "-f", str(output / "Modelfile")]
+    print(f"{output / 'Modelfile'}; now: {join_words(command)}")
 
 
 def export_folder(
@@ -84,6 +85,8 @@ def main():
     args = parser.parse_args()
     if args.to == "merged" and not args.lora:
         raise UserError("--to merged needs the adapter: add --lora DIR")
+    if not args.model.resolve().name.isprintable():  # a line of it could say something in a Modelfile
+        raise UserError(f"the name {args.model.resolve().name!r} cannot be shown: rename the folder")
     model = load_with_adapter(args.model, args.lora) if args.lora else load_model(args.model)
     model.eval()
     default = args.model.parent / f"{args.model.resolve().name}-{args.to}"

@@ -45,7 +45,8 @@ def main():
         import_extra(name, "requirements-serve.txt")
     import uvicorn
 
-    from server.api import LOOPBACK, create_app
+    from server.api import create_app, is_local
+    from server.guard import Impatient
     from server.models import find_models
 
     device = choose_device(args.device)
@@ -60,14 +61,14 @@ def main():
         listening = socket.create_server((args.host, args.port), family=family, backlog=2048)
     except (OSError, OverflowError) as error:
         raise UserError(f"cannot listen at {args.host}:{args.port} ({error}): give another --host or --port") from None
-    if args.host not in LOOPBACK and not args.api_key:
+    if not is_local(args.host) and not args.api_key:
         print("anyone who can reach this machine can use the models: give --api_key", file=sys.stderr)
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(args.host, args.host)
     url = f"http://{host}:{listening.getsockname()[1]}"
     print(f"{url}  {', '.join(models)}", flush=True)
     if args.open:
         threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
-    options = dict(http="h11", ws="none", log_level="warning", server_header=False, timeout_graceful_shutdown=GRACE)
+    options = dict(http=Impatient, ws="none", log_level="warning", server_header=False, timeout_graceful_shutdown=GRACE)
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn passes it on when all is closed
         uvicorn.Server(uvicorn.Config(app, **options)).run(sockets=[listening])
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -63,6 +64,15 @@ def forget_reader():
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     pass
+
+
+def printable(text: str) -> str:
+    """With escapes in the place of characters that would steer the terminal, but for line ends and tabs."""
+    steers = ("Cc", "Cf", "Cs")
+    return "".join(
+        ascii(letter)[1:-1] if unicodedata.category(letter) in steers and letter not in "\n\t" else letter
+        for letter in text
+    )
 
 
 def positive(text: str) -> int:

@@ -20,6 +20,8 @@ RESTORE = "restore it from a copy, or make it anew"
 
 def write_file(path: Path, write: Callable[[Path], object]):
     """Calls write(temporary_path) and renames the result to `path`. OSError, and the old file stays, if that fails."""
+    if path.exists() and not path.is_file():  # a device, say: it would be replaced
+        raise OSError(f"cannot write {path}: it is there, and is no file")
     temporary = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,6 +60,8 @@ def read_json(path: Path) -> dict:
 def replacing_directory(directory: Path) -> Iterator[Path]:
     """A new, empty neighbour of `directory`, which takes its place if the block ends well, and else goes away."""
     directory = directory.absolute()  # so that "." has a name
+    if directory.exists() and not directory.is_dir():  # a device, say
+        raise UserError(f"{directory}: cannot be replaced: it is no folder")
     new = directory.with_name(f".{directory.name}.{os.getpid()}.new")
     try:
         new.mkdir(parents=True)

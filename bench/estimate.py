@@ -12,7 +12,7 @@ import argparse
 
 import torch
 
-from base.cli import HelpFormatter, above_zero, fraction, positive, run
+from base.cli import HelpFormatter, above_zero, positive, run
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
 from model.operators import attention_kind
@@ -52,7 +52,7 @@ def main():
     parser.add_argument("--tokens", type=above_zero, help="million; without it, 20 a weight at work (arXiv 2203.15556)")
     parser.add_argument("--max_seq_len", type=positive, default=512, help="tokens in a row")
     parser.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw", help="update rule")
-    parser.add_argument("--utilisation", type=fraction, default=0.35, help="an assumption: share of the peak reached")
+    parser.add_argument("--utilisation", type=above_zero, default=0.35, help="an assumption: share of the peak reached")
     parser.add_argument("--price", type=above_zero, default=1.0, help="an example: of a card's hour, in any currency")
     args = parser.parse_args()
     print(f"assumed: {args.utilisation:.0%} of the peak, {args.price:g} an hour, {ROOM:.0%} of a card's memory")

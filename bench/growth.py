@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from base.cli import HelpFormatter, positive, run
+from base.cli import HelpFormatter, UserError, positive, run
 from bench.contest import TOKENIZER, Contest
 from bench.memory import resident
 from bench.train_speed import jiezi, made_up_batch
@@ -44,7 +44,7 @@ def sized(name: str) -> LMConfig:
     try:
         width, layers = map(int, name.split("x"))
     except ValueError:
-        raise ValueError(f"--models {name}: not WIDTHxLAYERS, such as 256x5") from None
+        raise UserError(f"--models {name}: not WIDTHxLAYERS, such as 256x5") from None
     heads = width // (64 if width >= 256 else 32)
     return LMConfig(
         hidden_size=width,

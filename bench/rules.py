@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from base.cli import HelpFormatter, natural, positive
+from base import cli
+from base.cli import HelpFormatter, UserError, join_words, natural, positive
 from base.files import sha256
 from corpus.kinds import KINDS
 from corpus.prepared import read_meta
@@ -30,7 +31,10 @@ SKIPPED = {"all rules": [], "no rule": RULES} | {f"without {rule}": [rule] for r
 def run(*words) -> str:
     """Runs a script of the project; what it printed."""
     command = [sys.executable, *map(str, words)]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, encoding="utf-8").stdout
+    ended = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8")
+    if ended.returncode:  # it has said why
+        raise UserError(f"stopped: {join_words(command[1:])}")
+    return ended.stdout
 
 
 def prepare(args: argparse.Namespace, name: str) -> Path:
@@ -90,4 +94,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

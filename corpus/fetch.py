@@ -4,17 +4,23 @@ Hugging Face by its own library (HF_ENDPOINT, HF_TOKEN and the cache are as ever
 (MODELSCOPE_ENDPOINT, MODELSCOPE_API_TOKEN). Either goes on after a cut, and both tell sums that are checked.
 """
 
+import csv
 import difflib
 import fnmatch
 import gzip
 import http.client
 import io
+import itertools
 import json
 import os
+import re
 import shutil
+import tarfile
 import time
 import urllib.parse
 import urllib.request
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +37,12 @@ CATALOGUE = Path(__file__).parent / "catalogue.json"
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2")
 TRIES, WAIT, MOST_WAIT = 6, 1.0, 60.0  # seconds before the second try; twice as long before each further one
 BLOCK = 2**20
-NETWORK = (OSError, http.client.HTTPException, huggingface_hub.errors.HTTPError)  # errors, of urllib and of the library
+MOST_FILES, MOST_LISTING = 100_000, 2**26  # of a data set; bytes in which a hub may name a part of them
+# Errors of urllib and of the library, for a cut or for what is no HTTP, and of readers of what came.
+NETWORK = (OSError, http.client.HTTPException, huggingface_hub.errors.HTTPError)
+NO_SENSE = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
+DAMAGED = (ValueError, OverflowError, EOFError, zlib.error, csv.Error)
+NO_ARCHIVE = (*DAMAGED, shutil.ReadError, tarfile.TarError, RuntimeError)  # the last for passwords and odd methods
 REASONS = {  # HTTP status -> what it means here
     401: "asks who you are, or for your consent: agree on {page} and give a token in {token}",
     403: "asks who you are, or for your consent: agree on {page} and give a token in {token}",
@@ -68,6 +79,16 @@ class RemoteFile(NamedTuple):
     size: int | None  # bytes
     sha256: str | None
 
+    def checked(self) -> "RemoteFile":
+        """ValueError where a hub says what cannot be."""
+        if not isinstance(self.path, str) or not self.path.isprintable():
+            raise ValueError(f"a file's name is {self.path!r:.60}")
+        if self.size is not None and (type(self.size) is not int or self.size < 0):
+            raise ValueError(f"a file's size is {self.size!r:.60}")
+        if self.sha256 is not None and not isinstance(self.sha256, str):
+            raise ValueError(f"a file's sum is {self.sha256!r:.60}")
+        return self
+
 
 def read_catalogue() -> dict[str, Entry]:
     return {entry["name"]: Entry(**entry) for entry in json.loads(CATALOGUE.read_text("utf-8"))}
@@ -97,6 +118,11 @@ def status_of(error: Exception) -> int | None:
 def _is_local(error: Exception) -> bool:
     """Whether it is the disk that fails, not the line."""
     return isinstance(error, OSError) and getattr(error, "filename", None) is not None and not status_of(error)
+
+
+def _number(text: str | None) -> int | None:
+    """Of a header's value, where it is one."""
+    return int(text) if text and re.fullmatch("[0-9]{1,18}", text) else None
 
 
 class RemoteStream(io.RawIOBase):
@@ -136,8 +162,8 @@ class RemoteStream(io.RawIOBase):
                 status = status_of(error)
                 if tries == TRIES or (status and status not in (408, 429) and status < 500):
                     raise
-                asked = str(error.headers.get("Retry-After")) if status else ""
-                wait = min(float(asked) if asked.isdigit() else WAIT * 2 ** (tries - 1), MOST_WAIT)
+                asked = _number(error.headers.get("Retry-After")) if status else None
+                wait = min(WAIT * 2 ** (tries - 1) if asked is None else asked, MOST_WAIT)
                 print(f"{self.url}: {error}; again in {wait:g} s", flush=True)
                 time.sleep(wait)
 
@@ -159,8 +185,7 @@ class RemoteStream(io.RawIOBase):
         self.response = urllib.request.urlopen(request, timeout=60)
         headers = self.response.headers
         if self.size is None:
-            size = headers.get("Content-Range", "").rpartition("/")[2] or headers.get("Content-Length", "")
-            self.size = int(size) if size.isdigit() else None
+            self.size = _number(headers.get("Content-Range", "").rpartition("/")[2] or headers.get("Content-Length"))
         left = self.position if self.response.status != 206 else 0  # it sends all, though a part was asked for
         while left and (block := self.response.read(min(left, BLOCK))):
             left -= len(block)
@@ -189,7 +214,7 @@ class HuggingFace:
 
     def files(self) -> list[RemoteFile]:
         api = huggingface_hub.HfApi(endpoint=self.endpoint)
-        tree = api.list_repo_tree(**self.where, recursive=True)
+        tree = itertools.islice(api.list_repo_tree(**self.where, recursive=True), MOST_FILES)
         files = [item for item in tree if isinstance(item, huggingface_hub.hf_api.RepoFile)]
         return [RemoteFile(file.path, file.size, file.lfs.sha256 if file.lfs else None) for file in files]
 
@@ -232,8 +257,10 @@ class ModelScope:
         while True:  # page by page, until one is not full
             page = dict(Revision=self.revision, Recursive="True", PageNumber=len(found) // 100 + 1, PageSize=100)
             with RemoteStream(f"{self.api}/tree?{urllib.parse.urlencode(page)}", self.headers, None) as stream:
-                listing = json.loads(stream.readall())
+                listing = json.loads(io.BufferedReader(stream).read(MOST_LISTING))
             items = (listing.get("Data") or {}).get("Files") or []
+            if len(found) >= MOST_FILES or (found and items[:1] == found[:1]):
+                raise ValueError("its list has no end")
             found += items
             if len(items) < 100:
                 break
@@ -256,14 +283,17 @@ class ModelScope:
                 while block := stream.read(BLOCK):
                     out.write(block)
                     bar.update(len(block))
-        if file.sha256 and sha256(part) != file.sha256:
+        if (file.sha256 and sha256(part) != file.sha256) or file.size not in (None, part.stat().st_size):
             part.unlink()
             raise _wrong_sum(file)
         os.replace(part, target)
 
 
 def _wrong_sum(file: RemoteFile) -> UserError:
-    return UserError(f"{file.path}: what came has another SHA-256 than the hub tells, and was deleted: fetch it again")
+    return UserError(
+        f"{file.path}: what came has another SHA-256 than the hub tells, or another size, and was deleted: "
+        "fetch it again"
+    )
 
 
 HUBS = {"hf": HuggingFace, "ms": ModelScope}
@@ -287,15 +317,18 @@ def explain(error: Exception, what: str, hub: Hub) -> Exception:
         return UserError(f"{what}: {reason.format(page=hub.page, token=hub.token)}")
     if _is_local(error):
         return error
+    error = " ".join(str(error).split())  # one line
     return OSError(f"{what} could not be fetched from {hub.title} ({error}): run the command again to go on")
 
 
 def choose_files(entry: Entry, hub: Hub) -> list[RemoteFile]:
     """Those of the set's files that the catalogue means. UserError where there are none, or it is not there."""
     try:
-        files = hub.files()
+        files = [file.checked() for file in hub.files()]
     except NETWORK as error:
         raise explain(error, entry.name, hub) from None
+    except NO_SENSE as error:
+        raise OSError(f"{entry.name}: {hub.title} names its files in a way that makes no sense ({error})") from None
     chosen = [file for file in files if any(fnmatch.fnmatch(file.path, pattern) for pattern in entry.files)]
     chosen = [file for file in chosen if Path(file.path).name not in ("dataset_infos.json", "dataset_info.json")]
     if not chosen:
@@ -331,23 +364,41 @@ def fetch_files(hub: Hub, files: list[RemoteFile], folder: Path) -> list[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             hub.download(file, target)
-        except NETWORK as error:
+        except UserError:
+            raise
+        except (*NETWORK, *NO_SENSE) as error:
             raise explain(error, file.path, hub) from None
         checked = "SHA-256 as the hub tells" if file.sha256 else "the hub tells no sum"
         print(f"{target}: {target.stat().st_size / 1e6:,.1f} MB, {checked}")
     paths = [_target(folder, file.path) for file in files]
     for path in paths:
         if path.name.lower().endswith(ARCHIVES):
-            kwargs = {} if path.suffix.lower() == ".zip" else {"filter": "data"}
-            shutil.unpack_archive(path, path.parent, **kwargs)
-            print(f"{path}: unpacked")
+            unpack(path)
     return paths
+
+
+def unpack(path: Path):
+    """An archive's files, beside it. UserError where it is damaged, or larger than the disk."""
+    is_zip = path.suffix.lower() == ".zip"
+    try:
+        if is_zip:
+            with zipfile.ZipFile(path) as archive:
+                inside = [RemoteFile(info.filename, info.file_size, None) for info in archive.infolist()]
+            check_space(inside, path.parent)
+        shutil.unpack_archive(path, path.parent, **({} if is_zip else {"filter": "data"}))
+    except UserError:
+        raise
+    except (*NO_ARCHIVE, zipfile.BadZipFile) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: cannot be unpacked ({reason}): delete it and fetch it again") from None
+    print(f"{path}: unpacked")
 
 
 def _target(folder: Path, path: str) -> Path:
     """Where a file of the hub comes to lie; UserError for a name that leads out of the folder."""
     target = folder / path
-    if not target.resolve().parent.is_relative_to(folder.resolve()) and not target.is_symlink():
+    # Of its folder, for it may itself be a link: into the library's cache.
+    if not target.parent.resolve().is_relative_to(folder.resolve()) or not target.name or ".." in Path(path).parts:
         raise UserError(f"{path}: the hub gives this as a file's name, and it leads out of {folder}")
     return target
 
@@ -374,10 +425,12 @@ def fetch_part(hub: Hub, files: list[RemoteFile], folder: Path, max_mb: float, m
                     if records == max_records or (max_mb and size >= max_mb * 1e6):
                         break
             os.replace(new, target)
+        except gzip.BadGzipFile as error:  # which is an OSError
+            raise UserError(f"{file.path}: {error}") from None
         except NETWORK as error:
             raise explain(error, file.path, hub) from None
-        except ValueError as error:  # of a reader that cannot make sense of it
-            raise UserError(f"{file.path}: {str(error).splitlines()[0]}") from None
+        except DAMAGED as error:
+            raise UserError(f"{file.path}: {' '.join(str(error).split())}") from None
         finally:
             new.unlink(missing_ok=True)
         print(f"{target}: {target.stat().st_size / 1e6:,.1f} MB; a part, so no sum can be checked")

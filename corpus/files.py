@@ -172,8 +172,8 @@ def read_batches(files: list[Path], text_field: str) -> Iterator[RecordBatch]:
                     if len(records) == BATCH_RECORDS or size > BATCH_BYTES:
                         yield RecordBatch(path, records, before + raw.tell())
                         records, size = [], 0
-        except (EOFError, OSError, ValueError, zlib.error, csv.Error) as error:
-            reason = str(error).splitlines()[0]
+        except (EOFError, OSError, ValueError, OverflowError, zlib.error, csv.Error) as error:
+            reason = " ".join(str(error).split())
             raise UserError(f"{path}: broken after record {place} ({reason}): mend it, or fetch it again") from None
         before += path.stat().st_size
         yield RecordBatch(path, records, before)

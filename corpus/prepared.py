@@ -166,8 +166,10 @@ class Prepared:
         path = self.folder / f"{self.split}.jsonl"
         try:
             notes = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path} cannot be read ({error}); make the data anew") from None
+        if not all(isinstance(note, dict) for note in notes):
+            raise UserError(f"{path} holds a line that is no JSON object; make the data anew")
         if len(notes) != len(self):
             raise UserError(f"{path} and {self.split}.idx do not belong together; make the data anew")
         return notes

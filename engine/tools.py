@@ -38,14 +38,18 @@ def run_calls(tools: dict[str, Tool], calls: list[dict]) -> list[str]:
     """The answer to each call {"name", "arguments"}, as text; what goes wrong is said in it."""
     answers = []
     for call in calls[:MAX_CALLS]:
-        tool = tools.get(call.get("name"))
-        arguments = call.get("arguments")
+        name, arguments = call.get("name"), call.get("arguments")
+        tool = tools.get(name) if isinstance(name, str) else None  # the model may write anything there
         if tool is None:
-            answers.append(f"error: there is no tool {call.get('name')!r}; there are {', '.join(tools)}")
+            answer = f"error: there is no tool {name!r}; there are {', '.join(tools)}"
         elif not isinstance(arguments, dict):
-            answers.append("error: the arguments are not a JSON object")
+            answer = "error: the arguments are not a JSON object"
         else:
-            answers.append(tool.call(arguments))
+            try:
+                answer = tool.call(arguments)
+            except OSError as error:  # no process can be started, say
+                answer = f"error: {error}"
+        answers.append(answer if len(answer) <= MAX_OUTPUT else answer[:MAX_OUTPUT] + " …")
     return answers
 
 
@@ -134,19 +138,20 @@ def calculator() -> Tool:
 
 # Runs in the process of its own; there is no module `resource` on Windows.
 CHILD = f"""
-import importlib.util, json, sys
+import importlib.util, json, signal, sys
 try:
     import resource
+    signal.alarm({MAX_SECONDS} + 1)  # if who called it is killed, and cannot end it any more
     for limit, value in (("AS", {MAX_BYTES}), ("CPU", {MAX_SECONDS}), ("FSIZE", {2**20})):
         resource.setrlimit(getattr(resource, "RLIMIT_" + limit), (value, value))
 except ImportError:
     pass
-path, name, arguments = sys.argv[1:]
+path, name = sys.argv[1:]
 spec = importlib.util.spec_from_file_location("tools", path)
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 try:
-    result = getattr(module, name)(**json.loads(arguments))
+    result = getattr(module, name)(**json.load(sys.stdin))
 except Exception as error:
     result = f"error: {{type(error).__name__}}: {{error}}"
 print(result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str))
@@ -186,11 +191,12 @@ def _functions_of(path: Path) -> dict[str, Tool]:
 
 
 def _call_in_child(path: Path, name: str, arguments: dict) -> str:
-    command = [sys.executable, "-c", CHILD, str(path.resolve()), name, json.dumps(arguments)]
-    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:  # files, whose size has a limit
-        child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, start_new_session=True
-        )
+    command = [sys.executable, "-c", CHILD, str(path.resolve()), name]
+    with contextlib.ExitStack() as stack:  # of files, whose size has a limit
+        given, output, errors = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(3))
+        given.write(json.dumps(arguments).encode())  # a command line would hold 128 kB
+        given.seek(0)
+        child = subprocess.Popen(command, stdin=given, stdout=output, stderr=errors, start_new_session=True)
         try:
             status = child.wait(MAX_SECONDS)
         except subprocess.TimeoutExpired:
@@ -204,7 +210,7 @@ def _call_in_child(path: Path, name: str, arguments: dict) -> str:
         return f"error: {name} took longer than {MAX_SECONDS} seconds"
     if status:
         return f"error: {(lines.splitlines() or [f'status {status}'])[-1]}"
-    return text if len(text) <= MAX_OUTPUT else text[:MAX_OUTPUT] + " …"
+    return text
 
 
 def _beginning(file: BinaryIO) -> str:

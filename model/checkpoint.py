@@ -257,8 +257,11 @@ def load_merged(directory: Path, device: torch.device | str = "cpu") -> CausalLM
 
 
 def base_of(adapter_dir: Path) -> Path:
-    """The folder that an adapter names as its base."""
-    return Path(read_json(Path(adapter_dir) / ADAPTER_CONFIG_FILE).get("base_model_name_or_path") or "")
+    """The folder that an adapter names as its base. UserError where it names none."""
+    base = read_json(Path(adapter_dir) / ADAPTER_CONFIG_FILE).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base or not base.isprintable():
+        raise UserError(f"{Path(adapter_dir) / ADAPTER_CONFIG_FILE} names no folder as base_model_name_or_path")
+    return Path(base)
 
 
 def load_weights(model: CausalLM, tensors: dict[str, Tensor], path: Path):

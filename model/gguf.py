@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from base.cli import import_extra
+from base.cli import UserError, import_extra
 from base.files import read_json, write_file
 from model.chat import BOS, EOS, IM_END, SPECIAL_TOKENS, THINK, TOOLS, load_tokenizer
 from model.LMConfig import LMConfig
@@ -199,5 +199,8 @@ def write_modelfile(path: Path, model: CausalLM, gguf_file: Path):
     }
     lines = [f"FROM ./{gguf_file.name}", f'TEMPLATE """{template}"""']
     lines += [f"PARAMETER {name} {value}" for name, value in parameters.items()]
-    lines += [f'PARAMETER stop "{SPECIAL_TOKENS[token_id]}"' for token_id in sorted(model.stop_token_ids)]
+    for token_id in sorted(set(model.stop_token_ids)):
+        if not 0 <= token_id < len(SPECIAL_TOKENS):
+            raise UserError(f"generation_config.json lets the model stop at {token_id}, which is no control token")
+        lines.append(f'PARAMETER stop "{SPECIAL_TOKENS[token_id]}"')
     write_file(path, lambda temporary: temporary.write_text("\n".join(lines) + "\n", "utf-8"))

@@ -130,14 +130,15 @@ def from_peft(model: CausalLM, tensors: dict[str, Tensor], config: dict):
     r, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout", 0.0)
     targets = config.get("target_modules")
     right = {
-        "r": type(r) is int and 0 < r <= 2**16,
-        "lora_alpha": isinstance(alpha, int | float) and 0 < alpha < math.inf,
+        "r": type(r) is int and {tensor.shape[:1] for name, tensor in tensors.items() if ".lora_A." in name} == {(r,)},
+        "lora_alpha": isinstance(alpha, int | float) and 0 < alpha <= 2**31,
         "lora_dropout": isinstance(dropout, int | float) and 0 <= dropout <= 1,
         "target_modules": isinstance(targets, list) and bool(targets) and all(isinstance(x, str) for x in targets),
     }
     for name in right:
         if not right[name]:
-            raise UserError(f"adapter_config.json has the {name} {config.get(name)}, which no adapter can have")
+            value = repr(config.get(name))[:60]
+            raise UserError(f"adapter_config.json has the {name} {value}, which this adapter cannot have")
     apply_lora(model, r, alpha, dropout, tuple(targets))
     expected, _ = to_peft(model)
     for name in sorted(expected.keys() | tensors.keys()):

@@ -3,6 +3,8 @@
 A failed comparison is an OSError: the file is not what was meant, and write_file and replacing_directory leave it out.
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -47,7 +49,9 @@ def verify_gguf(path: Path, model: CausalLM, tokenizer_dir: Path, weight_type: s
         _check(llama_cpp.encode(text) == encode(tokenizer, text), f"the tokens of {text!r}")
     if model.is_chat:
         ids, _ = encode_chat(tokenizer, CHAT, [TOOL], add_generation_prompt=True)
-        _check(llama_cpp.encode_chat(CHAT, [TOOL]) == ids, "the tokens of a chat with tools")
+        with _reading("the chat template"):
+            their_ids = llama_cpp.encode_chat(CHAT, [TOOL])
+        _check(their_ids == ids, "the tokens of a chat with tools")
     prompts = _prompts(model, tokenizer_dir)
     stop = IM_END if model.is_chat else EOS
     stopped = llama_cpp.write(prompts[0], 2, logit_bias=[[stop, 1000.0]])["stop_type"] == "eos"
@@ -67,11 +71,14 @@ def verify_folder(directory: Path, model: CausalLM, tokenizer_dir: Path, weight_
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    ours, theirs = load_tokenizer(tokenizer_dir), AutoTokenizer.from_pretrained(directory)
+    ours = load_tokenizer(tokenizer_dir)
+    with _reading("the tokenizer"):
+        theirs = AutoTokenizer.from_pretrained(directory)
     for text in PLAIN_TEXTS:
         _check(theirs(text, add_special_tokens=False).input_ids == encode(ours, text), f"the tokens of {text!r}")
     ids, _ = encode_chat(ours, CHAT, [TOOL], add_generation_prompt=True)
-    their_ids = theirs.apply_chat_template(CHAT, tools=[TOOL], add_generation_prompt=True, return_dict=False)
+    with _reading("the chat template"):
+        their_ids = theirs.apply_chat_template(CHAT, tools=[TOOL], add_generation_prompt=True, return_dict=False)
     _check(their_ids == ids, "the tokens of a chat with tools")
     network = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     _check(network.generation_config.eos_token_id == model.stop_token_ids, "the stop tokens")
@@ -82,6 +89,15 @@ def verify_folder(directory: Path, model: CausalLM, tokenizer_dir: Path, weight_
             same, difference = _compare(model(prompt)[0], network(prompt).logits[0].log_softmax(-1))
         compared.append((same, difference, difference))
     return f"transformers: {_figures(compared, weight_type)}; the stop tokens, {_same_tokens(model, len(PLAIN_TEXTS))}"
+
+
+@contextlib.contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Of what a stranger may have written, and which may raise whatever it likes."""
+    try:
+        yield
+    except Exception as error:
+        raise OSError(f"verification failed: {what} cannot be used: {' '.join(str(error).split())}") from None
 
 
 def _check(same: bool, what: str):

@@ -4,7 +4,10 @@ import argparse
 import asyncio
 import contextlib
 import hmac
+import ipaddress
 import json
+import os
+import socket
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -19,10 +22,11 @@ from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import Send
 
 from engine.tools import Tool
 from server.answer import Answer, tell
-from server.guard import Guard, Refusal
+from server.guard import BODY_SECONDS, UNREAD_SECONDS, Guard, Refusal
 from server.models import OUT, Served
 from server.runs import router as runs_router
 from server.schema import ChatRequest, CompletionRequest, Request
@@ -30,7 +34,7 @@ from server.service import Service, usage
 
 WEB = Path(__file__).parent.parent / "web"
 Pieces = AsyncGenerator[tuple[Answer, dict], None]
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
+OWN_NAMES = ("localhost", "127.0.0.1", "::1", "[::1]")
 
 
 class Shape:
@@ -83,7 +87,7 @@ async def respond(service: Service, request: Request, http: HTTPRequest) -> Resp
     await anext(pieces)  # before the response begins, so that it may still be a refusal
     if request.stream:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        return StreamingResponse(events(shape, answers, pieces), media_type="text/event-stream", headers=headers)
+        return Events(events(shape, answers, pieces), media_type="text/event-stream", headers=headers)
     writing = asyncio.ensure_future(collect(answers, pieces))
     leaving = asyncio.ensure_future(http.receive())  # the body has come; what comes next is that the client has gone
     try:
@@ -104,6 +108,14 @@ async def collect(answers: list[Answer], pieces: Pieces) -> list[dict]:
             for name, new in piece.items():
                 tell(wholes[answer.index], name, new)
     return wholes
+
+
+class Events(StreamingResponse):
+    """A stream whose generator is closed as soon as it is sent, or cannot be: what it holds is free then."""
+
+    async def stream_response(self, send: Send):
+        async with contextlib.aclosing(self.body_iterator):
+            await super().stream_response(send)
 
 
 async def events(shape: Shape, answers: list[Answer], pieces: Pieces) -> AsyncIterator[bytes]:
@@ -131,6 +143,14 @@ async def events(shape: Shape, answers: list[Answer], pieces: Pieces) -> AsyncIt
     yield b"data: [DONE]\n\n"
 
 
+def is_local(host: str) -> bool:
+    """Whether only this machine reaches who listens at this address or name."""
+    try:
+        return ipaddress.ip_address(socket.getaddrinfo(host, None)[0][4][0]).is_loopback
+    except (OSError, ValueError):  # no address at all: serve.py will say so
+        return False
+
+
 def create_app(
     models: dict[str, Served], args: argparse.Namespace, device: torch.device, tools: dict[str, Tool]
 ) -> FastAPI:
@@ -147,13 +167,14 @@ def create_app(
     async def authorize(http: HTTPRequest):
         scheme, _, key = http.headers.get("authorization", "").partition(" ")
         given = key.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
-        if args.api_key and not hmac.compare_digest(given, args.api_key.encode()):
+        if args.api_key and not hmac.compare_digest(given, os.fsencode(args.api_key)):
             raise Refusal(401, "this server wants its API key: Authorization: Bearer KEY")
 
     app = FastAPI(title="Jiezi", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(Guard)
-    if args.host in LOOPBACK:  # then a name that leads here by a stranger's DNS is not ours
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"], www_redirect=False)
+    # The engine has request_timeout (service.py); a client that reads slowly is not waited for much longer.
+    app.add_middleware(Guard, seconds=args.request_timeout + BODY_SECONDS + UNREAD_SECONDS)
+    if is_local(args.host):  # then a name that leads here by a stranger's DNS is not ours
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*OWN_NAMES, args.host], www_redirect=False)
     routes = APIRouter(dependencies=[Depends(authorize)])
 
     def described(served: Served) -> dict:

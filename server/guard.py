@@ -1,13 +1,17 @@
 """What is let in, and how the rest is told."""
 
 import asyncio
+import contextlib
 
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
+HEAD_SECONDS = 30  # how long a request's first line and headers may take to come
 MAX_BODY, BODY_SECONDS = 2**20, 30  # of a request: bytes, and how long they may take to come
+UNREAD_SECONDS = 60  # how long a client may leave unread what the system holds no more of
 CODES = {401: "invalid_api_key", 404: "not_found", 413: "request_too_large", 429: "rate_limit_exceeded"}
 
 
@@ -27,30 +31,70 @@ class Refusal(Exception):
         return JSONResponse(self.body(), self.status, headers.get(self.status))
 
 
-class Guard:
-    """Refuses what pages from elsewhere send, and bodies that are too large or too slow."""
+class Impatient(H11Protocol):
+    """A connection that ends where its client does not say the whole of a question, or does not read the answer."""
 
-    def __init__(self, app: ASGIApp):
-        self.app = app
+    hanging_up: asyncio.TimerHandle | None = None  # for want of a head
+    giving_up: asyncio.TimerHandle | None = None  # for want of a reader
+
+    def connection_made(self, transport: asyncio.Transport):
+        super().connection_made(transport)
+        self.hanging_up = self.loop.call_later(HEAD_SECONDS, transport.abort)
+
+    def data_received(self, data: bytes):
+        before = self.cycle
+        super().data_received(data)
+        if self.cycle is not before:  # a head is whole
+            self.hanging_up = self._stopped(self.hanging_up)
+        elif self.hanging_up is None and self.cycle.response_complete:  # the next one has begun
+            self.hanging_up = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
+
+    def pause_writing(self):
+        super().pause_writing()
+        self.giving_up = self.loop.call_later(UNREAD_SECONDS, self.transport.abort)
+
+    def resume_writing(self):
+        super().resume_writing()
+        self.giving_up = self._stopped(self.giving_up)
+
+    def connection_lost(self, error: Exception | None):
+        super().connection_lost(error)
+        self.hanging_up, self.giving_up = self._stopped(self.hanging_up), self._stopped(self.giving_up)
+
+    def _stopped(self, timer: asyncio.TimerHandle | None):
+        if timer:
+            timer.cancel()
+
+
+class Guard:
+    """Refuses what pages from elsewhere send, and bodies that are too large or too slow; ends what takes too long."""
+
+    def __init__(self, app: ASGIApp, seconds: float):
+        """seconds: for an answer, from the request's head until all of it is sent."""
+        self.app, self.seconds = app, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send):
         if scope["type"] != "http":
-            return await self.app(scope, receive, send)
+            await self.app(scope, receive, send)
+            return
         headers = Headers(scope=scope)
         origin, length = headers.get("origin"), headers.get("content-length", "0")
         if origin is not None and origin.partition("://")[2] != headers.get("host"):
             refusal = Refusal(403, f"pages of {origin[:100]} may not call this server", "foreign_origin")
-            return await refusal.response()(scope, receive, send)
+            await refusal.response()(scope, receive, send)
+            return
         if not length.isdecimal() or int(length) > MAX_BODY:
-            return await Refusal(413, f"a request may have {MAX_BODY} bytes").response()(scope, receive, send)
-        size, more = 0, True
+            await Refusal(413, f"a request may have {MAX_BODY} bytes").response()(scope, receive, send)
+            return
+        size, more, deadline = 0, True, asyncio.get_running_loop().time() + BODY_SECONDS
 
         async def receive_limited() -> Message:
             nonlocal size, more
             if not more:
                 return await receive()
             try:
-                message = await asyncio.wait_for(receive(), BODY_SECONDS)
+                left = deadline - asyncio.get_running_loop().time()
+                message = await asyncio.wait_for(receive(), max(left, 0))
             except asyncio.TimeoutError:
                 raise HTTPException(408, "the request's body did not come") from None
             size, more = size + len(message.get("body", b"")), message.get("more_body", False)
@@ -58,4 +102,5 @@ class Guard:
                 raise HTTPException(413, f"a request may have {MAX_BODY} bytes")
             return message
 
-        return await self.app(scope, receive_limited, send)
+        with contextlib.suppress(asyncio.TimeoutError, asyncio.CancelledError):  # the second when the server ends
+            await asyncio.wait_for(self.app(scope, receive_limited, send), self.seconds)

@@ -31,6 +31,8 @@ class Served:
     def __init__(self, directory: Path, name: str | None = None):
         """name: its folder's, without one. UserError where there is none."""
         self.directory, self.name = directory, name or directory.resolve().name
+        if not self.name.isprintable():  # bytes that are no text, a new line: no one could ask for it
+            raise UserError(f"the name {self.name!r} cannot be shown: rename the folder")
         self.base, weights = directory, directory / MODEL_FILE
         if (directory / ADAPTER_CONFIG_FILE).exists():
             self.base, weights = base_of(directory), directory / ADAPTER_FILE
@@ -41,6 +43,7 @@ class Served:
         self.created = int(weights.stat().st_mtime)
         self.is_chat, self.parameters = outline.is_chat, outline.num_parameters()
         self.context = outline.config.max_position_embeddings
+        self.n_answers = 0  # that are being written, or not yet sent
         self.batcher: Batcher | None = None
         self.opening = asyncio.Lock()
 
@@ -75,7 +78,7 @@ def find_models(directories: list[Path]) -> dict[str, Served]:
             continue
         try:
             found.append(Served(directory, name))
-        except UserError as error:
+        except (UserError, OSError) as error:
             print(f"{directory} is left out: {error}", file=sys.stderr)
     if not found:
         raise UserError(f"no model under {OUT}/; train one with: python 1-pretrain.py, or name the folder of one")

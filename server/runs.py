@@ -34,14 +34,14 @@ def router(folder: Path) -> APIRouter:
     def run_at(name: str) -> Path:
         directory = find_runs(folder).get(name)
         if directory is None:
-            raise HTTPException(404, f"there is no run {name} below {folder}")
+            raise HTTPException(404, f"there is no run {name[:100]} below {folder}")
         return directory
 
     @routes.get("")
     def list_runs() -> Response:
         runs = []
         for name, directory in find_runs(folder).items():
-            with suppress(FileNotFoundError):  # it has just been renamed
+            with suppress(OSError):  # it has just been renamed, or may not be read
                 runs.append(describe(name, directory))
         return as_json(sorted(runs, key=lambda run: -run["updated"]))
 
@@ -55,15 +55,17 @@ def router(folder: Path) -> APIRouter:
         directory = run_at(name)
         with open(directory / METRICS_FILE, "rb") as file:
             # Of another file, where a run began anew or was resumed, `since` says nothing: then one asks again from 0.
-            identity = f"{os.fstat(file.fileno()).st_ino}-{zlib.crc32(file.readline(256))}"
-            file.seek(since)
+            status = os.fstat(file.fileno())
+            identity = f"{status.st_ino}-{zlib.crc32(file.readline(256))}"
+            file.seek(min(since, status.st_size))
             block = file.read(BLOCK)
         whole = block[: block.rfind(b"\n") + 1]
         if not whole and len(block) == BLOCK:  # no line of ours
             whole = block
         arguments = {}
-        with suppress(OSError, ValueError, RecursionError):  # it is written with the first save
-            arguments = parse((directory / RUN_FILE).read_bytes())
+        # It is written with the first save.
+        with suppress(OSError, ValueError, RecursionError), open(directory / RUN_FILE, "rb") as file:
+            arguments = parse(file.read(BLOCK))
         found = {"run": arguments, "file": identity, "records": list(parse_lines(whole)), "next": since + len(whole)}
         return as_json(found | {"more": len(block) == BLOCK})
 
@@ -80,9 +82,10 @@ def find_runs(folder: Path) -> dict[str, Path]:
     for path, directories, files in os.walk(root):  # which follows no link to a folder
         directory = Path(path)
         parts = directory.relative_to(root).parts
-        if METRICS_FILE in files and parts and all(_inside(directory / name, root) for name in FILES):
+        if METRICS_FILE in files and parts and all(_is_ours(directory / name, root) for name in FILES):
             name = "/".join([*parts[:-1], run_name(directory)])
-            if name not in found or _updated(directory) > _updated(found[name]):
+            newest = name not in found or _updated(directory) > _updated(found[name])
+            if newest and name.isprintable():  # no page could ask for bytes that are no text
                 found[name] = directory
         kept = [name for name in directories if not name.startswith(".") or name.endswith(".writing")]
         directories[:] = kept if len(parts) < DEPTH else []
@@ -150,8 +153,12 @@ def _finite(text: str) -> float | None:
     return float(text) if math.isfinite(float(text)) else None
 
 
-def _inside(path: Path, root: Path) -> bool:
-    return path.resolve().is_relative_to(root)
+def _is_ours(path: Path, root: Path) -> bool:
+    """Whether it is a file below `root`, or not there: no link that leads out, no pipe, which would be waited for."""
+    try:
+        return path.resolve().is_relative_to(root) and (path.is_file() or not path.exists())
+    except (OSError, RuntimeError):  # links in a circle
+        return False
 
 
 def _updated(directory: Path) -> float:

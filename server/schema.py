@@ -55,6 +55,7 @@ NotOffered = Annotated[Any, AfterValidator(not_offered)]
 Text = Annotated[str, BeforeValidator(plain_text)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0, strict=True)]
+Tokens = Annotated[list[TokenId], Field(fail_fast=True)]  # of a hundred thousand errors one is enough
 
 
 class Given(BaseModel):
@@ -82,7 +83,7 @@ class Message(Given):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text = ""
     reasoning_content: str = ""
-    tool_calls: list[ToolCall] = Field([], max_length=MAX_TOOLS)
+    tool_calls: list[ToolCall] = Field([], max_length=MAX_TOOLS, fail_fast=True)
     tool_call_id: str = Field("", max_length=256)
 
     @model_validator(mode="after")
@@ -139,7 +140,7 @@ class Request(Given):
 
 
 class ChatRequest(Request):
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     max_completion_tokens: int | None = Field(None, ge=1, le=2**31)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=MAX_TOP)
@@ -186,7 +187,7 @@ class ChatRequest(Request):
 
 
 class CompletionRequest(Request):
-    prompt: Annotated[list[str | list[TokenId]], BeforeValidator(several)] = Field(min_length=1, max_length=MAX_PROMPTS)
+    prompt: Annotated[list[str | Tokens], BeforeValidator(several)] = Field(min_length=1, max_length=MAX_PROMPTS)
     logprobs: int | None = Field(None, ge=0, le=5)
     best_of: Annotated[int, Field(ge=1, le=1)] = 1
     echo: NotOffered = None

@@ -103,8 +103,9 @@ class Service:
 
         Refusal where there are none left, and for what fails or takes too long.
         """
-        if len(served.batcher.receivers) + len(answers) > self.places:
+        if served.n_answers + len(answers) > self.places:
             raise Refusal(429, "all places are taken: try again in a moment")
+        served.n_answers += len(answers)
         came = asyncio.Queue()  # (answer, token, finish_reason), and None, TimeoutError() when the time is over
         start, end, has_begun = time.perf_counter(), "left", False
 
@@ -141,6 +142,7 @@ class Service:
             raise
         finally:
             timer.cancel()
+            served.n_answers -= len(answers)
             for answer in answers:
                 served.batcher.remove(answer.sequence)
             self.metrics.requests.labels(served.name, end).inc()

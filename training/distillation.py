@@ -219,9 +219,15 @@ def load_teacher(args: argparse.Namespace, machine: Machine, data: TrainingData)
         context = model.config.max_position_embeddings
         teacher = own_teacher(model.to(dtype))
     else:
-        model = load_foreign(directory, machine.device, dtype)
+        try:
+            model = load_foreign(directory, machine.device, dtype)
+            teacher = foreign_teacher(model, directory)
+        except UserError:
+            raise
+        except Exception as error:  # what an architecture makes of its config and weights can fail in any way
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(f"transformers cannot load the teacher in {directory}: {reason}") from None
         context = getattr(model.config, "max_position_embeddings", math.inf)
-        teacher = foreign_teacher(model, directory)
     if args.max_seq_len > context:
         raise UserError(f"--max_seq_len {args.max_seq_len} is above the context of the teacher, {context} tokens")
     if len(teacher.weight) < data.vocab_size:
@@ -265,11 +271,7 @@ def load_foreign(directory: Path, device: torch.device, dtype: torch.dtype):
     from transformers import AutoModelForCausalLM  # seconds
 
     options = dict(use_safetensors=True, trust_remote_code=False, local_files_only=True, dtype=dtype)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(directory, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"transformers cannot load the teacher in {directory}: {reason}") from None
+    model = AutoModelForCausalLM.from_pretrained(directory, **options)
     return model.eval().requires_grad_(False).to(device)
 
 

@@ -41,8 +41,9 @@ def pattern(reply: Reply, task: dict) -> float:
 def countdown(reply: Reply, task: dict) -> float:
     """1 where the answer is an expression with the value of the task's answer that uses each of its `numbers` once."""
     expression = reply.content.strip()
-    used = sorted(map(int, re.findall(r"\d+", expression)))
-    return float(used == sorted(task["numbers"]) and calculate(expression) == task["answer"])
+    if calculate(expression) != task["answer"]:  # before any number is read: they may have thousands of digits
+        return 0.0
+    return float(sorted(map(int, re.findall(r"\d+", expression))) == sorted(task["numbers"]))
 
 
 REWARDS: dict[str, RewardFunction] = {f.__name__: f for f in (exact, number, pattern, countdown)}

@@ -61,7 +61,8 @@ class Tasks(TrainingData):
         starts = self.prepared.offsets[:-1]
         self.ends = self.prepared.offsets[1:] if self.checked else last_answers(self.prepared)  # of each prompt
         lengths = self.ends - starts
-        self.kept = np.flatnonzero(lengths + args.max_new_tokens <= args.max_seq_len)  # those with room for an answer
+        room = max(args.max_seq_len - args.max_new_tokens, 0)  # beside an answer
+        self.kept = np.flatnonzero((lengths > 0) & (lengths <= room))
         self.truncated, self.dropped = 0, len(lengths) - len(self.kept)
         self.n_tokens, self.real_share = int(lengths[self.kept].sum()), 1.0
         if not len(self.kept):
@@ -90,9 +91,10 @@ def open_tasks(args: argparse.Namespace, kinds: tuple[str, ...] = ("rl",)) -> tu
 
 
 def last_answers(chats: Prepared) -> np.ndarray:
-    """Where the last answer of each chat begins, (chats,): the last run of its trained tokens."""
-    begins = np.flatnonzero(np.diff(chats.mask, prepend=np.uint8(0)) == 1)
-    return begins[np.searchsorted(begins, chats.offsets[1:]) - 1]
+    """Where the last answer of each chat begins, (chats,): the last run of its trained tokens. A chat without one has
+    nothing before it either."""
+    begins = np.append(0, np.flatnonzero(np.diff(chats.mask, prepend=np.uint8(0)) == 1))
+    return np.maximum(begins[np.searchsorted(begins, chats.offsets[1:]) - 1], chats.offsets[:-1])
 
 
 @dataclass(eq=False)
@@ -154,7 +156,16 @@ class RolloutWriter:
 
     def _rewarded(self, question: int, tasks: Tasks, sequence: Sequence) -> Rollout:
         reply = read_reply(sequence, self.tokenizer)
-        reward = 0.0 if reply is None or not tasks.checked else float(self.reward(reply, tasks.notes[question]))
+        if reply is None or not tasks.checked:
+            return Rollout(question, sequence, reply, 0.0)
+        note = tasks.notes[question]
+        try:
+            reward = float(self.reward(reply, note))
+            if not math.isfinite(reward):
+                raise ValueError(f"it gives {reward}")
+        except Exception as error:  # of a function of the user's, or of an answer that is none for it
+            what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise UserError(f"--reward {self.args.reward} cannot judge an answer to {note!r:.200} ({what})") from None
         return Rollout(question, sequence, reply, reward)
 
     def validate(self, tasks: Tasks, limit: int | None) -> dict[str, float]:

@@ -18,6 +18,7 @@ from model.chat import EOS, IM_END, IM_START, load_tokenizer
 from model.checkpoint import save_model
 from model.LMConfig import PRESETS, LMConfig
 from server.api import create_app
+from server.guard import Impatient
 from server.models import Served
 
 CONTEXT = 384
@@ -49,7 +50,7 @@ class Live:
     def __init__(self, directories, tools=(), **flags):
         self.served = {served.name: served for served in map(Served, directories)}
         app = create_app(self.served, SimpleNamespace(**FLAGS | flags), torch.device("cpu"), load_tools([*tools]))
-        options = dict(http="h11", ws="none", log_level="warning", timeout_graceful_shutdown=1)
+        options = dict(http=Impatient, ws="none", log_level="warning", timeout_graceful_shutdown=1)
         self.uvicorn = uvicorn.Server(uvicorn.Config(app, **options))
         listening = socket.create_server(("127.0.0.1", 0))
         self.port = listening.getsockname()[1]
