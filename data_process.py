@@ -41,6 +41,7 @@ from base.cli import (
     run,
 )
 from base.files import sha256, write_file, write_json
+from corpus.cleaning import known_languages
 from corpus.exams import load_exams
 from corpus.fetch import HUBS, choose_files, fetch_files, fetch_part, find_entry, open_hub, read_catalogue
 from corpus.figures import draw
@@ -253,8 +254,11 @@ def add_flags(name: str, command: argparse.ArgumentParser):
     kind, add = KINDS[name], command.add_argument
     add("inputs", nargs="+", metavar="INPUT", help=f"files, or folders of files: {', '.join(SUFFIXES)}, each also .gz")
     add("--skip_rules", type=lambda names: names.split(","), default=[], help=f"some of {','.join(kind.rules)}")
-    add("--add_rules", choices=kind.optional, nargs="+", default=[], help="rules that do not work unasked")
+    command.set_defaults(add_rules=[])
+    if kind.optional:
+        add("--add_rules", choices=kind.optional, nargs="+", help="rules that do not work unasked")
     add("--exclude", nargs="+", default=(), metavar="FILE", help="drop what holds a question of these exams")
+    add("--languages", nargs="+", default=(), metavar="CODE", help="drop what is in none of these, such as zh en")
     add("--fields", type=mapping, default={}, metavar="PART=NAME,…", help=f"parts are {', '.join(kind.fields)}")
     add("--text_field", default="text", help="where a record keeps its text; as --fields text=NAME")
     add("--max_bad_fraction", type=fraction, default=0.1, help="stop if more of the records cannot be read")
@@ -292,6 +296,8 @@ def settle(args: argparse.Namespace):
         args.text_field = args.fields.get("text", args.text_field)
         known = {"text": (args.text_field, *known["text"])}
     args.names = map_fields(known, args.fields)
+    if args.languages and (unknown := set(args.languages) - (languages := known_languages())):
+        raise UserError(f"--languages: {', '.join(sorted(unknown))} is none of {', '.join(sorted(languages))}")
     args.exclude = tuple(args.exclude)
     if args.exclude:
         exams = load_exams(args.exclude)

@@ -507,6 +507,43 @@ def test_what_holds_an_exam_question_is_dropped(capsys):
     )
     run("sft", "b.jsonl", "--output", "out", "--exclude", "exam/val/physics.csv")
     assert report("out")["kept"] == 1
+    run("sft", "b.jsonl", "--output", "out", "--exclude", "exam/val/physics.csv", "--skip_rules", "exam_question")
+    assert report("out")["kept"] == 3
+
+
+FRENCH = "Le petit chat dort sur le canapé pendant que la pluie tombe doucement dans le jardin de la maison."
+JAPANESE = "今日は天気がいいので、公園へ散歩に行きました。桜がとてもきれいでした。"
+WANTED = [
+    "今天天气很好，我们去公园散步，樱花开得很美。",
+    "今天天氣很好，我們去公園散步，櫻花開得很美。",
+    "It rained all day, so the children stayed at home and read.",
+    "x = [1, 2, 3]  # 1234567890",  # in no language for sure
+]
+
+
+@pytest.mark.extra
+def test_what_is_in_another_language_is_dropped(capsys):
+    write_jsonl("a.jsonl", [{"text": text} for text in (FRENCH, *WANTED, JAPANESE)])
+    run("clean", "a.jsonl", "--output", "out.jsonl", "--languages", "zh", "en", "--workers", "2")
+    assert read_jsonl("out.jsonl") == WANTED
+    run("clean", "a.jsonl", "--output", "out.jsonl", "--languages", "fr", "zh")
+    assert read_jsonl("out.jsonl") == [FRENCH, *WANTED[:2], WANTED[3]]
+    run("clean", "a.jsonl", "--output", "out.jsonl", "--languages", "ja", "--skip_rules", "other_language")
+    assert len(read_jsonl("out.jsonl")) == 6
+    write_jsonl("b.jsonl", [{"q": "翻译成法语：猫在睡觉，外面下着雨。", "a": "Le chat dort."}, {"q": FRENCH, "a": FRENCH}])
+    run("sft", "b.jsonl", "--output", "out", "--languages", "zh")
+    assert report("out")["rules"]["other_language"]["dropped"] == 1
+    assert report("out")["rules"]["other_language"]["example"].startswith("b.jsonl:2: Le petit")
+    capsys.readouterr()
+    run("sft", "b.jsonl", "--output", "out", "--languages", "zh", "klingon", status=2)
+    assert "--languages: klingon is none of" in capsys.readouterr().err
+
+
+def test_languages_say_what_they_need(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pycld2", None)
+    write_jsonl("a.jsonl", [{"text": text} for text in WANTED])
+    run("pretrain", "a.jsonl", "--output", "out", "--languages", "zh", status=2)
+    assert "pip install -r requirements-languages.txt -c constraints.txt" in capsys.readouterr().err
 
 
 # ---- What is written ------------------------------------------------------------------------------------------------
