@@ -530,7 +530,8 @@ def test_what_is_in_another_language_is_dropped(capsys):
     assert read_jsonl("out.jsonl") == [FRENCH, *WANTED[:2], WANTED[3]]
     run("clean", "a.jsonl", "--output", "out.jsonl", "--languages", "ja", "--skip_rules", "other_language")
     assert len(read_jsonl("out.jsonl")) == 6
-    write_jsonl("b.jsonl", [{"q": "翻译成法语：猫在睡觉，外面下着雨。", "a": "Le chat dort."}, {"q": FRENCH, "a": FRENCH}])
+    chats = [{"q": "翻译成法语：猫在睡觉，外面下着雨。", "a": "Le chat dort."}, {"q": FRENCH, "a": FRENCH}]
+    write_jsonl("b.jsonl", chats)
     run("sft", "b.jsonl", "--output", "out", "--languages", "zh")
     assert report("out")["rules"]["other_language"]["dropped"] == 1
     assert report("out")["rules"]["other_language"]["example"].startswith("b.jsonl:2: Le petit")
