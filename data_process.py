@@ -24,6 +24,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 
@@ -47,7 +48,7 @@ from corpus.fetch import HUBS, choose_files, fetch_files, fetch_part, find_entry
 from corpus.figures import draw
 from corpus.files import SUFFIXES, find_files, suffix_of
 from corpus.kinds import KINDS, load_encoder
-from corpus.look import SHOWN, describe, examine, first_look, some
+from corpus.look import READINGS, SHOWN, describe, examine, first_look, some
 from corpus.pipeline import Report, read_documents
 from corpus.prepared import META, SPLITS, Prepared, check_prepared, writing_prepared
 from corpus.records import each_record, map_fields, parse, text_of
@@ -134,6 +135,8 @@ def show(args: argparse.Namespace):
             marked = trained and data.mask is not None
             print(f"{before}{text}{after}" if marked else text, end="")
         print()
+    if KINDS[data.kind].noted:
+        print(f"--- answer to check: {data.notes()[args.index]['answer']}")
 
 
 def check(args: argparse.Namespace):
@@ -189,6 +192,7 @@ def fetch(args: argparse.Namespace):
 
 def look(args: argparse.Namespace):
     """The command look: what files hold, and the command to go on with."""
+    check_parts(args.fields, {part: None for reading in READINGS for part in reading.fields})
     seen = first_look(args.inputs, args.records, args.fields)
     about = f" of about {seen.records / seen.share:,.0f}" if seen.share < 1 else ""
     print(
@@ -287,11 +291,15 @@ HF_ENDPOINT names a mirror of Hugging Face, HF_TOKEN a token, HF_HOME where its 
 MODELSCOPE_API_TOKEN are the same for ModelScope."""
 
 
+def check_parts(fields: dict[str, str], known: Iterable[str]):
+    if unknown := fields.keys() - set(known):
+        raise UserError(f"--fields: no part is called {', '.join(sorted(unknown))}: it is {', '.join(known)}")
+
+
 def settle(args: argparse.Namespace):
     """Adds what the pipeline wants to the arguments of a command that reads records."""
     known = KINDS[args.command].fields
-    if unknown := args.fields.keys() - known.keys():
-        raise UserError(f"--fields: no part is called {', '.join(sorted(unknown))}: it is {', '.join(known)}")
+    check_parts(args.fields, known)
     if "text" in known:
         args.text_field = args.fields.get("text", args.text_field)
         known = {"text": (args.text_field, *known["text"])}

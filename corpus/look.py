@@ -1,6 +1,7 @@
 """A first look at files, before anything is made of them: shape, counts, lengths, letters, duplicates, samples."""
 
 import argparse
+import json
 from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
@@ -30,7 +31,7 @@ from model import chat
 # Characters a token of the tokenizer that ships, on texts that it has not seen; model/tokenizer/README.md says which.
 REFERENCE = {"Han": ("Chinese", 1.22), "Latin": ("English", 2.84)}
 KEPT = 4096  # characters of a text that are kept to be encoded
-SHOWN = 300  # of a sample
+SHOWN, EXAMPLE = 300, 160  # of a sample, as it is trained; of what a rule drops
 PROBED = 64  # records of a batch that are tried in every shape
 
 
@@ -118,7 +119,7 @@ def describe(report: Report, documents: list[Document], tokenizer_dir: str) -> l
     lines += [f"  {example}" for example in report.bad_examples]
     for name, rule in report.rules.items():
         if rule["dropped"]:
-            lines.append(f"  {rule['dropped']:,} dropped by {name}, such as {rule['example']!r}")
+            lines.append(f"  {rule['dropped']:,} dropped by {name}, such as {rule['example'][:EXAMPLE]!r}")
     if documents and (near := count_near_duplicates(documents)):
         lines.append(f"  {near:,} of those kept are nearly like another: --add_rules near_duplicate would drop them")
     for shape, count in report.shapes.most_common():
@@ -127,9 +128,15 @@ def describe(report: Report, documents: list[Document], tokenizer_dir: str) -> l
     for script, ratio in characters_a_token(documents, tokenizer_dir).items():
         language, reference = REFERENCE[script]
         lines.append(f"{ratio:.2f} characters a token in {script} texts (reference: {language}, {reference})")
+    encoder = load_encoder(tokenizer_dir)
     for document in some(documents):
-        text = document.text
-        lines.append(f"--- record {document.place}\n{text[:SHOWN]}{'…' if len(text) > SHOWN else ''}")
+        lines.append(f"--- record {document.place}")
+        for ids, _ in document.parts:
+            beginning = np.frombuffer(ids, encoder.dtype)[: 4 * SHOWN].tolist()  # a character is 4 tokens at most
+            text = encoder.tokenizer.decode(beginning, skip_special_tokens=False)
+            lines.append(f"{text[:SHOWN]}{'…' if len(text) > SHOWN else ''}".rstrip("\n"))
+        if document.note:
+            lines.append(f"--- answer to check: {json.loads(document.note)['answer']}")
     return lines
 
 

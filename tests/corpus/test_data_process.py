@@ -634,6 +634,10 @@ def test_show_marks_the_trained_tokens(capsys):
     assert "[[好<|im_end|>]]" in out
     assert "[[差<|im_end|>]]" in out
     assert "[[答一" not in out
+    write_jsonl("c.jsonl", [{"question": "七加八", "answer": "15"}])
+    run("rl", "c.jsonl", "--output", "tasks", "--tokenizer", ROOT / "model/tokenizer")
+    run("show", "tasks", "--index", 0)
+    assert "assistant\n\n--- answer to check: 15\n" in capsys.readouterr().out
     run("show", "out", "--index", 1, status=2)
     assert "--index must be from 0 to 0" in capsys.readouterr().err
 
