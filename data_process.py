@@ -182,7 +182,7 @@ def fetch(args: argparse.Namespace):
         few = len(paths) < 4 and all(map(suffix_of, paths))  # an archive's files lie beside it
         command = [entry.stage, *map(str, paths if few else [folder]), *entry.flags]
         if entry.stage == "exam":
-            print(f"score a model on it: {python_command()} eval.py --choice FILE, of the files in {folder}")
+            print(f"score a model on it: {join_words([python_command(), 'eval.py', '--choice', str(folder)])}")
             print(f"keep it out of a training text: data_process.py with --exclude {folder}")
         elif args.prepare:
             main(command)

@@ -121,7 +121,7 @@ TO_FETCH = [command for command in COMMANDS if "data_process.py fetch" in comman
 TO_SERVE = [command for command in COMMANDS if "serve.py" in shlex.split(command, comments=True)]  # until told to end
 NOT_RUN = {*TO_INSTALL, *TO_FETCH, *TO_SERVE}
 TO_RUN = list({str(parse(command)): command for command in COMMANDS if command not in NOT_RUN}.values())
-NEEDS_EXTRA = re.compile(r"export\.py .*--to (gguf|ollama)")  # packages of requirements-export.txt
+NEEDS_EXTRA = re.compile(r"export\.py .*--to (gguf|ollama)|--languages")  # packages of quickstart.EXTRA
 
 
 @pytest.fixture(scope="module")
