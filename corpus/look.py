@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from base.cli import UserError
 from corpus.duplicates import Duplicates, band_hashes
 from corpus.figures import lines_of
 from corpus.files import RecordBatch, find_files, read_batches
@@ -31,7 +32,7 @@ from model import chat
 # Characters a token of the tokenizer that ships, on texts that it has not seen; model/tokenizer/README.md says which.
 REFERENCE = {"Han": ("Chinese", 1.22), "Latin": ("English", 2.84)}
 KEPT = 4096  # characters of a text that are kept to be encoded
-SHOWN, EXAMPLE = 300, 160  # of a sample, as it is trained; of what a rule drops
+SHOWN, EXAMPLE = 400, 160  # of a sample, its beginning and end as it is trained; of what a rule drops
 PROBED = 64  # records of a batch that are tried in every shape
 
 
@@ -74,7 +75,10 @@ class Look(NamedTuple):
 
 
 def first_look(inputs: list[str], most: int, mapping: dict[str, str]) -> Look:
-    """Reads up to `most` records, and finds out what they are, with a mapping of fields where one is given."""
+    """Reads up to `most` records, and finds out what they are, with a mapping of fields where one is given.
+
+    UserError where there is none that can be read.
+    """
     files = find_files(inputs)
     batches, count = [], 0
     for batch in read_batches(files, "text"):
@@ -82,15 +86,20 @@ def first_look(inputs: list[str], most: int, mapping: dict[str, str]) -> Look:
         count += len(batches[-1].records)
         if count == most:
             break
-    taken, names = Counter(), []
-    for raw in (raw for batch in batches for _, raw in batch.records[:PROBED]):
+    if not count:
+        raise UserError(f"{', '.join(inputs)}: no record in it")
+    taken, names, faults = Counter(), [], []
+    for path, place, raw in ((batch.path, *record) for batch in batches for record in batch.records[:PROBED]):
         try:
             record = parse(raw)
-        except BadRecord:
+        except BadRecord as error:
+            faults.append(f"{path}:{place}: {error}")
             continue
         names = names or [str(name) for name in record]
         taken[next((i for i, reading in enumerate(READINGS) if _takes(reading, record, mapping)), None)] += 1
-    [(most_common, _)] = taken.most_common(1) or [(None, 0)]
+    if not taken:
+        raise UserError(faults[0])
+    [(most_common, _)] = taken.most_common(1)
     total = sum(path.stat().st_size for path in files)
     share = min(batches[-1].position / total, 1.0) if total else 1.0
     return Look(None if most_common is None else READINGS[most_common], batches, count, share, names)
@@ -132,9 +141,9 @@ def describe(report: Report, documents: list[Document], tokenizer_dir: str) -> l
     for document in some(documents):
         lines.append(f"--- record {document.place}")
         for ids, _ in document.parts:
-            beginning = np.frombuffer(ids, encoder.dtype)[: 4 * SHOWN].tolist()  # a character is 4 tokens at most
-            text = encoder.tokenizer.decode(beginning, skip_special_tokens=False)
-            lines.append(f"{text[:SHOWN]}{'…' if len(text) > SHOWN else ''}".rstrip("\n"))
+            kept = np.frombuffer(ids, encoder.dtype)[: 4 * KEPT].tolist()  # a character is 4 tokens at most
+            text = encoder.tokenizer.decode(kept, skip_special_tokens=False).rstrip("\n")
+            lines.append(text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} […] {text[-SHOWN // 2 :]}")
         if document.note:
             lines.append(f"--- answer to check: {json.loads(document.note)['answer']}")
     return lines

@@ -70,6 +70,21 @@ def test_samples_are_shown_as_they_are_trained(capsys):
     write("b.jsonl", [{"question": "问", "answer": "2\n#### 2"}])
     run("look", "b.jsonl")
     assert "问<|im_end|>\n<|im_start|>assistant\n--- answer to check: 2\n" in capsys.readouterr().out
+    text = han(3000)
+    write("c.jsonl", [{"text": text}])
+    run("look", "c.jsonl")
+    beginning, end = capsys.readouterr().out.partition("--- record 1\n")[2].partition("\npicture")[0].split(" […] ")
+    assert beginning.startswith(f"<|begin_of_text|>{text[:100]}")
+    assert end.endswith(f"{text[-100:]}<|end_of_text|>")
+
+
+def test_files_without_a_record_that_can_be_read_are_one_line(capsys):
+    Path("empty.jsonl").write_text("")
+    run("look", "empty.jsonl", status=2)
+    assert capsys.readouterr().err == "error: empty.jsonl: no record in it\n"
+    Path("broken.jsonl").write_text('{"text": "x\n')
+    run("look", "broken.jsonl", status=2)
+    assert capsys.readouterr().err.startswith("error: broken.jsonl:1: broken JSON")
 
 
 def test_of_what_is_dropped_only_the_beginning_is_shown(capsys):
