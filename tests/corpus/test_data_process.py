@@ -22,6 +22,7 @@ from helpers import snapshot
 import data_process
 from base import cli
 from base.files import sha256
+from bench.dirt import make_dirty
 from corpus.duplicates import Duplicates, HashSet, band_hashes, hash64
 from corpus.files import BATCH_RECORDS, read_batches
 from corpus.kinds import Document
@@ -312,6 +313,15 @@ def test_each_rule_does_its_work_and_can_be_switched_off(rule):
     row = json.loads(Path("report.json").read_text(encoding="utf-8"))["rules"][rule]
     assert (row["changed"], row["dropped"]) == ((1, 0) if after else (0, 1))
     assert after or row["example"].startswith("a.jsonl:1: " + before[:10])
+
+
+def test_the_dirt_of_the_bench_gives_every_rule_something_to_do():
+    made, _ = make_dirty([text + "é。" for text in sentences(400)], random.Random(0))
+    write_jsonl("a.jsonl", [{"text": text} for text in made])
+    run("clean", "a.jsonl", "--output", "out.jsonl", "--report", "report.json")
+    rules = json.loads(Path("report.json").read_text(encoding="utf-8"))["rules"]
+    for name in (*RULES, "exact_duplicate", "near_duplicate"):
+        assert rules[name]["changed"] + rules[name]["dropped"] >= 10, name
 
 
 def test_duplicates_exact_and_near_are_dropped_and_the_first_is_kept(capsys):
