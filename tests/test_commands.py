@@ -42,6 +42,7 @@ python data_process.py sft F --output dataset/lora
 python data_process.py dpo F
 python data_process.py rl F
 python data_process.py pretrain F --output dataset/en
+python -m bench.dirt texts.jsonl --output raw.jsonl
 python 1-pretrain.py
 python 2-sft.py
 python 3-lora.py
