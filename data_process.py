@@ -24,6 +24,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 
@@ -42,12 +43,13 @@ from base.cli import (
     run,
 )
 from base.files import sha256, write_file, write_json
+from corpus.cleaning import known_languages
 from corpus.exams import load_exams
 from corpus.fetch import HUBS, choose_files, fetch_files, fetch_part, find_entry, open_hub, read_catalogue
 from corpus.figures import draw
 from corpus.files import SUFFIXES, find_files, suffix_of
 from corpus.kinds import KINDS, load_encoder
-from corpus.look import SHOWN, describe, examine, first_look, some
+from corpus.look import READINGS, SHOWN, describe, examine, first_look, some
 from corpus.pipeline import Report, read_documents
 from corpus.prepared import META, SPLITS, Prepared, check_prepared, writing_prepared
 from corpus.records import each_record, map_fields, parse, text_of
@@ -134,6 +136,8 @@ def show(args: argparse.Namespace):
             marked = trained and data.mask is not None
             print(f"{before}{text}{after}" if marked else text, end="")
         print()
+    if KINDS[data.kind].noted:
+        print(f"--- answer to check: {data.notes()[args.index]['answer']}")
 
 
 def check(args: argparse.Namespace):
@@ -179,7 +183,7 @@ def fetch(args: argparse.Namespace):
         few = len(paths) < 4 and all(map(suffix_of, paths))  # an archive's files lie beside it
         command = [entry.stage, *map(str, paths if few else [folder]), *entry.flags]
         if entry.stage == "exam":
-            print(f"score a model on it: {python_command()} eval.py --choice FILE, of the files in {folder}")
+            print(f"score a model on it: {join_words([python_command(), 'eval.py', '--choice', str(folder)])}")
             print(f"keep it out of a training text: data_process.py with --exclude {folder}")
         elif args.prepare:
             main(command)
@@ -189,6 +193,7 @@ def fetch(args: argparse.Namespace):
 
 def look(args: argparse.Namespace):
     """The command look: what files hold, and the command to go on with."""
+    check_parts(args.fields, {part: None for reading in READINGS for part in reading.fields})
     seen = first_look(args.inputs, args.records, args.fields)
     about = f" of about {seen.records / seen.share:,.0f}" if seen.share < 1 else ""
     names = printable(", ".join(seen.names))
@@ -254,8 +259,11 @@ def add_flags(name: str, command: argparse.ArgumentParser):
     kind, add = KINDS[name], command.add_argument
     add("inputs", nargs="+", metavar="INPUT", help=f"files, or folders of files: {', '.join(SUFFIXES)}, each also .gz")
     add("--skip_rules", type=lambda names: names.split(","), default=[], help=f"some of {','.join(kind.rules)}")
-    add("--add_rules", choices=kind.optional, nargs="+", default=[], help="rules that do not work unasked")
+    command.set_defaults(add_rules=[])
+    if kind.optional:
+        add("--add_rules", choices=kind.optional, nargs="+", help="rules that do not work unasked")
     add("--exclude", nargs="+", default=(), metavar="FILE", help="drop what holds a question of these exams")
+    add("--languages", nargs="+", default=(), metavar="CODE", help="drop what is in none of these, such as zh en")
     add("--fields", type=mapping, default={}, metavar="PART=NAME,…", help=f"parts are {', '.join(kind.fields)}")
     add("--text_field", default="text", help="where a record keeps its text; as --fields text=NAME")
     add("--max_bad_fraction", type=fraction, default=0.1, help="stop if more of the records cannot be read")
@@ -284,15 +292,21 @@ HF_ENDPOINT names a mirror of Hugging Face, HF_TOKEN a token, HF_HOME where its 
 MODELSCOPE_API_TOKEN are the same for ModelScope."""
 
 
+def check_parts(fields: dict[str, str], known: Iterable[str]):
+    if unknown := fields.keys() - set(known):
+        raise UserError(f"--fields: no part is called {', '.join(sorted(unknown))}: it is {', '.join(known)}")
+
+
 def settle(args: argparse.Namespace):
     """Adds what the pipeline wants to the arguments of a command that reads records."""
     known = KINDS[args.command].fields
-    if unknown := args.fields.keys() - known.keys():
-        raise UserError(f"--fields: no part is called {', '.join(sorted(unknown))}: it is {', '.join(known)}")
+    check_parts(args.fields, known)
     if "text" in known:
         args.text_field = args.fields.get("text", args.text_field)
         known = {"text": (args.text_field, *known["text"])}
     args.names = map_fields(known, args.fields)
+    if args.languages and (unknown := set(args.languages) - (languages := known_languages())):
+        raise UserError(f"--languages: {', '.join(sorted(unknown))} is none of {', '.join(sorted(languages))}")
     args.exclude = tuple(args.exclude)
     if args.exclude:
         exams = load_exams(args.exclude)

@@ -19,7 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 OLDEST, NEWEST = (3, 10), (3, 13)
 CORE, TEST, CONSTRAINTS = "requirements.txt", "requirements-test.txt", "constraints.txt"
-EXTRA = [f"requirements-{name}.txt" for name in ("export", "track", "interop")]  # for the tests that are marked so
+# For the tests that are marked extra.
+EXTRA = [f"requirements-{name}.txt" for name in ("export", "track", "languages", "interop")]
 NO_CONNECTION = ("connection broken by", "Could not fetch URL", "ConnectionError", "Timeout", "ProxyError", "SSLError")
 
 HELP = """usage: python quickstart.py [--minutes N] [--clean] [--no-chat]

@@ -7,6 +7,8 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 
+from base.cli import UserError
+
 
 class Dropped(Exception):
     """A record that a rule drops; the arguments are the rule's name and the beginning of the text."""
@@ -59,6 +61,29 @@ PLACEHOLDERS = {"", "无", "none", "null", "nan", "n/a"}
 def is_placeholder(answer: str) -> bool:
     """Whether it stands where an answer is missing: it would be learnt as one."""
     return answer.strip(" \n.。").lower() in PLACEHOLDERS
+
+
+def known_languages() -> set[str]:
+    """The codes that --languages may hold: "zh", "en" …; zh is both ways to write it. UserError without pycld2."""
+    try:
+        import pycld2
+    except ImportError:
+        raise UserError(
+            "--languages needs the package pycld2: pip install -r requirements-languages.txt -c constraints.txt"
+        ) from None
+    return {code.partition("-")[0] for name, code in pycld2.LANGUAGES if name in pycld2.DETECTED_LANGUAGES}
+
+
+def is_other_language(text: str, languages: tuple[str, ...]) -> bool:
+    """Whether most of it is, as Chrome's CLD2 is sure, in none of these languages; what it cannot tell, it may be."""
+    import pycld2
+
+    try:
+        reliable, _, found = pycld2.detect(text.encode())
+    except pycld2.error:  # it refuses control characters, which stand here if their rule is skipped
+        return False
+    language = found[0][1].partition("-")[0]  # zh-Hant is zh
+    return reliable and language != "un" and language not in languages
 
 
 Rules = dict[str, Callable[[str], str | None]]

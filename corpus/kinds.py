@@ -203,11 +203,11 @@ def _says_nothing(message: dict) -> bool:
 
 
 TEXT_FIELDS: Fields = {"text": ("text", "completion")}  # --text_field says another
-DUPLICATES = ("exam_question", "exact_duplicate", "near_duplicate")
-TEXT_NAMES = (*TEXT_RULES, *DUPLICATES)
-CHAT_NAMES = (*CHAT_RULES, "no_question", "no_answer", "too_long", "empty_answer", *DUPLICATES)
-PAIR_NAMES = (*CHAT_RULES, "no_question", "same_answer", "no_answer", "too_long", "empty_answer", *DUPLICATES)
-TASK_NAMES = (*CHAT_RULES, "no_question", "empty_answer", "too_long", *DUPLICATES)
+OF_ALL = ("other_language", "exam_question", "exact_duplicate", "near_duplicate")  # rules for every kind
+TEXT_NAMES = (*TEXT_RULES, *OF_ALL)
+CHAT_NAMES = (*CHAT_RULES, "no_question", "no_answer", "too_long", "empty_answer", *OF_ALL)
+PAIR_NAMES = (*CHAT_RULES, "no_question", "same_answer", "no_answer", "too_long", "empty_answer", *OF_ALL)
+TASK_NAMES = (*CHAT_RULES, "no_question", "empty_answer", "too_long", *OF_ALL)
 IF_ASKED = ("near_duplicate",)  # chats that differ in one number are near duplicates, and may both be worth learning
 KINDS = {
     "clean": Kind(read_json_record, TEXT_NAMES, TEXT_FIELDS),

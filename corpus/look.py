@@ -1,12 +1,14 @@
 """A first look at files, before anything is made of them: shape, counts, lengths, letters, duplicates, samples."""
 
 import argparse
+import json
 from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
+from base.cli import UserError
 from corpus.duplicates import Duplicates, band_hashes
 from corpus.figures import lines_of
 from corpus.files import RecordBatch, find_files, read_batches
@@ -30,7 +32,7 @@ from model import chat
 # Characters a token of the tokenizer that ships, on texts that it has not seen; model/tokenizer/README.md says which.
 REFERENCE = {"Han": ("Chinese", 1.22), "Latin": ("English", 2.84)}
 KEPT = 4096  # characters of a text that are kept to be encoded
-SHOWN = 300  # of a sample
+SHOWN, EXAMPLE = 400, 160  # of a sample, its beginning and end as it is trained; of what a rule drops
 PROBED = 64  # records of a batch that are tried in every shape
 
 
@@ -73,7 +75,10 @@ class Look(NamedTuple):
 
 
 def first_look(inputs: list[str], most: int, mapping: dict[str, str]) -> Look:
-    """Reads up to `most` records, and finds out what they are, with a mapping of fields where one is given."""
+    """Reads up to `most` records, and finds out what they are, with a mapping of fields where one is given.
+
+    UserError where there is none that can be read.
+    """
     files = find_files(inputs)
     batches, count = [], 0
     for batch in read_batches(files, "text"):
@@ -81,15 +86,20 @@ def first_look(inputs: list[str], most: int, mapping: dict[str, str]) -> Look:
         count += len(batches[-1].records)
         if count == most:
             break
-    taken, names = Counter(), []
-    for raw in (raw for batch in batches for _, raw in batch.records[:PROBED]):
+    if not count:
+        raise UserError(f"{', '.join(inputs)}: no record in it")
+    taken, names, faults = Counter(), [], []
+    for path, place, raw in ((batch.path, *record) for batch in batches for record in batch.records[:PROBED]):
         try:
             record = parse(raw)
-        except BadRecord:
+        except BadRecord as error:
+            faults.append(f"{path}:{place}: {error}")
             continue
         names = names or [str(name) for name in record]
         taken[next((i for i, reading in enumerate(READINGS) if _takes(reading, record, mapping)), None)] += 1
-    [(most_common, _)] = taken.most_common(1) or [(None, 0)]
+    if not taken:
+        raise UserError(faults[0])
+    [(most_common, _)] = taken.most_common(1)
     total = sum(path.stat().st_size for path in files)
     share = min(batches[-1].position / total, 1.0) if total else 1.0
     return Look(None if most_common is None else READINGS[most_common], batches, count, share, names)
@@ -118,7 +128,7 @@ def describe(report: Report, documents: list[Document], tokenizer_dir: str) -> l
     lines += [f"  {example}" for example in report.bad_examples]
     for name, rule in report.rules.items():
         if rule["dropped"]:
-            lines.append(f"  {rule['dropped']:,} dropped by {name}, such as {rule['example']!r}")
+            lines.append(f"  {rule['dropped']:,} dropped by {name}, such as {rule['example'][:EXAMPLE]!r}")
     if documents and (near := count_near_duplicates(documents)):
         lines.append(f"  {near:,} of those kept are nearly like another: --add_rules near_duplicate would drop them")
     for shape, count in report.shapes.most_common():
@@ -127,9 +137,15 @@ def describe(report: Report, documents: list[Document], tokenizer_dir: str) -> l
     for script, ratio in characters_a_token(documents, tokenizer_dir).items():
         language, reference = REFERENCE[script]
         lines.append(f"{ratio:.2f} characters a token in {script} texts (reference: {language}, {reference})")
+    encoder = load_encoder(tokenizer_dir)
     for document in some(documents):
-        text = document.text
-        lines.append(f"--- record {document.place}\n{text[:SHOWN]}{'…' if len(text) > SHOWN else ''}")
+        lines.append(f"--- record {document.place}")
+        for ids, _ in document.parts:
+            kept = np.frombuffer(ids, encoder.dtype)[: 4 * KEPT].tolist()  # a character is 4 tokens at most
+            text = encoder.tokenizer.decode(kept, skip_special_tokens=False).rstrip("\n")
+            lines.append(text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} […] {text[-SHOWN // 2 :]}")
+        if document.note:
+            lines.append(f"--- answer to check: {json.loads(document.note)['answer']}")
     return lines
 
 

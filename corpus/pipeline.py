@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from base.cli import UserError
-from corpus.cleaning import Dropped
+from corpus.cleaning import Dropped, is_other_language
 from corpus.duplicates import Duplicates, band_hashes
 from corpus.exams import load_exams
 from corpus.figures import Figures, measure
@@ -50,13 +50,17 @@ class Result(NamedTuple):
 def work(args: argparse.Namespace, batch: RecordBatch, sample: int = SAMPLE) -> Result:
     """Makes documents of the records of a batch, in a worker process."""
     kind = KINDS[args.command]
-    exams = load_exams(args.exclude) if args.exclude else None
+    rules = rules_at_work(args)
+    exams = load_exams(args.exclude) if args.exclude and "exam_question" in rules else None
+    languages = args.languages if "other_language" in rules else ()
     documents, bad, dropped = [], [], []
     changed, shapes = Counter(), Counter()
     for place, record in batch.records:
         try:
             record = parse(record)
             document = kind.read(place, record, args, changed)
+            if languages and is_other_language(document.text, languages):
+                raise Dropped("other_language", document.text[:sample])
             if exams and exams.stand_in(document.text):
                 raise Dropped("exam_question", document.text[:sample])
             documents.append(document)
@@ -75,7 +79,7 @@ def work(args: argparse.Namespace, batch: RecordBatch, sample: int = SAMPLE) -> 
         documents = kind.tokenize(documents, args)
     keys = np.array([document.key for document in documents], np.uint64)
     bands = np.zeros((len(documents), 0), np.uint64)
-    if documents and "near_duplicate" in rules_at_work(args):
+    if documents and "near_duplicate" in rules:
         bands = band_hashes([document.text for document in documents])
     figures = measure(documents, load_encoder(args.tokenizer).dtype.itemsize if kind.titles else 0)
     documents = [document._replace(text=document.text[:sample]) for document in documents]

@@ -42,6 +42,7 @@ python data_process.py sft F --output dataset/lora
 python data_process.py dpo F
 python data_process.py rl F
 python data_process.py pretrain F --output dataset/en
+python -m bench.dirt texts.jsonl --output raw.jsonl
 python 1-pretrain.py
 python 2-sft.py
 python 3-lora.py
@@ -121,7 +122,7 @@ TO_FETCH = [command for command in COMMANDS if "data_process.py fetch" in comman
 TO_SERVE = [command for command in COMMANDS if "serve.py" in shlex.split(command, comments=True)]  # until told to end
 NOT_RUN = {*TO_INSTALL, *TO_FETCH, *TO_SERVE}
 TO_RUN = list({str(parse(command)): command for command in COMMANDS if command not in NOT_RUN}.values())
-NEEDS_EXTRA = re.compile(r"export\.py .*--to (gguf|ollama)")  # packages of requirements-export.txt
+NEEDS_EXTRA = re.compile(r"export\.py .*--to (gguf|ollama)|--languages")  # packages of quickstart.EXTRA
 
 
 @pytest.fixture(scope="module")

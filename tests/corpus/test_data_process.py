@@ -22,6 +22,7 @@ from helpers import snapshot
 import data_process
 from base import cli
 from base.files import sha256
+from bench.dirt import make_dirty
 from corpus.duplicates import Duplicates, HashSet, band_hashes, hash64
 from corpus.files import BATCH_RECORDS, read_batches
 from corpus.kinds import Document
@@ -314,6 +315,16 @@ def test_each_rule_does_its_work_and_can_be_switched_off(rule):
     assert after or row["example"].startswith("a.jsonl:1: " + before[:10])
 
 
+def test_the_dirt_of_the_bench_gives_every_rule_something_to_do():
+    clean = ["".join(sentences(6)) + "é。" for _ in range(300)]
+    made, _ = make_dirty(clean, random.Random(0))
+    write_jsonl("a.jsonl", [{"text": text} for text in made])
+    run("clean", "a.jsonl", "--output", "out.jsonl", "--report", "report.json")
+    rules = json.loads(Path("report.json").read_text(encoding="utf-8"))["rules"]
+    for name in (*RULES, "exact_duplicate", "near_duplicate"):
+        assert rules[name]["changed"] + rules[name]["dropped"] >= 10, name
+
+
 def test_duplicates_exact_and_near_are_dropped_and_the_first_is_kept(capsys):
     article = "".join(sentences(30))
     near = article[:500] + "改了几个字" + article[505:]
@@ -507,6 +518,44 @@ def test_what_holds_an_exam_question_is_dropped(capsys):
     )
     run("sft", "b.jsonl", "--output", "out", "--exclude", "exam/val/physics.csv")
     assert report("out")["kept"] == 1
+    run("sft", "b.jsonl", "--output", "out", "--exclude", "exam/val/physics.csv", "--skip_rules", "exam_question")
+    assert report("out")["kept"] == 3
+
+
+FRENCH = "Le petit chat dort sur le canapé pendant que la pluie tombe doucement dans le jardin de la maison."
+JAPANESE = "今日は天気がいいので、公園へ散歩に行きました。桜がとてもきれいでした。"
+WANTED = [
+    "今天天气很好，我们去公园散步，樱花开得很美。",
+    "今天天氣很好，我們去公園散步，櫻花開得很美。",
+    "It rained all day, so the children stayed at home and read.",
+    "x = [1, 2, 3]  # 1234567890",  # in no language for sure
+]
+
+
+@pytest.mark.extra
+def test_what_is_in_another_language_is_dropped(capsys):
+    write_jsonl("a.jsonl", [{"text": text} for text in (FRENCH, *WANTED, JAPANESE)])
+    run("clean", "a.jsonl", "--output", "out.jsonl", "--languages", "zh", "en", "--workers", "2")
+    assert read_jsonl("out.jsonl") == WANTED
+    run("clean", "a.jsonl", "--output", "out.jsonl", "--languages", "fr", "zh")
+    assert read_jsonl("out.jsonl") == [FRENCH, *WANTED[:2], WANTED[3]]
+    run("clean", "a.jsonl", "--output", "out.jsonl", "--languages", "ja", "--skip_rules", "other_language")
+    assert len(read_jsonl("out.jsonl")) == 6
+    chats = [{"q": "翻译成法语：猫在睡觉，外面下着雨。", "a": "Le chat dort."}, {"q": FRENCH, "a": FRENCH}]
+    write_jsonl("b.jsonl", chats)
+    run("sft", "b.jsonl", "--output", "out", "--languages", "zh")
+    assert report("out")["rules"]["other_language"]["dropped"] == 1
+    assert report("out")["rules"]["other_language"]["example"].startswith("b.jsonl:2: Le petit")
+    capsys.readouterr()
+    run("sft", "b.jsonl", "--output", "out", "--languages", "zh", "klingon", status=2)
+    assert "--languages: klingon is none of" in capsys.readouterr().err
+
+
+def test_languages_say_what_they_need(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pycld2", None)
+    write_jsonl("a.jsonl", [{"text": text} for text in WANTED])
+    run("pretrain", "a.jsonl", "--output", "out", "--languages", "zh", status=2)
+    assert "pip install -r requirements-languages.txt -c constraints.txt" in capsys.readouterr().err
 
 
 # ---- What is written ------------------------------------------------------------------------------------------------
@@ -596,6 +645,10 @@ def test_show_marks_the_trained_tokens(capsys):
     assert "[[好<|im_end|>]]" in out
     assert "[[差<|im_end|>]]" in out
     assert "[[答一" not in out
+    write_jsonl("c.jsonl", [{"question": "七加八", "answer": "15"}])
+    run("rl", "c.jsonl", "--output", "tasks", "--tokenizer", ROOT / "model/tokenizer")
+    run("show", "tasks", "--index", 0)
+    assert "assistant\n\n--- answer to check: 15\n" in capsys.readouterr().out
     run("show", "out", "--index", 1, status=2)
     assert "--index must be from 0 to 0" in capsys.readouterr().err
 

@@ -60,6 +60,42 @@ def test_a_file_is_taken_for_what_it_is(what, capsys):
     assert f"{command} a.jsonl" in out.splitlines()[-1]
 
 
+def test_samples_are_shown_as_they_are_trained(capsys):
+    history = [[f"问{han(20)}", f"答{han(20)}"]]
+    write("a.jsonl", [{"question": "问二", "answer": "答二", "history": history}])
+    run("look", "a.jsonl")
+    turns = [("user", history[0][0]), ("assistant", history[0][1]), ("user", "问二"), ("assistant", "答二")]
+    chat = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
+    assert f"--- record 1\n<|begin_of_text|>{chat}picture" in capsys.readouterr().out
+    write("b.jsonl", [{"question": "问", "answer": "2\n#### 2"}])
+    run("look", "b.jsonl")
+    assert "问<|im_end|>\n<|im_start|>assistant\n--- answer to check: 2\n" in capsys.readouterr().out
+    text = han(3000)
+    write("c.jsonl", [{"text": text}])
+    run("look", "c.jsonl")
+    beginning, end = capsys.readouterr().out.partition("--- record 1\n")[2].partition("\npicture")[0].split(" […] ")
+    assert beginning.startswith(f"<|begin_of_text|>{text[:100]}")
+    assert end.endswith(f"{text[-100:]}<|end_of_text|>")
+
+
+def test_files_without_a_record_that_can_be_read_are_one_line(capsys):
+    Path("empty.jsonl").write_text("")
+    run("look", "empty.jsonl", status=2)
+    assert capsys.readouterr().err == "error: empty.jsonl: no record in it\n"
+    Path("broken.jsonl").write_text('{"text": "x\n')
+    run("look", "broken.jsonl", status=2)
+    assert capsys.readouterr().err.startswith("error: broken.jsonl:1: broken JSON")
+
+
+def test_of_what_is_dropped_only_the_beginning_is_shown(capsys):
+    text = han(3000)
+    write("a.jsonl", [{"text": text}, {"text": text}])
+    run("look", "a.jsonl")
+    line = next(line for line in capsys.readouterr().out.splitlines() if "exact_duplicate" in line)
+    assert text[:100] in line
+    assert len(line) < 250
+
+
 def test_what_would_be_dropped_and_the_figures_and_samples(capsys):
     texts = [han(20), han(100), han(400), "The cat sat on the mat and looked at the rain. " * 2]
     write("a.jsonl", [{"text": text} for text in [*texts, texts[1], "短", texts[2][:398] + "改动"]] + [{"body": "x"}])
@@ -74,7 +110,7 @@ def test_what_would_be_dropped_and_the_figures_and_samples(capsys):
         "         64 to 127                 2 ####",
         "1 dropped by near_duplicate",
         "(reference: Chinese, 1.22)",
-        f"--- record 1\n{texts[0]}\n",
+        f"--- record 1\n<|begin_of_text|>{texts[0]}<|end_of_text|>\n",
     ):
         assert line in out
     assert Path("out/look.png").stat().st_size > 5000
@@ -103,6 +139,8 @@ def test_unknown_fields_are_named_and_can_be_mapped(capsys):
     captured = capsys.readouterr()
     assert "with the fields ask, reply" in captured.out
     assert "--fields, such as question=NAME,answer=NAME" in captured.err
+    run("look", "a.jsonl", "--fields", "prose=ask", status=2)
+    assert "no part is called prose: it is messages, question" in capsys.readouterr().err
     run("look", "a.jsonl", "--fields", "question=ask,answer=reply")
     out = capsys.readouterr().out
     assert "taken for: chats" in out
