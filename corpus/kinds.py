@@ -191,7 +191,8 @@ def read_task_record(place: int, record: dict, args: argparse.Namespace, changed
     tokens = np.array(ids, encoder.dtype)
     prompt_fields = sum(PROMPT_FIELDS.values(), ())
     extra = {field: value for field, value in record.items() if field not in prompt_fields}
-    note = json.dumps({"question": messages[-1]["content"], **extra, "answer": answer}, ensure_ascii=False)
+    fields = {"question": messages[-1]["content"], **extra, "answer": answer}
+    note = json.dumps(fields, ensure_ascii=False, default=str)
     key = hash64(json.dumps([messages, tools, answer], ensure_ascii=False).encode())
     size = int(encoder.sizes[tokens].sum())
     return Document(place, key, [(tokens.tobytes(), b"")], size, messages[-1]["content"], note)

@@ -69,6 +69,9 @@ def work(args: argparse.Namespace, batch: RecordBatch, sample: int = SAMPLE) -> 
         except BadRecord as error:
             bad.append((place, str(error)))
             continue
+        except RecursionError:
+            bad.append((place, "lists or objects in each other, too deep to be read"))
+            continue
         shapes[shape_of(record, args.names)] += 1
     # What follows goes over the whole batch step by step: a fifth faster than text by text, for the processor's caches.
     if kind.tokenize:

@@ -38,10 +38,10 @@ def run_calls(tools: dict[str, Tool], calls: list[dict]) -> list[str]:
     """The answer to each call {"name", "arguments"}, as text; what goes wrong is said in it."""
     answers = []
     for call in calls[:MAX_CALLS]:
-        tool = tools.get(call.get("name"))
-        arguments = call.get("arguments")
+        name, arguments = call.get("name"), call.get("arguments")
+        tool = tools.get(name) if isinstance(name, str) else None
         if tool is None:
-            answers.append(f"error: there is no tool {call.get('name')!r}; there are {', '.join(tools)}")
+            answers.append(f"error: there is no tool {name!r}; there are {', '.join(tools)}")
         elif not isinstance(arguments, dict):
             answers.append("error: the arguments are not a JSON object")
         else:
