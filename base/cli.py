@@ -65,7 +65,8 @@ def _exit(message: str, status: int):
     if rank:  # what is wrong in all processes one says, whose end ends the others: torchrun sees to it
         time.sleep(3)
         message = f"process {rank}: {message}"
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    line = "".join(letter if letter.isprintable() else " " for letter in message)  # of a hostile file's words, say
+    print(f"error: {line}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 

@@ -88,7 +88,7 @@ def train(
 
             # Log, validate, save.
             run.end_step(sums, n_rows * args.max_seq_len, grad_norm, validate)
-    run.finish(stop)
+        run.finish(stop)
 
 
 class Run:
