@@ -30,6 +30,11 @@ LESS_MEMORY = "--batch_size auto finds what fits; --grad_checkpointing and a low
 OUT_OF_MEMORY = re.compile("out of memory|allocate memory|bad_alloc|failed to map segment", re.IGNORECASE)
 
 
+def lacks_memory(error: Exception) -> bool:
+    """Whether that is what it says; each library has its own error for it."""
+    return isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)) is not None
+
+
 def run(main: Callable[[], None], aftermath: str = "", less_memory: str = LESS_MEMORY):
     """Calls main(). A user's mistake ends in one line and exit status 2, a failure of the machine in one line and 1.
 
@@ -49,7 +54,7 @@ def run(main: Callable[[], None], aftermath: str = "", less_memory: str = LESS_M
     except KeyboardInterrupt:  # a training run answers it by itself while it takes steps
         _exit(f"interrupted{aftermath}", 130)
     except (MemoryError, RuntimeError, ImportError, OSError, FloatingPointError) as error:
-        if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
+        if lacks_memory(error):
             reason = str(error).splitlines()[:1] or ["nothing more can be allocated"]
             _exit(f"out of memory: {less_memory} ({reason[0]}){aftermath}", 1)
         if not isinstance(error, OSError | FloatingPointError):
@@ -65,7 +70,7 @@ def _exit(message: str, status: int):
     if rank:  # what is wrong in all processes one says, whose end ends the others: torchrun sees to it
         time.sleep(3)
         message = f"process {rank}: {message}"
-    line = "".join(letter if letter.isprintable() else " " for letter in message)  # of a hostile file's words, say
+    line = re.sub("[\0-\x1f\x7f-\x9f\u2028\u2029]", " ", message)  # which may hold the words of a hostile file
     print(f"error: {line}", file=sys.stderr, flush=True)
     sys.exit(status)
 

@@ -31,6 +31,7 @@ from corpus.files import RecordBatch, find_files, read_batches
 from corpus.kinds import KINDS, Document, load_encoder
 from corpus.records import BadRecord, parse, shape_of
 
+tqdm.monitor_interval = 0  # no thread beside the bar, which is moved often enough
 SAMPLE = 80  # characters of a text that leave the worker, for the report
 
 
