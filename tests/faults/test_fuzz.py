@@ -284,6 +284,7 @@ def account(args: argparse.Namespace, batch: RecordBatch):
 
 @fuzz(0.12, families=True)
 @given(file=damaged(FILES), command=st.sampled_from(sorted(KINDS)))
+@example(file=("a.csv", [b"\n\ntext,b\n1,2\n"]), command="clean")  # no names of columns
 def test_a_damaged_file_is_read_or_refused(file, command, number, folder):
     name, contents = file
     for content in contents:
@@ -343,6 +344,8 @@ class Slow(io.StringIO):
 @fuzz(0.005)
 @given(elements=st.lists(values, max_size=4), size=st.integers(1, 9), indent=st.sampled_from([None, 1]), rest=any_text)
 @example(elements=[12], size=2, indent=None, rest="")  # a number that goes on in the next block
+@example(elements=[0.5], size=2, indent=None, rest="")
+@example(elements=[1], size=1, indent=None, rest="  x")  # more follows, in a later block
 def test_an_array_is_read_element_by_element(elements, size, indent, rest, number):
     COUNTS["JSON arrays"] += 1
     file = Slow(json.dumps(elements, indent=indent) + rest)
@@ -389,6 +392,12 @@ def test_running_text_comes_back_whole(contents, name, number, folder):
 
 @fuzz(0.2, families=True)
 @given(relatives=family(records | shaped | values), command=st.sampled_from(sorted(KINDS)), as_bytes=st.booleans())
+@example(relatives=[{"prompt": [], "answer": "1"}], command="rl", as_bytes=False)
+@example(relatives=[{"prompt": "\ud800", "answer": "1"}], command="rl", as_bytes=True)
+@example(relatives=[{"prompt": "a", "answer": "1", "x": "\ud800"}], command="rl", as_bytes=True)
+@example(relatives=[{"prompt": "a", "answer": "1", "x": b""}], command="rl", as_bytes=False)
+@example(relatives=[{"prompt": "a", "answer": "b", "tools": text} for text in PYTHON], command="sft", as_bytes=True)
+@example(relatives=[{"prompt": "a", "answer": "b", "tools": [b""]}], command="sft", as_bytes=False)
 def test_a_record_of_any_shape_is_accounted_for(relatives, command, as_bytes, number):
     for record in relatives:
         COUNTS["records"] += 1
@@ -699,6 +708,7 @@ EXAMS = {
 @given(file=damaged(EXAMS))
 @example(file=("law_val.csv", [b"question,A,a,B,C,D,answer\n?,1,2,3,4,5,A\n"]))
 @example(file=("law_val.csv", [b"question,A,B,C,D,answer\n0,?,,2,3,4,A\n"]))  # more fields than columns
+@example(file=("exam.zip", [EXAMS["exam.zip"][1:], EXAMS["exam.zip"][:-1]]))
 def test_a_damaged_exam_is_read_or_refused(file, number, folder):
     name, contents = file
     for content in contents:
