@@ -304,4 +304,5 @@ def test_the_way_from_texts_to_an_answer_wherever_it_runs(place, tmp_path):
         assert "/temperature" in said
     check_model(folder / "out")
     check_prepared(folder / "data")
-    assert sorted(path.name for path in folder.iterdir()) == [".out.lock", "data", "look.png", "out", "texts.jsonl"]
+    left = {path.name for path in folder.iterdir()} - {"look.png"}  # drawn last: who has no reader may have ended
+    assert left == {".out.lock", "data", "out", "texts.jsonl"}
