@@ -24,6 +24,10 @@ from training import cost
 ROOM = [0, 8, 40, 160, 640, 1280]  # MiB
 STEP = ["--batch_size", "16", "--max_seq_len", "256", "--max_steps", "2", "--save_interval", "1", "--log_interval", "1"]
 
+# A library in C or Rust that gets no memory may end the process that it is in, as a kill does: none can catch it. With
+# several workers it is one of them, of which the command speaks.
+ABORTS = (-signal.SIGABRT, -signal.SIGSEGV, 127)
+
 limited = pytest.mark.skipif(sys.platform != "linux", reason="needs a limit for memory")
 
 
@@ -106,14 +110,14 @@ def test_too_little_memory_is_one_line_that_names_a_flag(name, commands, start, 
             script, *(out if word == "OUT" else word for word in flags), patch=partial(limit_memory, mib)
         ).wait()
         statuses.append(result.status)
-        if result.status == -signal.SIGABRT:  # by a library in C or Rust, which none can catch: as by a kill
-            assert re.match("memory allocation of|cannot allocate memory|terminate called .*bad_alloc", result.err), mib
-            assert script == "data_process.py"
+        aborted = script == "data_process.py" and result.status in ABORTS
+        if aborted:
+            assert not (out / "meta.json").exists(), mib
         elif result.status:
             line = result.error_line(status=1)
             assert line.startswith("error: out of memory: "), (mib, line)
             assert flag in line, mib
-        if result.status != -signal.SIGABRT:
+        if not aborted:
             left = [path.name for path in out.parent.rglob(".*") if not path.name.endswith((".lock", ".writing"))]
             assert not left, mib
     assert statuses[0]
