@@ -27,6 +27,8 @@ def _while_loading(kind: type[BaseException], *error):
 
 sys.excepthook = _while_loading  # scripts import this before anything that is slow
 LESS_MEMORY = "--batch_size auto finds what fits; --grad_checkpointing and a lower --max_seq_len make more fit"
+# Compiled here, for there may be no memory left when they are needed.
+UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029]")
 OUT_OF_MEMORY = re.compile("out of memory|allocate memory|bad_alloc|failed to map segment", re.IGNORECASE)
 
 
@@ -70,7 +72,7 @@ def _exit(message: str, status: int):
     if rank:  # what is wrong in all processes one says, whose end ends the others: torchrun sees to it
         time.sleep(3)
         message = f"process {rank}: {message}"
-    line = re.sub("[\0-\x1f\x7f-\x9f\u2028\u2029]", " ", message)  # which may hold the words of a hostile file
+    line = UNPRINTABLE.sub(" ", message)  # which may hold the words of a hostile file
     print(f"error: {line}", file=sys.stderr, flush=True)
     sys.exit(status)
 
