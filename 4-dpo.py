@@ -11,6 +11,9 @@ reference never changes, so its log-probabilities are computed once and kept in 
     python 4-dpo.py --lora_rank 8                    trains an adapter in place of the whole model
 """
 
+from base.cli import above_zero, fraction, not_negative, run  # first: it hears Ctrl-C while torch is loaded
+
+# isort: split
 import argparse
 from functools import partial
 from pathlib import Path
@@ -20,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from base.cli import above_zero, fraction, not_negative, run
 from model.checkpoint import load_model
 from model.lora import apply_lora
 from model.model import CausalLM
@@ -60,10 +62,12 @@ def preference_loss(chosen: Tensor, rejected: Tensor, beta: float, kind: str, la
 
 
 @torch.no_grad()
-def reference_log_probs(model: CausalLM, data: PackedDataset, machine: Machine, args: argparse.Namespace) -> Tensor:
-    """ln p_ref of every answer of the split, (documents,)."""
+def reference_log_probs(
+    model: CausalLM, data: PackedDataset, machine: Machine, args: argparse.Namespace, rows: np.ndarray
+) -> Tensor:
+    """ln p_ref of every answer in these rows of the split, and 0 of the others, (documents,)."""
     log_probs = torch.zeros(len(data.prepared.offsets) - 1, device=machine.device)
-    for share, counts in machine.share(np.arange(len(data)), args.batch_size):
+    for share, counts in machine.share(rows, args.batch_size):
         batch = data.batch(share).to(machine.device)
         with machine.autocast():
             answers, _ = call(answer_log_probs, model, batch)

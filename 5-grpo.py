@@ -12,13 +12,15 @@ above than below (DAPO, 2503.14476), and no reference holds the model back (--be
     python 5-grpo.py --reward my_rewards.py:score                a function of your own: score(reply, task) -> number
 """
 
+from base.cli import LESS_MEMORY, above_zero, not_negative, positive, run  # first: hears Ctrl-C while torch loads
+
+# isort: split
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from base.cli import above_zero, not_negative, positive, run
 from model.checkpoint import load_model
 from model.lora import apply_lora
 from model.model import CausalLM
@@ -121,4 +123,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, less_memory=f"{LESS_MEMORY}; a lower --rollout_rows takes less while it writes")

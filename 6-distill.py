@@ -16,13 +16,15 @@ The student is the model of --init_from, some layers of it (--keep_layers), or a
     torchrun --nproc_per_node 2 6-distill.py --teacher out/large         the same in two processes
 """
 
+from base.cli import run  # first: it hears Ctrl-C while torch is loaded
+
+# isort: split
 import argparse
 from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
-from base.cli import run
 from model.checkpoint import load_model
 from model.LMConfig import PRESETS, LMConfig
 from model.lora import apply_lora

@@ -379,4 +379,6 @@ def main(arguments: list[str] | None = None):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
-    run(main, aftermath="the output is as it was")
+    run(
+        main, aftermath="the output is as it was", less_memory="--workers 1 takes less, of a tokenizer a lower --max_mb"
+    )

@@ -13,6 +13,10 @@
 --json adds the figures as one JSON object on the last line.
 """
 
+# First, for it hears Ctrl-C while torch is loaded.
+from base.cli import HelpFormatter, UserError, above_zero, fraction, natural, not_negative, positive, run
+
+# isort: split
 import argparse
 import functools
 import json
@@ -28,7 +32,6 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
-from base.cli import HelpFormatter, UserError, above_zero, fraction, natural, not_negative, positive, run
 from base.files import finish_replacing
 from corpus.records import BadRecord, each_record, prompt_of, text_of
 from engine.decoding import lay_out_for_decoding
@@ -330,4 +333,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, less_memory="a lower --batch_size or --max_new_tokens takes less")

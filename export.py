@@ -13,6 +13,9 @@ log-probabilities, tokens and chat template, before it gets its name; what was c
 gguf and ollama need: pip install -r requirements-export.txt -c constraints.txt
 """
 
+from base.cli import HelpFormatter, UserError, join_words, run  # first: it hears Ctrl-C while torch is loaded
+
+# isort: split
 import argparse
 import functools
 from pathlib import Path
@@ -20,7 +23,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from base.cli import HelpFormatter, UserError, join_words, run
 from base.files import write_file
 from model.checkpoint import load_model, load_with_adapter, replacing_model, save_model
 from model.gguf import WEIGHT_TYPES, write_gguf, write_modelfile
@@ -94,4 +96,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, less_memory="it holds the model twice; close other programs")

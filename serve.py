@@ -74,4 +74,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, less_memory="a lower --max_rows, or fewer models, take less")

@@ -4,6 +4,7 @@ import argparse
 import importlib
 import math
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -19,10 +20,29 @@ class UserError(ValueError):
     """Something that the user can mend; the message is one line that says what, where, and what to do."""
 
 
-def run(main: Callable[[], None], aftermath: str = ""):
+def _while_loading(kind: type[BaseException], *error):
+    """Ctrl-C while a script still loads its modules, which takes seconds, is no bug that wants a traceback."""
+    if kind is not KeyboardInterrupt or sys.flags.dev_mode:
+        sys.__excepthook__(kind, *error)
+
+
+sys.excepthook = _while_loading  # scripts import this before anything that is slow
+LESS_MEMORY = "--batch_size auto finds what fits; --grad_checkpointing and a lower --max_seq_len make more fit"
+# Compiled here, for there may be no memory left when they are needed.
+UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029]")
+OUT_OF_MEMORY = re.compile("out of memory|allocate memory|bad_alloc|failed to map segment", re.IGNORECASE)
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether that is what it says; each library has its own error for it."""
+    return isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)) is not None
+
+
+def run(main: Callable[[], None], aftermath: str = "", less_memory: str = LESS_MEMORY):
     """Calls main(). A user's mistake ends in one line and exit status 2, a failure of the machine in one line and 1.
 
-    Anything else is a bug, and keeps its traceback. `aftermath` says what a failure has left behind.
+    Anything else is a bug, and keeps its traceback. `aftermath` says what a failure has left behind; `less_memory`
+    which flags make the script take less.
     """
     aftermath = aftermath and f"; {aftermath}"
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
@@ -34,16 +54,16 @@ def run(main: Callable[[], None], aftermath: str = ""):
         _exit(str(error), 2)
     except BrokenPipeError:
         forget_reader()
-    except (OSError, FloatingPointError) as error:
-        where = f"{error.filename}: " if getattr(error, "filename", None) else ""
-        _exit(f"{where}{getattr(error, 'strerror', None) or error}{aftermath}", 1)
     except KeyboardInterrupt:  # a training run answers it by itself while it takes steps
         _exit(f"interrupted{aftermath}", 130)
-    except RuntimeError as error:
-        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+    except (MemoryError, RuntimeError, ImportError, OSError, FloatingPointError) as error:
+        if lacks_memory(error):
+            reason = str(error).splitlines()[:1] or ["nothing more can be allocated"]
+            _exit(f"out of memory: {less_memory} ({reason[0]}){aftermath}", 1)
+        if not isinstance(error, OSError | FloatingPointError):
             raise
-        advice = "--batch_size auto finds what fits; --grad_checkpointing makes more fit"
-        _exit(f"out of memory: {advice} ({str(error).splitlines()[0]})", 1)
+        where = f"{error.filename}: " if getattr(error, "filename", None) else ""
+        _exit(f"{where}{getattr(error, 'strerror', None) or error}{aftermath}", 1)
 
 
 def _exit(message: str, status: int):
@@ -53,7 +73,8 @@ def _exit(message: str, status: int):
     if rank:  # what is wrong in all processes one says, whose end ends the others: torchrun sees to it
         time.sleep(3)
         message = f"process {rank}: {message}"
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    line = UNPRINTABLE.sub(" ", message)  # which may hold the words of a hostile file
+    print(f"error: {line}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 

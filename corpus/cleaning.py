@@ -18,14 +18,14 @@ class Dropped(Exception):
 CONTROL = re.compile("[\0-\x08\x0e-\x1b\x1f\x7f-\x84\x86-\x9f\xad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
 
 
-def nfc(text: str) -> str:
-    """Unicode's canonical composition: one way to write é, not two."""
-    return unicodedata.normalize("NFC", text)
-
-
 def control(text: str) -> str:
     """Takes out control characters, soft hyphens, invisible direction marks and byte order marks."""
     return CONTROL.sub("", text)
+
+
+def nfc(text: str) -> str:
+    """Unicode's canonical composition: one way to write é, not two. After control: what stood between may be gone."""
+    return unicodedata.normalize("NFC", text)
 
 
 def whitespace(text: str) -> str:
@@ -87,8 +87,8 @@ def is_other_language(text: str, languages: tuple[str, ...]) -> bool:
 
 
 Rules = dict[str, Callable[[str], str | None]]
-TEXT_RULES: Rules = {rule.__name__: rule for rule in (nfc, control, whitespace, length, readable, repetition)}
-CHAT_RULES: Rules = {rule.__name__: rule for rule in (nfc, control)}  # no more, for blanks have a meaning in code
+TEXT_RULES: Rules = {rule.__name__: rule for rule in (control, nfc, whitespace, length, readable, repetition)}
+CHAT_RULES: Rules = {rule.__name__: rule for rule in (control, nfc)}  # no more, for blanks have a meaning in code
 
 
 def clean(text: str, rules: Rules, args: argparse.Namespace, changed: Counter) -> str:

@@ -8,6 +8,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TextIO
 
@@ -49,18 +50,20 @@ def find_files(inputs: Iterable[str | Path]) -> list[Path]:
 def read_json_array(file: TextIO) -> Iterator[tuple[int, object]]:
     """Yield (number, element) of one long JSON array, without ever holding the whole array."""
     decoder = json.JSONDecoder()
-    separators = re.compile(r"[\s,]*")
+    separators, goes_on = re.compile(r"[\s,]*"), re.compile(r"\s*[,\]]")
     text = file.read(2**20).lstrip()[1:]
     position = 0
     number = 1
     while True:
         position = separators.match(text, position).end()
         if text.startswith("]", position):
-            if text[position + 1 :].strip() or file.read(2**20).strip():
+            if any(rest.strip() for rest in chain([text[position + 1 :]], iter(lambda: file.read(2**20), ""))):
                 raise ValueError("more follows the end of the JSON array")
             return
         try:
-            element, position = decoder.raw_decode(text, position)
+            element, end = decoder.raw_decode(text, position)
+            if not goes_on.match(text, end):  # of a number there may be more
+                raise ValueError("a comma, or the end of the array, must follow")
         except (ValueError, RecursionError) as error:
             more = file.read(max(2**20, len(text) - position))  # as much again, so that the work stays linear
             if not more or len(text) > MAX_RECORD:
@@ -69,7 +72,7 @@ def read_json_array(file: TextIO) -> Iterator[tuple[int, object]]:
             position = 0
         else:
             yield number, element
-            number += 1
+            position, number = end, number + 1
 
 
 def read_text(file: TextIO, text_field: str) -> Iterator[tuple[int, dict]]:
@@ -91,7 +94,7 @@ def read_text(file: TextIO, text_field: str) -> Iterator[tuple[int, dict]]:
 def read_csv(file: TextIO) -> Iterator[tuple[int, dict]]:
     """Yield (line, row). ValueError for a line without end, and for a quote that is never closed: it would take in the
     rest of the file as one field."""
-    end = "\uffff"  # no character; a last line that is not itself only where a quote is still open
+    end = "\ud800"  # which no file can hold; a last line that is not itself only where a quote is still open
 
     def lines() -> Iterator[str]:
         while line := file.readline(MAX_RECORD):
@@ -102,7 +105,9 @@ def read_csv(file: TextIO) -> Iterator[tuple[int, dict]]:
 
     csv.field_size_limit(MAX_RECORD)
     reader = csv.DictReader(lines())
-    first = (reader.fieldnames or [end])[0]
+    if not reader.fieldnames:
+        raise ValueError("the first line, where the columns have their names, is blank")
+    first = reader.fieldnames[0]
     for row in reader:
         if row[first] == end:
             return
@@ -172,7 +177,7 @@ def read_batches(files: list[Path], text_field: str) -> Iterator[RecordBatch]:
                     if len(records) == BATCH_RECORDS or size > BATCH_BYTES:
                         yield RecordBatch(path, records, before + raw.tell())
                         records, size = [], 0
-        except (EOFError, OSError, ValueError, OverflowError, zlib.error, csv.Error) as error:
+        except (EOFError, OSError, ValueError, OverflowError, RecursionError, zlib.error, csv.Error) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{path}: broken after record {place} ({reason}): mend it, or fetch it again") from None
         before += path.stat().st_size

@@ -185,14 +185,16 @@ def read_task_record(place: int, record: dict, args: argparse.Namespace, changed
         raise Dropped("no_question", sample)
     if "empty_answer" not in args.skip_rules and is_placeholder(answer):
         raise Dropped("empty_answer", sample)
+    key = hash64(json.dumps([messages, tools, answer], ensure_ascii=False).encode())
     ids, _ = chat.encode_chat(encoder.tokenizer, messages, tools, add_generation_prompt=True)
     if args.max_tokens and len(ids) > args.max_tokens:
         raise Dropped("too_long", sample)
     tokens = np.array(ids, encoder.dtype)
     prompt_fields = sum(PROMPT_FIELDS.values(), ())
     extra = {field: value for field, value in record.items() if field not in prompt_fields}
-    note = json.dumps({"question": messages[-1]["content"], **extra, "answer": answer}, ensure_ascii=False)
-    key = hash64(json.dumps([messages, tools, answer], ensure_ascii=False).encode())
+    fields = {"question": messages[-1]["content"], **extra, "answer": answer}
+    note = json.dumps(fields, ensure_ascii=False, default=str)
+    note.encode()  # raises UnicodeEncodeError here, and not where it is written
     size = int(encoder.sizes[tokens].sum())
     return Document(place, key, [(tokens.tobytes(), b"")], size, messages[-1]["content"], note)
 

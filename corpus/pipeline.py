@@ -31,6 +31,7 @@ from corpus.files import RecordBatch, find_files, read_batches
 from corpus.kinds import KINDS, Document, load_encoder
 from corpus.records import BadRecord, parse, shape_of
 
+tqdm.monitor_interval = 0  # no thread beside the bar, which is moved often enough
 SAMPLE = 80  # characters of a text that leave the worker, for the report
 
 
@@ -72,6 +73,9 @@ def work(args: argparse.Namespace, batch: RecordBatch, sample: int = SAMPLE) -> 
             continue
         except BadRecord as error:
             bad.append((place, str(error)))
+            continue
+        except RecursionError:
+            bad.append((place, "lists or objects in each other, too deep to be read"))
             continue
         shapes[shape_of(record, args.names)] += 1
     # What follows goes over the whole batch step by step: a fifth faster than text by text, for the processor's caches.

@@ -139,6 +139,8 @@ def each_record(file: str, text_field: str, take: Callable[[dict], Any]) -> Iter
                 value = take(record)
             except UnicodeEncodeError:
                 raise UserError(f"{batch.path}:{place}: not UTF-8 (GBK, maybe?), or half a surrogate pair") from None
+            except RecursionError:
+                raise UserError(f"{batch.path}:{place}: lists or objects in each other, too deep to be read") from None
             except (BadRecord, UserError) as error:
                 raise UserError(f"{batch.path}:{place}: {error}") from None
             yield value
@@ -153,9 +155,18 @@ def unpack(value: Any) -> Any:
     except (ValueError, RecursionError):
         pass
     try:
-        return ast.literal_eval(value)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return json.loads(json.dumps(ast.literal_eval(value)))  # of a set, or bytes, a TypeError
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         raise BadRecord(f"neither JSON nor a Python literal: {value[:40]}") from None
+
+
+def _sayable(value: Any) -> Any:
+    """BadRecord for what JSON, in which a chat has its tools, cannot say: parquet files hold dates and bytes."""
+    try:
+        json.dumps(value)
+    except TypeError as error:
+        raise BadRecord(f"in the tools: {error}") from None
+    return value
 
 
 def message_of(turn: Any) -> dict:
@@ -193,7 +204,7 @@ def _calls_of(calls: Any) -> list[dict]:
         call = _expect(call.get("function", call), dict, "a function that is an object")
         if not isinstance(call.get("name"), str) or "arguments" not in call:
             raise BadRecord("a tool call has no name or no arguments")
-        found.append(call)
+        found.append(_sayable(call))
     return found
 
 
@@ -222,7 +233,7 @@ def prompt_of(record: dict, fields: Fields = PROMPT_FIELDS) -> Chat:
     messages = []
     if isinstance(turns, list):
         messages = [message_of(turn) for turn in turns]
-        tools = tools or unpack(turns[0].get("tools"))  # MiniMind keeps them in the system message
+        tools = tools or (turns and unpack(turns[0].get("tools")))  # MiniMind keeps them in the system message
     else:
         for exchange in _expect(unpack(values.get("history")) or [], list, "a history that is a list"):
             if not isinstance(exchange, list | tuple) or len(exchange) != 2:
@@ -234,7 +245,7 @@ def prompt_of(record: dict, fields: Fields = PROMPT_FIELDS) -> Chat:
         raise BadRecord("the tools are not a list")
     if values.get("system") and not (messages and messages[0]["role"] == "system"):
         messages.insert(0, message_of({"role": "system", "content": values["system"]}))
-    return Chat(messages, tools)
+    return Chat(messages, _sayable(tools))
 
 
 def _question_of(values: dict, question: Any) -> Messages:

@@ -62,7 +62,7 @@ def csv_files(path: Path) -> dict[Path, bytes]:
             with zipfile.ZipFile(path) as archive:
                 names = [name for name in sorted(archive.namelist()) if name.endswith(".csv")]
                 files = {path / name: archive.read(name) for name in names}
-        except (zipfile.BadZipFile, zlib.error) as error:
+        except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, RuntimeError) as error:  # zipfile's own
             raise UserError(f"{path} is damaged: {error}") from None
     elif path.is_file():
         files = {path: path.read_bytes()}
@@ -77,8 +77,12 @@ def read_table(file: Path, content: bytes) -> pd.DataFrame:
     try:
         table = pd.read_csv(io.BytesIO(content), dtype=str, keep_default_na=False, encoding="utf-8-sig")
     except ValueError as error:  # pandas' own errors, and those of the encoding
-        raise UserError(f"{file} cannot be read as CSV in UTF-8: {error}") from None
+        raise UserError(f"{file} cannot be read as CSV in UTF-8: {str(error).strip()}") from None
+    if not isinstance(table.index, pd.RangeIndex):  # pandas takes the first fields for names of rows
+        raise UserError(f"{file} has rows of more fields than its first line")
     table.columns = table.columns.str.strip().str.lower()
+    if not table.columns.is_unique:
+        raise UserError(f"{file} has two columns {table.columns[table.columns.duplicated()][0]!r}")
     if table.empty:
         raise UserError(f"{file} holds no questions")
     for name in ("question", *LETTERS):

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from base.cli import UserError
+from base.cli import UserError, lacks_memory
 from base.files import sha256
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tokenizer.model")
@@ -62,6 +62,8 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises a bare Exception
+        if lacks_memory(error):
+            raise MemoryError(str(error)) from None
         raise UserError(f"{path} cannot be read ({error}): restore it, or train the tokenizer anew") from None
     for token_id, token in enumerate(SPECIAL_TOKENS):
         if tokenizer.token_to_id(token) != token_id:

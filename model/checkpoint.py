@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from base.cli import UserError
+from base.cli import UserError, lacks_memory
 from base.files import (
     NO_SUM,
     RESTORE,
@@ -314,6 +314,8 @@ def _read_texts(path: Path) -> dict[str, str]:
     except FileNotFoundError:
         raise UserError(f"{path} is missing; {RESTORE}") from None
     except (SafetensorError, OSError) as error:
+        if lacks_memory(error):
+            raise MemoryError(str(error)) from None
         raise UserError(f"{path} is damaged ({error}); {RESTORE}") from None
     check_seal(path)
     return texts

@@ -106,13 +106,16 @@ def test_the_stage_starts_at_ln_2_learns_the_preference_and_reads_the_reference_
     )
     files = sorted((tmp_path / "dpo-reference").iterdir())
     assert len(files) == 2
-    for path in files:  # a wrong number in the file would show in the loss: the file is what is read
-        save_tensors(path, {"numbers": torch.full_like(load_tensors(path)[0]["numbers"], -1.0)})
-    assert run_here("4-dpo.py", *flags, "--out_dir", tmp_path / "again").status == 0
-    again = json.loads((tmp_path / "again" / "metrics.jsonl").read_text().splitlines()[0])
-    assert abs(again["val_reward_chosen"]) > 0.1
+    numbers = load_tensors(files[0])[0]["numbers"]
+    for spoilt in ({"numbers": 0.9 * numbers}, {"numbers": numbers[:-2]}, {"other": numbers}):  # step 0 were not ln 2
+        save_tensors(files[0], spoilt)
+        line = run_here("4-dpo.py", *flags, "--out_dir", tmp_path / "again").error_line(status=2)
+        assert f"{files[0].name} does not hold what this model gives; delete it" in line
     files[0].write_bytes(files[0].read_bytes()[:-4] + bytes(4))
     assert files[0].name in run_here("4-dpo.py", *flags, "--out_dir", tmp_path / "third").error_line(status=2)
+    files[0].unlink()
+    assert run_here("4-dpo.py", *flags, "--out_dir", tmp_path / "again").status == 0
+    assert load_tensors(files[0])[0]["numbers"].equal(numbers)
 
 
 @pytest.mark.parametrize("flags", ["--beta 0", "--label_smoothing 1.5", "--sft_weight -1", "--lora_rank -2"])
@@ -126,11 +129,15 @@ def test_an_impossible_value_is_refused_with_the_flag_named(flags, pairs, base_d
 
 def test_where_one_of_two_machines_has_the_reference_both_compute_it(pairs, base_dir, tmp_path):
     data = PackedDataset(pairs, "train", 256)
-    args = argparse.Namespace(init_from=base_dir, out_dir=tmp_path / "out", max_seq_len=256)
+    args = argparse.Namespace(init_from=base_dir, out_dir=tmp_path / "out", max_seq_len=256, batch_size=1)
     here, both = (Machine(0, 1, torch.device("cpu"), torch.float32) for _ in range(2))
     both.gather = lambda value: [value, False]  # the other has no such file
-    numbers = torch.arange(3.0)
-    assert computed_once(args, here, data, lambda: numbers) is numbers
-    assert torch.equal(computed_once(args, here, data, lambda: None), numbers)
-    assert computed_once(args, both, data, lambda: numbers + 1) is not None
-    assert torch.equal(computed_once(args, here, data, lambda: None), numbers + 1)
+    calls, numbers = [], torch.arange(-3.0, 0)
+
+    def compute(rows):
+        calls.append(len(rows))
+        return numbers if len(rows) == len(data) else torch.tensor([0, numbers[1], 0])
+
+    for machine in (here, both, here):
+        assert torch.equal(computed_once(args, machine, data, compute), numbers)
+    assert calls == [len(data), len(data), 1], "the last has it, and looks at one row alone"

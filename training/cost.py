@@ -1,9 +1,12 @@
 """What a step costs, by arithmetic: floating-point operations, and memory; and how many rows fit at a time."""
 
 import argparse
+import contextlib
+import math
 import os
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -21,6 +24,7 @@ FRAGMENTATION = 1.45
 CARD_FRAGMENTATION = 1.1
 CONTEXT = 400_000_000
 ROOM = 0.9  # of the memory of a card, or of a CPU's machine, that a run may take
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 def step_flops(model: CausalLM, tokens: int, attention_pairs: int) -> float:
@@ -165,10 +169,24 @@ def fits_by_estimate(args: argparse.Namespace, machine: Machine, model: CausalLM
 
 
 def memory_of_machine() -> float:
-    """Bytes; without end where the system does not say (Windows)."""
-    if not hasattr(os, "sysconf"):
-        return float("inf")
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Bytes that the system, or a container, has for this process and its neighbours; without end where nothing says
+    so (Windows)."""
+    limits = [math.inf]
+    if hasattr(os, "sysconf"):
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for path in _files_of_limits():
+        with contextlib.suppress(OSError, ValueError):  # there is none, or it is "max"
+            limits.append(int(path.read_text()))
+    return min(limits)
+
+
+def _files_of_limits() -> list[Path]:
+    """Where Linux writes what this process's control group may take, cgroup 2 or 1: who takes more is killed."""
+    groups = [""]  # a container's own is often the root of what it sees
+    with contextlib.suppress(OSError):
+        groups += [line.split(":", 2)[2] for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    names = ((f"{group}/memory.max", f"/memory{group}/memory.limit_in_bytes") for group in groups)
+    return [Path(f"{CGROUPS}{name}") for both in names for name in both]
 
 
 def fits_card(args: argparse.Namespace, machine: Machine, model: CausalLM, rows: int) -> bool:

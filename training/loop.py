@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import signal
 import sys
 from collections import Counter
@@ -10,12 +11,12 @@ from collections.abc import Callable
 import numpy as np
 from torch import Tensor
 
-from base.cli import UserError, command_line
+from base.cli import LESS_MEMORY, UserError, command_line
 from model.chat import EOS, IM_END, tokenizer_fingerprint
 from model.LMConfig import LMConfig
 from model.model import CausalLM
 from training.balance import expert_metrics, move_router_bias
-from training.cost import fit_batch, memory_estimate, step_flops
+from training.cost import fit_batch, memory_estimate, memory_of_machine, step_flops
 from training.log import Log, Meter
 from training.loss import LossFunction, evaluate
 from training.machine import Machine, matmul_rate
@@ -87,7 +88,7 @@ def train(
 
             # Log, validate, save.
             run.end_step(sums, n_rows * args.max_seq_len, grad_norm, validate)
-    run.finish(stop)
+        run.finish(stop)
 
 
 class Run:
@@ -328,6 +329,10 @@ def describe(args: argparse.Namespace, machine: Machine, model: CausalLM, data: 
     shards = machine.world_size if args.shard else 1
     gigabytes = memory_estimate(model, args, machine.dtype.itemsize, attention, shards) / 2**30
     at_a_time = f" ({args.batch_size} at a time in each process)" if args.fit_batch else ""
+    processes, memory = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), memory_of_machine() / 2**30
+    too_much = ""
+    if machine.device.type == "cpu" and processes * gigabytes > memory:  # who is killed for it cannot say so then
+        too_much = f", and there are {memory:.1f} in all: {LESS_MEMORY}"
     return "\n".join(
         [
             f"model    {total:,} parameters{at_work}, {trained / total:.1%} of them trained",
@@ -337,7 +342,7 @@ def describe(args: argparse.Namespace, machine: Machine, model: CausalLM, data: 
             f"machine  {machine.world_size} x {machine.device.type}, {str(machine.dtype).removeprefix('torch.')}, "
             f"matrix products at {peak / 1e9:,.0f} GFLOP/s each, attention {attention}",
             f"step     {rows} rows{at_a_time}, {rows * args.max_seq_len:,} tokens; "
-            f"about {gigabytes:.1f} GiB in each process",
+            f"about {gigabytes:.1f} GiB in each process{too_much}",
             f"time     about {minutes:,.{0 if minutes > 10 else 1}f} minutes",
         ]
     )

@@ -297,7 +297,7 @@ def learn_from_rollouts(
             # Log, validate, save.
             if run.end_step(step_sums, step_sums["places"], grad_norm, validate, describe):
                 writer.write_samples(run.log.directory, progress.step, groups, train_set)
-    run.finish(stop)
+        run.finish(stop)
 
 
 def learning_batches(rollouts: list[Rollout], max_seq_len: int, batch_size: int) -> Iterator[RolloutBatch]:

@@ -116,11 +116,14 @@ def settle_out_dir(out_dir: Path) -> Path:
 
 def lock_run(out_dir: Path) -> filelock.BaseFileLock:
     """Held until the process ends, also by a kill. UserError while another run has it: their files would mix."""
-    lock = filelock.FileLock(out_dir.with_name(f".{out_dir.name}.lock"))
+    path = out_dir.with_name(f".{out_dir.name}.lock")
+    lock = filelock.FileLock(path)
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=1)  # server/runs.py holds it for a moment, to see whether it is held
     except filelock.Timeout:
+        if not path.exists():  # such as in /proc
+            raise UserError(f"--out_dir {out_dir} cannot be written (no file can be made beside it)") from None
         raise UserError(f"another run is writing to {out_dir}; wait for it, or choose another --out_dir") from None
     except OSError as error:
         raise UserError(f"--out_dir {out_dir} cannot be written ({error.strerror or error})") from None

@@ -16,6 +16,7 @@ from base.cli import UserError, command_line, python_command, run
     ("error", "status", "words"),
     [
         (UserError("no such preset"), 2, "error: no such preset\n"),
+        (UserError('config.json: model_type "a\x1b[31m\nb"'), 2, 'error: config.json: model_type "a [31m b"\n'),
         (FileNotFoundError(2, "No such file or directory", "a.txt"), 1, "error: a.txt: No such file or directory\n"),
         (OSError("cannot write a.json"), 1, "error: cannot write a.json\n"),
         (FloatingPointError("10 steps"), 1, "error: 10 steps\n"),

@@ -253,6 +253,12 @@ def test_a_place_that_cannot_be_written_is_known_before_the_first_step(place, da
     assert "step" not in result.out
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a folder of Linux in which no file can be made")
+def test_a_place_where_no_file_can_be_is_not_taken_for_one_that_is_locked(data, run_here):
+    line = run_here("1-pretrain.py", "--data", data, "--out_dir", "/proc/x", "--preset", "tiny").error_line(status=2)
+    assert "/proc/x cannot be written" in line
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege there")
 def test_a_link_is_followed_and_not_replaced(trained, run_here, tmp_path):
     (tmp_path / "disk").mkdir()
