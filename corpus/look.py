@@ -74,7 +74,7 @@ class Look(NamedTuple):
     names: list[str]  # of a record's fields
 
 
-def first_look(inputs: list[str], most: int, mapping: dict[str, str]) -> Look:
+def first_look(inputs: list[str | Path], most: int, mapping: dict[str, str]) -> Look:
     """Reads up to `most` records, and finds out what they are, with a mapping of fields where one is given.
 
     UserError where there is none that can be read.
@@ -87,7 +87,7 @@ def first_look(inputs: list[str], most: int, mapping: dict[str, str]) -> Look:
         if count == most:
             break
     if not count:
-        raise UserError(f"{', '.join(inputs)}: no record in it")
+        raise UserError(f"{', '.join(map(str, inputs))}: no record in it")
     taken, names, faults = Counter(), [], []
     for path, place, raw in ((batch.path, *record) for batch in batches for record in batch.records[:PROBED]):
         try:
