@@ -160,7 +160,7 @@ class Checkpointer:
         self.tokenizer_dir = args.init_from or data.tokenizer_dir
         self.resumed = resumes(args)
         self.directory = self.out_dir if self.resumed else self.out_dir.with_name(f".{self.out_dir.name}.writing")
-        self.saved_step = 0  # by this process: a kill may have come after the state and before the model of its step
+        self.saved_step = 0
         self.names = {parameter: name for name, parameter in model.named_parameters()}
         self.must_agree = {
             "data": data.fingerprint,
@@ -207,16 +207,25 @@ class Checkpointer:
         if self.machine.rank == 0:
             info = {"progress": asdict(progress), "must_agree": self.must_agree, "scaler": self.scaler.state_dict()}
             save_tensors(self.directory / STATE_FILE, tensors, info=json.dumps(info))
-            save_model(self.directory, self.model, self.tokenizer_dir, self.args.init_from)
+        elif self.machine.shards:  # the first process can gather nothing alone
+            for tensor in tensors.values():
+                whole(tensor)
+        self.write_model()
+        if self.machine.rank == 0:
             write_json(self.directory / RUN_FILE, self.run_record())
             log.draw()
             if self.directory != self.out_dir:
                 replace_directory(self.out_dir, self.directory, keep_old=True)
-        elif self.machine.shards:  # the first process can gather nothing alone
-            for tensor in (*tensors.values(), *tensors_on_disk(self.model).values()):
-                whole(tensor)
         self.directory = log.directory = self.out_dir
         self.saved_step = progress.step
+
+    def write_model(self):
+        """The model for its users."""
+        if self.machine.rank == 0:
+            save_model(self.directory, self.model, self.tokenizer_dir, self.args.init_from)
+        elif self.machine.shards:
+            for tensor in tensors_on_disk(self.model).values():
+                whole(tensor)
 
     def discard(self):
         """When a run ends before its first save."""
@@ -246,6 +255,8 @@ class Checkpointer:
             raise UserError(f"{path} is not the state of this model and optimizer: {error}") from None
         if self.scaler.is_enabled() and info.get("scaler"):  # of a run in another format there is none
             self.scaler.load_state_dict(info["scaler"])
+        self.write_model()  # a kill may have come between the state and the model, in the last step of all
+        self.saved_step = progress.step
         return progress
 
     def take(self, tensors: dict[str, Tensor]):
