@@ -1,7 +1,7 @@
 """kill -9 at random moments, again and again: a run that is resumed after each ends with the same bits.
 
 All five stages, in one and in two processes, saving after every step, so that many kills come while a checkpoint is
-being written. A few kills of each by default; the whole series, 50 of each, takes half an hour:
+being written. A few kills of each by default; the whole series, 50 of each, takes six minutes:
 
     KILLS=50 python -m pytest -q -s -m slow tests/faults/test_kill.py
 
