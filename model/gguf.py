@@ -125,7 +125,9 @@ def add_tokenizer(writer, model: CausalLM, directory: Path):
             kind = kinds.NORMAL
         pieces.append(piece or f"<|unused_{token_id}|>")
         types.append(kind)
-    merges = read_json(directory / "tokenizer.json")["model"]["merges"]
+    merges = read_json(directory / "tokenizer.json")["model"].get("merges")
+    if merges is None:
+        raise UserError(f"{directory / 'tokenizer.json'} is no tokenizer of pairs (BPE), as GGUF wants it")
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(pieces)
