@@ -96,6 +96,11 @@ def printable(text: str) -> str:
     )
 
 
+def one_line(error: Exception) -> str:
+    """What it says, for a message of ours: other people's errors have line ends in them."""
+    return " ".join(str(error).split())
+
+
 def positive(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")

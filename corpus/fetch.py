@@ -29,7 +29,7 @@ import huggingface_hub
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from tqdm import tqdm
 
-from base.cli import UserError
+from base.cli import UserError, one_line
 from base.files import sha256
 from corpus.files import read_records, suffix_of
 
@@ -317,8 +317,7 @@ def explain(error: Exception, what: str, hub: Hub) -> Exception:
         return UserError(f"{what}: {reason.format(page=hub.page, token=hub.token)}")
     if _is_local(error):
         return error
-    error = " ".join(str(error).split())  # one line
-    return OSError(f"{what} could not be fetched from {hub.title} ({error}): run the command again to go on")
+    return OSError(f"{what} could not be fetched from {hub.title} ({one_line(error)}): run the command again to go on")
 
 
 def choose_files(entry: Entry, hub: Hub) -> list[RemoteFile]:
@@ -389,8 +388,7 @@ def unpack(path: Path):
     except UserError:
         raise
     except (*NO_ARCHIVE, zipfile.BadZipFile) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: cannot be unpacked ({reason}): delete it and fetch it again") from None
+        raise UserError(f"{path}: cannot be unpacked ({one_line(error)}): delete it and fetch it again") from None
     print(f"{path}: unpacked")
 
 
@@ -430,7 +428,7 @@ def fetch_part(hub: Hub, files: list[RemoteFile], folder: Path, max_mb: float, m
         except NETWORK as error:
             raise explain(error, file.path, hub) from None
         except DAMAGED as error:
-            raise UserError(f"{file.path}: {' '.join(str(error).split())}") from None
+            raise UserError(f"{file.path}: {one_line(error)}") from None
         finally:
             new.unlink(missing_ok=True)
         print(f"{target}: {target.stat().st_size / 1e6:,.1f} MB; a part, so no sum can be checked")

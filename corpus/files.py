@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TextIO
 
-from base.cli import UserError
+from base.cli import UserError, one_line
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".md")  # each may be followed by .gz
 BATCH_RECORDS, BATCH_BYTES = 256, 2**20  # a batch is full when it reaches either
@@ -178,7 +178,8 @@ def read_batches(files: list[Path], text_field: str) -> Iterator[RecordBatch]:
                         yield RecordBatch(path, records, before + raw.tell())
                         records, size = [], 0
         except (EOFError, OSError, ValueError, OverflowError, RecursionError, zlib.error, csv.Error) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{path}: broken after record {place} ({reason}): mend it, or fetch it again") from None
+            raise UserError(
+                f"{path}: broken after record {place} ({one_line(error)}): mend it, or fetch it again"
+            ) from None
         before += path.stat().st_size
         yield RecordBatch(path, records, before)

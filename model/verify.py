@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from base.cli import one_line
 from model.chat import BOS, EOS, IM_END, encode, encode_chat, load_tokenizer
 from model.gguf import rounded
 from model.llama_cpp import LlamaCpp
@@ -97,7 +98,7 @@ def _reading(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise OSError(f"verification failed: {what} cannot be used: {' '.join(str(error).split())}") from None
+        raise OSError(f"verification failed: {what} cannot be used: {one_line(error)}") from None
 
 
 def _check(same: bool, what: str):

@@ -15,7 +15,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from base.cli import UserError, positive
+from base.cli import UserError, one_line, positive
 from corpus.prepared import Prepared
 from engine.decoding import lay_out_for_decoding, shared_copy
 from engine.generation import Engine, Sampling, Sequence
@@ -164,7 +164,7 @@ class RolloutWriter:
             if not math.isfinite(reward):
                 raise ValueError(f"it gives {reward}")
         except Exception as error:  # of a function of the user's, or of an answer that is none for it
-            what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            what = f"{type(error).__name__}: {one_line(error)}"
             raise UserError(f"--reward {self.args.reward} cannot judge an answer to {note!r:.200} ({what})") from None
         return Rollout(question, sequence, reply, reward)
 
