@@ -264,7 +264,7 @@ def test_bytes_that_are_no_character_are_marked_and_do_not_crash(tokenizer):
 
 def test_control_tokens_are_not_shown(tokenizer):
     stream = TextStream(tokenizer)
-    assert "".join(map(stream.add, [1, *encode(tokenizer, "好"), IM_END, 2])) + stream.end() == "好"
+    assert "".join(map(stream.put, [1, *encode(tokenizer, "好"), IM_END, 2])) + stream.end() == "好"
 
 
 def test_every_token_can_be_streamed(tokenizer):
