@@ -64,7 +64,7 @@ PATH_OF_A_TOKEN = {  # script -> what it reads, then (function, what it returns)
         "out/pretrain",
         ("model.checkpoint.load_model", "模型|the model"),
         ("engine.generation.generate", "每个提示一个 token|one token per prompt"),
-        ("engine.generation.TextStream.add", "完整的字符|whole characters"),
+        ("engine.generation.TextStream.put", "完整的字符|whole characters"),
     ),
 }
 
