@@ -11,11 +11,9 @@ import jsonlines
 import numpy as np
 
 from base.cli import forget_reader, import_extra
-from base.files import write_file
+from base.files import METRICS_FILE, write_file
 from training.machine import Machine
 from training.plots import SHOWN, plot, plot_experts
-
-METRICS_FILE = "metrics.jsonl"
 
 
 def read_metrics(directory: Path, up_to_step: float = float("inf")) -> list[dict]:
