@@ -10,7 +10,7 @@ log-probabilities, tokens and chat template, before it gets its name; what was c
     python export.py out/dpo --to bf16                       a Hugging Face model of half the size; or fp16
     python export.py out/dpo --to untied                     for engines that want input and output matrix apart
 
-gguf and ollama need: pip install -r requirements-export.txt -c constraints.txt
+gguf and ollama need: pip install -r requirements/export.txt -c constraints.txt
 """
 
 from base.cli import HelpFormatter, UserError, join_words, run  # first: it hears Ctrl-C while torch is loaded

@@ -18,9 +18,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 OLDEST, NEWEST = (3, 10), (3, 13)
-CORE, TEST, CONSTRAINTS = "requirements.txt", "requirements-test.txt", "constraints.txt"
+CORE, TEST, CONSTRAINTS = "requirements.txt", "requirements/test.txt", "constraints.txt"
 # For the tests that are marked extra.
-EXTRA = [f"requirements-{name}.txt" for name in ("export", "track", "languages", "interop")]
+EXTRA = [f"requirements/{name}.txt" for name in ("export", "track", "languages", "interop")]
 NO_CONNECTION = ("connection broken by", "Could not fetch URL", "ConnectionError", "Timeout", "ProxyError", "SSLError")
 
 HELP = """usage: python quickstart.py [--minutes N] [--clean] [--no-chat]
@@ -134,7 +134,8 @@ def find_environment(names):
 def stamp(prefix, name):
     """The file in an environment that says which state of a requirement file it holds, and what it says if it does."""
     parts = [hashlib.sha256((ROOT / file).read_bytes()).hexdigest() for file in (name, CONSTRAINTS)]
-    return prefix / "jiezi-{}.sha256".format(name), hashlib.sha256("".join(parts).encode()).hexdigest() + "\n"
+    path = prefix / "jiezi-{}.sha256".format(Path(name).name)
+    return path, hashlib.sha256("".join(parts).encode()).hexdigest() + "\n"
 
 
 def install(python, prefix, names):

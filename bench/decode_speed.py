@@ -7,7 +7,7 @@ All have the same weights, write greedily with a KV cache, and take turns, call 
 medians are printed, and "x transformers" is the median over the turns. A rate in GB/s is the bytes of weights that a
 token reads, times tokens a second. Shares are of a limit measured in the same run: for one text and for batches torch's
 product of as many vectors with an 8192 x 8192 matrix, the median; for a prompt the best plain matrix product.
-llama.cpp takes part where its wheel is: pip install -r requirements-export.txt -c constraints.txt
+llama.cpp takes part where its wheel is: pip install -r requirements/export.txt -c constraints.txt
 """
 
 import argparse
@@ -152,7 +152,7 @@ def main():
     parser.add_argument("--rounds", type=positive, default=5, help="measured calls of each")
     args = parser.parse_args()
     if not importlib.util.find_spec("xllamacpp"):
-        print("llama.cpp does not take part: pip install -r requirements-export.txt -c constraints.txt")
+        print("llama.cpp does not take part: pip install -r requirements/export.txt -c constraints.txt")
     measure_each(args, measure)
 
 

@@ -6,7 +6,7 @@
 Each client sends a prompt and reads a stream of as many tokens; all send at once, and the time is that until the last
 has ended. All have the same weights in float32 and the same prompts, write greedily, and take turns, each in a process
 of its own; medians are printed. llama.cpp takes part where its wheel is:
-pip install -r requirements-export.txt -c constraints.txt
+pip install -r requirements/export.txt -c constraints.txt
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""llama.cpp with a GGUF file open: the wheel xllamacpp, of requirements-export.txt, asked over the loopback."""
+"""llama.cpp with a GGUF file open: the wheel xllamacpp, of requirements/export.txt, asked over the loopback."""
 
 import json
 import urllib.request

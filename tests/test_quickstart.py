@@ -24,7 +24,7 @@ def read_requirements(name: str) -> list[Requirement]:
     found = []
     for line in lines:
         if line.startswith("-r "):
-            found += read_requirements(line.removeprefix("-r "))
+            found += read_requirements(str(Path(name).parent / line.removeprefix("-r ")))
         elif line:
             found.append(Requirement(line))
     return found
@@ -47,7 +47,7 @@ def pins_for(python: str) -> dict[str, str]:
 @pytest.mark.parametrize("python", PYTHONS)
 def test_every_requirement_has_a_pin_within_its_range(python):
     pins = pins_for(python)
-    for name in ("requirements.txt", "requirements-test.txt", *quickstart.EXTRA):
+    for name in ("requirements.txt", "requirements/test.txt", *quickstart.EXTRA):
         for requirement in read_requirements(name):
             version = pins.get(canonicalize_name(requirement.name))
             assert version, f"{requirement.name} of {name} has no pin in constraints.txt for Python {python}"
@@ -57,7 +57,7 @@ def test_every_requirement_has_a_pin_within_its_range(python):
 @pytest.mark.parametrize("extra", [[], pytest.param(quickstart.EXTRA, marks=pytest.mark.extra)], ids=["", "extra"])
 def test_everything_that_the_requirements_pull_in_has_a_pin(extra):
     pins = pins_for("{}.{}".format(*sys.version_info))
-    todo = [r for name in ("requirements.txt", "requirements-test.txt", *extra) for r in read_requirements(name)]
+    todo = [r for name in ("requirements.txt", "requirements/test.txt", *extra) for r in read_requirements(name)]
     seen = set()
     while todo:
         requirement = todo.pop()
@@ -79,6 +79,7 @@ def test_everything_that_the_requirements_pull_in_has_a_pin(extra):
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """A project folder with requirement files and an environment; `commands` records what would have been run."""
+    (tmp_path / "requirements").mkdir()
     for name in FILES:
         (tmp_path / name).write_text("torch\n")
     (tmp_path / ".venv").mkdir()
