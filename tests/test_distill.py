@@ -275,7 +275,7 @@ def test_a_teacher_without_numbers_changes_nothing_and_ends_the_run(mode, flags,
         ("on_policy", ["--keep_ffn", 8], "--mode text or logits"),
         ("text", ["--only_right"], "known of rl data only"),
         ("text", ["--max_new_tokens", 1], "was answered within --max_new_tokens 1"),
-        ("logits", ["--out_dir", "TEACHER"], "would replace the model of --teacher"),
+        ("logits", ["--out_dir", "TEACHER"], "would replace the folder of --teacher"),
     ],
 )
 def test_what_cannot_be_is_one_line(mode, more, named, flags, tasks, brief_dir, run_here):

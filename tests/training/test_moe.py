@@ -401,7 +401,7 @@ def test_all_stages_run_with_experts(data, chat_data, run_here, tmp_path):
     result = run_here("2-sft.py", "--data", chat_data, "--init_from", pretrain, "--out_dir", sft, *short)
     assert result.status == 0, result.err
     assert "busiest expert" in result.out
-    assert "at work on a token" in result.out
+    assert "active per token" in result.out
     lora = ["--data", chat_data, "--init_from", sft, "--out_dir", tmp_path / "lora", *short]
     assert run_here("3-lora.py", *lora).status == 0
     bias = load_file(sft / "model.safetensors")["model.layers.1.mlp.gate.e_score_correction_bias"]
