@@ -296,5 +296,5 @@ def test_a_foreign_teacher_teaches_but_does_not_write(flags, chats, run_here, tm
         result = run_here(*flags(mode, mode, "--teacher", tmp_path / "gpt2"))
         assert result.status == 0, result.err
     result = run_here(*flags("text", "out", "--teacher", tmp_path / "gpt2"))
-    assert "does not write with" in result.error_line(status=2)
+    assert "does not generate with" in result.error_line(status=2)
     assert json.loads((tmp_path / "logits/run.json").read_text("utf-8"))["arguments"]["teacher"].endswith("gpt2")

@@ -174,6 +174,10 @@ class Run:
                 **metrics,
             )
 
+    def add_sums(self, **sums: float | Tensor):
+        """Adds to the metrics of this step, by name; they are summed over all processes."""
+        self.buffer.add_sums(**sums)
+
     def update(self):
         """All-reduces gradients and sums, clips, and updates the weights by the mean over what was counted.
 

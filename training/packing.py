@@ -12,6 +12,7 @@ from torch import Tensor
 
 from base.cli import UserError, above_zero
 from base.files import read_json
+from corpus.kinds import KINDS
 from corpus.prepared import Prepared
 from model.operators import CuSeqlens
 
@@ -189,10 +190,15 @@ class PackedDataset:
     """
 
     def __init__(
-        self, data: str | Path | list[str], split: str, max_seq_len: int, weights: dict[str, float] | None = None
+        self,
+        data: str | Path | list[str],
+        split: str,
+        max_seq_len: int,
+        weights: dict[str, float] | None = None,
+        kinds: tuple[str, ...] = tuple(KINDS),
     ):
         """data: [NAME=]DIR of each folder. weights: how much each counts, in any unit; without them, by its tokens, so
-        that all are read once per epoch.
+        that all are read once per epoch. UserError where a folder is not one of `kinds`, or of another tokenizer.
         """
         folders = named_folders(data)
         self.folders = {name: Prepared(folders[name], split) for name in sorted(folders)}
@@ -203,12 +209,20 @@ class PackedDataset:
         self.vocab_size, self.tokenizer_sha256 = first.meta["vocab_size"], first.meta["tokenizer_sha256"]
         self.masked = any(one.meta["masked"] for one in self.folders.values())
         for other in self.folders.values():
+            if other.kind not in kinds:
+                raise UserError(
+                    f"{other.folder} was made with `data_process.py {other.kind}`; this stage needs "
+                    f"{' or '.join(kinds)} data"
+                )
             if other.meta["tokenizer_sha256"] != self.tokenizer_sha256:
                 raise UserError(
                     f"{first.folder} and {other.folder} were made with different tokenizers; make one of them anew"
                 )
         n_documents = [len(one.offsets) - 1 for one in self.folders.values()]
-        self.n_documents, self.first_document = sum(n_documents), first_of_each(n_documents)  # the latter of each folder
+        self.n_documents, self.first_document = (
+            sum(n_documents),
+            first_of_each(n_documents),
+        )  # the latter of each folder
         self.place_pieces([self.pieces_of(one) for one in self.folders.values()])
         counts = self.source_tokens if weights is None else np.array([weights[name] for name in self.folders])
         self.weights = dict(zip(self.folders, (counts / max(counts.sum(), 1e-9)).tolist()))  # they add up to 1
@@ -331,20 +345,11 @@ def open_data(
     UserError where a folder is of another kind than those named, or where weights and folders do not go together.
     """
     weights = read_mix(mix, list(named_folders(data)))
-    train_set = PackedDataset(data, "train", max_seq_len, weights)
-    check_kinds(train_set, kinds)
+    train_set = PackedDataset(data, "train", max_seq_len, weights, kinds)
     for folder, n_rows in zip(train_set.folders.values(), train_set.n_rows):
         if not n_rows:
             raise UserError(f"{folder.folder} contains no training rows; give data_process.py more text")
     return train_set, PackedDataset(data, "val", max_seq_len, train_set.weights)
-
-
-def check_kinds(data: PackedDataset, kinds: tuple[str, ...]):
-    for one in data.folders.values():
-        if one.kind not in kinds:
-            raise UserError(
-                f"{one.folder} was made with `data_process.py {one.kind}`; this stage needs {' or '.join(kinds)} data"
-            )
 
 
 def named_folders(data: str | Path | list[str]) -> dict[str, Path]:

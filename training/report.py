@@ -93,8 +93,7 @@ def mixture_lines(seed: int, data: PackedDataset) -> list[str]:
         return []
     times = data.times_seen(seed, epoch=1, row=0)
     return [
-        f"         {name}: {weight:.1%} of the tokens; its own {tokens:,} are read "
-        f"{times[name]:.2f} times an epoch"
+        f"         {name}: {weight:.1%} of the tokens; its own {tokens:,} are read {times[name]:.2f} times an epoch"
         for (name, weight), tokens in zip(data.weights.items(), data.source_tokens)
     ]
 
