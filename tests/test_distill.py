@@ -149,7 +149,7 @@ def test_a_teacher_with_its_own_tokenizer_teaches_the_same_texts(flags, brief_di
 def test_texts_are_written_once_and_anew_for_other_flags(flags, run_here, tmp_path, monkeypatch):
     assert run_here(*flags("text", "a", "--prompts", 8)).status == 0
     with monkeypatch.context() as patch:
-        patch.setattr(distillation, "answers_to", None)
+        patch.setattr(distillation, "chats_of", None)
         assert run_here(*flags("text", "b", "--prompts", 8)).status == 0
     assert_same_tensors(tmp_path / "a", tmp_path / "b")
     assert run_here(*flags("text", "c", "--prompts", 8, "--seed", 1)).status == 0

@@ -39,11 +39,10 @@ from model.lora import apply_lora, lora_layers
 from model.model import CausalLM, MoEFeedForward
 from training.balance import balance_loss, expert_balance, move_router_bias
 from training.cost import step_flops
-from training.flags import parse_flags
 from training.log import expert_load_metrics
 from training.loss import next_token_loss
 from training.machine import start_machine
-from training.optimizer import build_optimizer
+from training.optimizer import OptimizerSettings, build_optimizer
 from training.packing import PackedDataset
 from training.plots import plot_experts
 
@@ -311,7 +310,7 @@ def test_lora_adapts_attention_and_says_why_nothing_else(tmp_path):
 
 def two_processes_one_row(folder, data):
     sys.argv = ["test", "--device", "cpu"]
-    machine = start_machine(parse_flags(""))
+    machine = start_machine("cpu", "float32", 0)
     torch.manual_seed(0)
     model = CausalLM(LMConfig(**SMALL))
     flags = ["--batch_size", 1, "--epochs", 3, *ONCE]
@@ -329,10 +328,9 @@ def test_a_process_without_a_row_moves_its_bias_with_the_others(tmp_path):
         assert bias.equal(other[name])
 
 
-def test_muon_leaves_an_expert_alone_that_no_token_visits(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["test", "--optimizer", "muon", "--weight_decay", "0"])
+def test_muon_leaves_an_expert_alone_that_no_token_visits():
     model = moe_model()
-    optimizer = build_optimizer(model, parse_flags(""))
+    optimizer = build_optimizer(model, OptimizerSettings("muon", weight_decay=0.0))
     gate = model.model.layers[1].mlp.gate.weight
     assert any(gate is p for group in optimizer.param_groups if not group["matrices"] for p in group["params"])
     expert, other = (model.model.layers[1].mlp.experts[i].up_proj.weight for i in range(2))
