@@ -404,8 +404,8 @@ def test_all_stages_run_with_experts(data, chat_data, run_here, tmp_path):
     assert run_here("3-lora.py", *lora).status == 0
     bias = load_file(sft / "model.safetensors")["model.layers.1.mlp.gate.e_score_correction_bias"]
     assert bias.abs().max() > 0, "the bias went into the checkpoint"
-    assert run_here("3-lora.py", *lora, "--merge", tmp_path / "merged").status == 0
-    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert run_here("export.py", tmp_path / "lora", "--to", "merged").status == 0
+    merged = load_file(tmp_path / "lora-merged" / "model.safetensors")
     assert merged["model.layers.1.mlp.gate.e_score_correction_bias"].equal(bias)
     pairs = make_pairs(10)
     dpo_data = write_data(tmp_path / "pairs", pairs[:16], pairs[16:20], kind="dpo")
