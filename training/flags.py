@@ -28,10 +28,10 @@ TRAINING_FLAGS |= {f"{preset}-moe": flags for preset, flags in TRAINING_FLAGS.it
 
 LORA_FLAGS = {  # for the stages that can train an adapter: name -> options of argparse's add_argument
     "--lora_rank": dict(type=natural, help="rank r of the adapters"),
-    "--lora_alpha": dict(type=above_zero, help="weight of the adapters, divided by the rank; without it, 2 r"),
+    "--lora_alpha": dict(type=above_zero, help="alpha: the adapters are scaled by alpha / r; default: 2 r"),
     "--lora_dropout": dict(type=fraction, default=0.0, help="fraction of an adapter's inputs set to 0 in training"),
     "--lora_targets": dict(
-        nargs="+", metavar="NAME", help="layers that get an adapter; without it, all (with experts, those of attention)"
+        nargs="+", metavar="NAME", help="matrices that get an adapter; default: all (with experts: those of attention)"
     ),
 }
 
@@ -47,7 +47,7 @@ def parse_flags(description: str, stage_flags: dict[str, dict] | None = None, **
         "--data",
         nargs="+",
         metavar="[NAME=]DIR",
-        help="folders made by data_process.py; without NAME=, each has its own",
+        help="folders made by data_process.py; NAME: by default, the folder's",
     )
     group.add_argument(
         "--mix",
@@ -55,18 +55,18 @@ def parse_flags(description: str, stage_flags: dict[str, dict] | None = None, **
         metavar="NAME=WEIGHT",
         help="weights of the folders, or a file with {NAME: WEIGHT}; without it, each is read once per epoch",
     )
-    group.add_argument("--init_from", type=Path, help="model to start from; without it, random weights")
-    group.add_argument("--out_dir", type=Path, help="where the model goes")
+    group.add_argument("--init_from", type=Path, help="model to start from; default: random weights")
+    group.add_argument("--out_dir", type=Path, help="where the model is saved")
     group.add_argument(
         "--resume",
         nargs="?",
         const="must",
         choices=["must", "auto"],
-        help="go on exactly where the run in --out_dir stopped; auto: if there is one, else begin",
+        help="continue the run in --out_dir exactly where it stopped; auto: if there is one, else start",
     )
-    group.add_argument("--preset", choices=PRESETS, help="a size from model/LMConfig.py; without it, its defaults")
-    group.add_argument("--seed", type=natural, default=0, help="of the first weights and of the order of the samples")
-    group = parser.add_argument_group("how long: what comes first ends the run, and the cosine with it")
+    group.add_argument("--preset", choices=PRESETS, help="a size from model/LMConfig.py; default: the values there")
+    group.add_argument("--seed", type=natural, default=0, help="of the initial weights and of the order of the samples")
+    group = parser.add_argument_group("how long: the first limit ends the run, and the cosine with it")
     group.add_argument("--epochs", type=positive, default=1, help="passes over the data")
     group.add_argument("--max_steps", type=positive, help="optimizer steps")
     group.add_argument("--max_minutes", type=above_zero, help="minutes of training")
@@ -75,38 +75,52 @@ def parse_flags(description: str, stage_flags: dict[str, dict] | None = None, **
         "--batch_size",
         type=positive_or_auto,
         default=8,
-        help="rows per process in a forward and backward pass; auto: of a step's rows as many as fit",
+        help="rows per process in a forward and backward pass; auto: as many of a step's rows as fit in memory",
     )
-    group.add_argument("--accumulation_steps", type=positive, default=1, help="such passes in an optimizer step")
-    group.add_argument("--max_seq_len", type=positive, default=512, help="tokens in a row")
+    group.add_argument(
+        "--accumulation_steps", type=positive, default=1, help="gradient accumulation: such passes per optimizer step"
+    )
+    group.add_argument("--max_seq_len", type=positive, default=512, help="tokens per row")
     group.add_argument("--learning_rate", type=above_zero, default=1e-4, help="after the warm-up")
     group.add_argument("--min_learning_rate", type=not_negative, default=1e-5, help="at the end of the cosine")
     group.add_argument(
-        "--embedding_factor", type=above_zero, default=1.0, help="how much faster an embedding learns, unless tied"
+        "--embedding_factor", type=above_zero, default=1.0, help="how much faster an untied embedding learns"
     )
-    group.add_argument("--warmup_steps", type=natural, default=100, help="steps of linear rise")
+    group.add_argument("--warmup_steps", type=natural, default=100, help="steps of the linear warm-up")
     group.add_argument("--weight_decay", type=not_negative, default=0.1, help="of the matrices")
     group.add_argument("--grad_clip", type=above_zero, default=1.0, help="largest norm of the gradient")
     group.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw", help="update rule")
     group = parser.add_argument_group("the machine")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     group.add_argument(
-        "--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="of matrix products"
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="precision of matrix products",
     )
-    group.add_argument("--compile", action="store_true", help="torch.compile: starts slower, runs faster on a GPU")
-    group.add_argument("--grad_checkpointing", action="store_true", help="much less memory for a third more work")
+    group.add_argument("--compile", action="store_true", help="torch.compile: slower start, faster steps on a GPU")
     group.add_argument(
-        "--shard", action="store_true", help="spread weights, gradients and optimizer over the processes: less memory"
+        "--grad_checkpointing", action="store_true", help="gradient checkpointing: much less memory, a third more work"
     )
-    group = parser.add_argument_group("what is shown and kept")
-    group.add_argument("--log_interval", type=positive, default=10, help="steps between two lines of the log")
-    group.add_argument("--eval_interval", type=positive, default=200, help="steps between two validations")
     group.add_argument(
-        "--eval_rows", type=positive, default=64, help="rows of a validation, of each folder; the last one takes all"
+        "--shard",
+        action="store_true",
+        help="FSDP: shard weights, gradients and optimizer over the processes, for less memory",
     )
-    group.add_argument("--save_interval", type=positive, default=200, help="steps between two checkpoints")
+    group = parser.add_argument_group("logging and saving")
+    group.add_argument("--log_interval", type=positive, default=10, help="steps between log lines")
+    group.add_argument("--eval_interval", type=positive, default=200, help="steps between validations")
+    group.add_argument(
+        "--eval_rows",
+        type=positive,
+        default=64,
+        help="rows of each folder in a validation; the last validation takes all",
+    )
+    group.add_argument("--save_interval", type=positive, default=200, help="steps between checkpoints")
     group.add_argument("--wandb", choices=["disabled", "offline", "online"], default="disabled", help="tracking")
-    group.add_argument("--tensorboard", action="store_true", help="scalars for TensorBoard, beside --out_dir")
+    group.add_argument(
+        "--tensorboard", action="store_true", help="write scalars for TensorBoard, in a folder beside --out_dir"
+    )
     group = parser.add_argument_group("this stage")
     for name, options in (stage_flags or {}).items():
         group.add_argument(name, **options)
