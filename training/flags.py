@@ -43,17 +43,12 @@ def parse_flags(description: str, stage_flags: dict[str, dict] | None = None, **
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
     flag = parser.add_argument_group("what").add_argument
-    flag(
-        "--data",
-        nargs="+",
-        metavar="[NAME=]DIR",
-        help="folders made by data_process.py; NAME: by default, the folder's",
-    )
+    flag("--data", nargs="+", metavar="[NAME=]DIR", help="folders of data_process.py; NAME: by default, the folder's")
     flag(
         "--mix",
         nargs="+",
         metavar="NAME=WEIGHT",
-        help="weights of the folders, or a file with {NAME: WEIGHT}; without it, each is read once per epoch",
+        help="weights of the folders, or a JSON file; default: each is read once per epoch",
     )
     flag("--init_from", type=Path, help="model to start from; default: random weights")
     flag("--out_dir", type=Path, help="where the model is saved")
@@ -88,30 +83,16 @@ def parse_flags(description: str, stage_flags: dict[str, dict] | None = None, **
     flag("--optimizer", choices=["adamw", "muon"], default="adamw", help="update rule")
     flag = parser.add_argument_group("the machine").add_argument
     flag("--device", default="auto", help="auto, cpu, cuda or mps")
-    flag(
-        "--dtype",
-        choices=["auto", "float32", "bfloat16", "float16"],
-        default="auto",
-        help="precision of matrix products",
-    )
+    flag("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="of matrix products")
     flag("--compile", action="store_true", help="torch.compile: slower start, faster steps on a GPU")
     flag(
         "--grad_checkpointing", action="store_true", help="gradient checkpointing: much less memory, a third more work"
     )
-    flag(
-        "--shard",
-        action="store_true",
-        help="FSDP: shard weights, gradients and optimizer over the processes, for less memory",
-    )
+    flag("--shard", action="store_true", help="FSDP: shard weights, gradients and optimizer over the processes")
     flag = parser.add_argument_group("logging and saving").add_argument
     flag("--log_interval", type=positive, default=10, help="steps between log lines")
     flag("--eval_interval", type=positive, default=200, help="steps between validations")
-    flag(
-        "--eval_rows",
-        type=positive,
-        default=64,
-        help="rows of each folder in a validation; the last validation takes all",
-    )
+    flag("--eval_rows", type=positive, default=64, help="rows of each folder in a validation; the last takes all")
     flag("--save_interval", type=positive, default=200, help="steps between checkpoints")
     flag("--wandb", choices=["disabled", "offline", "online"], default="disabled", help="tracking")
     flag("--tensorboard", action="store_true", help="write scalars for TensorBoard, in a folder beside --out_dir")
