@@ -135,8 +135,9 @@ class Run:
                 yield self.rows[:0] if self.leaves_early() else self.rows
 
     def leaves_early(self) -> bool:
-        """Whether a signal has asked this process to stop. With --shard the others need it in each pass: it goes on."""
-        return self.stop.made and not self.machine.shards
+        """Whether this process was asked to stop and can leave out the step: no weight has moved, and no other process
+        needs it for a forward pass, as with --shard."""
+        return self.stop.made and not self.sums and not self.machine.shards
 
     def batches(self, rows: np.ndarray) -> Iterator[Batch]:
         """This process's micro-batches of a step's rows. At the end it builds the next step's first one, while the
