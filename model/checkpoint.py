@@ -217,9 +217,24 @@ def load_config(directory: Path) -> LMConfig:
         raise UserError(f"no model in {directory}; train one with: python 1-pretrain.py")
     content = read_json(path)
     try:
-        return LMConfig.from_hf(content)
-    except (UserError, TypeError, KeyError, AttributeError) as error:  # fields of the wrong value, or of the wrong type
+        config = LMConfig.from_hf(content)
+        _check_limits(config)
+    except (UserError, TypeError, KeyError, AttributeError) as error:  # a field has a wrong value or type
         raise UserError(f"{path}: {error}") from None
+    return config
+
+
+# No real model is larger: a damaged or malicious config.json is refused before memory is allocated for it.
+LIMITS = {"num_hidden_layers": 1000, "n_routed_experts": 10_000, "n_shared_experts": 1000, "vocab_size": 2**24}
+LIMITS |= dict.fromkeys(["hidden_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads"], 2**20)
+LIMITS |= {"head_dim": 2**16, "num_hidden_layers * n_routed_experts": 100_000}
+
+
+def _check_limits(config: LMConfig):
+    sizes = vars(config) | {"num_hidden_layers * n_routed_experts": config.num_hidden_layers * config.n_routed_experts}
+    for name, limit in LIMITS.items():
+        if sizes[name] > limit:
+            raise UserError(f"{name} must be at most {limit:,}, not {sizes[name]:,}")
 
 
 def load_outline(directory: Path) -> CausalLM:

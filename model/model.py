@@ -8,7 +8,6 @@ Module and parameter names are Hugging Face's: a state dict is a checkpoint.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -16,6 +15,7 @@ from model import experts
 from model.chat import IM_END
 from model.LMConfig import LMConfig
 from model.operators import (
+    ACTIVATIONS,
     Mask,
     apply_rope,
     attend,
@@ -76,16 +76,17 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv 2002.05202, eq. 6)."""
+    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv 2002.05202, eq. 6); LMConfig.hidden_act may replace silu."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int):
+    def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str):
         super().__init__()
+        self.act_fn, _ = ACTIVATIONS[hidden_act]
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (B, T, H) -> (B, T, I) -> (B, T, H)
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))  # (B, T, H) -> (B, T, I) -> (B, T, H)
 
 
 class Router(nn.Module):
@@ -124,10 +125,11 @@ class MoEFeedForward(nn.Module):
 
     def __init__(self, config: LMConfig):
         super().__init__()
-        H, size = config.hidden_size, config.moe_intermediate_size
+        self.config = config
+        H, size, act = config.hidden_size, config.moe_intermediate_size, config.hidden_act
         self.gate = Router(config)
-        self.experts = nn.ModuleList(FeedForward(H, size) for _ in range(config.n_routed_experts))
-        self.shared_experts = FeedForward(H, config.n_shared_experts * size) if config.n_shared_experts else None
+        self.experts = nn.ModuleList(FeedForward(H, size, act) for _ in range(config.n_routed_experts))
+        self.shared_experts = FeedForward(H, config.n_shared_experts * size, act) if config.n_shared_experts else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """x (B, T, H) -> the same shape, and the router's scores (B * T, E) and choices (B * T, k)."""
@@ -149,7 +151,8 @@ class MoEFeedForward(nn.Module):
             gate_up = [matrix for expert in self.experts for matrix in (expert.gate_proj.weight, expert.up_proj.weight)]
             gate_up = torch.stack(gate_up).to(dtype).unflatten(0, (-1, 2)).flatten(1, 2)  # (E, 2 m, H)
             down = torch.stack([expert.down_proj.weight for expert in self.experts]).to(dtype)  # (E, H, m)
-            return experts.visit_experts(tokens.to(dtype), weights, chosen, gate_up, down)[0].to(tokens.dtype)
+            act = self.config.hidden_act
+            return experts.visit_experts(tokens.to(dtype), weights, chosen, gate_up, down, act)[0].to(tokens.dtype)
         visits = chosen.flatten().argsort(stable=True)  # (B * T * k,): those to expert 0 first
         sizes = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
         visitors = visits // chosen.shape[1]  # tokens
@@ -172,7 +175,7 @@ class DecoderLayer(nn.Module):
         if self.has_experts:
             self.mlp = MoEFeedForward(config)
         else:
-            self.mlp = FeedForward(config.hidden_size, config.intermediate_size)
+            self.mlp = FeedForward(config.hidden_size, config.intermediate_size, config.hidden_act)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, cache=None):
         """x (B, T, H) -> the same shape, and what the router did (MoEFeedForward.forward) or None."""

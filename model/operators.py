@@ -6,6 +6,7 @@ Shapes as in model.py.
 """
 
 import contextlib
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -79,6 +80,22 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if not (x.device.type == "cuda" and torch.is_autocast_enabled("cuda")):  # which computes a norm in float32 anyway
         weight = weight.to(x.dtype)  # of one type: the fused kernel
     return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def relu2(x: Tensor) -> Tensor:
+    """max(x, 0)^2 (Primer, arXiv 2109.08668)."""
+    return x.relu().square()
+
+
+# By LMConfig.hidden_act: the function, and the gradient of x from that of the result (as model/experts.py needs it).
+ACTIVATIONS = {
+    "silu": (F.silu, torch.ops.aten.silu_backward),
+    "relu2": (relu2, lambda dy, x: 2 * dy * x.relu()),
+    "gelu_pytorch_tanh": (
+        functools.partial(F.gelu, approximate="tanh"),
+        functools.partial(torch.ops.aten.gelu_backward, approximate="tanh"),
+    ),
+}
 
 
 def rope_tables(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
