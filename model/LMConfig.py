@@ -189,8 +189,8 @@ PLAIN_HF = {"attention_bias": False, "mlp_bias": False, "use_sliding_window": Fa
 
 # Fields that have the same name and meaning in config.json.
 _SHARED_FIELDS = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-    "max_position_embeddings rms_norm_eps tie_word_embeddings bos_token_id eos_token_id hidden_act"
+    "vocab_size hidden_size intermediate_size hidden_act num_hidden_layers num_attention_heads num_key_value_heads "
+    "head_dim max_position_embeddings rms_norm_eps tie_word_embeddings bos_token_id eos_token_id"
 ).split()
 _MOE_FIELDS = (
     "n_routed_experts n_shared_experts num_experts_per_tok moe_intermediate_size first_k_dense_replace norm_topk_prob "

@@ -50,9 +50,7 @@ def write_gguf(path: Path, model: CausalLM, tokenizer_dir: Path, weight_type: st
 def architecture(config: LMConfig) -> str:
     """llama.cpp's name. UserError for an activation that its architectures do not have."""
     if config.hidden_act != "silu":
-        raise UserError(
-            f'llama.cpp supports only hidden_act "silu" here, not "{config.hidden_act}": export --to merged'
-        )
+        raise UserError(f'llama.cpp has this architecture only with hidden_act "silu", not "{config.hidden_act}"')
     if config.use_moe:
         return "glm4moe"
     return "qwen3" if config.qk_norm else "llama"
