@@ -26,13 +26,14 @@ from torch import nn
 
 from base.files import write_file
 from model.checkpoint import base_of, load_model, replacing_model, save_model
-from model.gguf import WEIGHT_TYPES, write_gguf, write_modelfile
+from model.gguf import WEIGHT_TYPES, architecture, write_gguf, write_modelfile
 from model.model import CausalLM
 from model.verify import verify_folder, verify_gguf
 
 
 def export_gguf(model: CausalLM, source: Path, output: Path, weight_type: str) -> Path:
     """One GGUF file in the folder `output`; other files there stay. source: the model's folder, with its tokenizer."""
+    architecture(model.config)  # UserError for a model that llama.cpp does not have, before the folder is made
     path = output / f"{source.resolve().name}-{weight_type}.gguf"
     report = ""
 

@@ -1,1 +1,1 @@
-"""What every room needs: files that are whole, and the command line. Standard library only; imports no other room."""
+"""Atomic files and the command line. Standard library only; imports no other package of the project."""

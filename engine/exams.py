@@ -136,7 +136,7 @@ def answer_exam(
             cut.append(is_cut)
         scores = torch.tensor(log_likelihoods(model, options, batch_size)).view(-1, len(LETTERS))
         if not scores.isfinite().all():
-            raise UserError("the model gives no numbers: its weights are not finite")
+            raise UserError("the logits are NaN: the model's weights are not finite")
         if by == "text":
             sizes = [[len(row[letter].encode()) for letter in LETTERS] for row in rows[start : start + BLOCK]]
             scores /= torch.tensor(sizes)

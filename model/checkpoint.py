@@ -11,6 +11,7 @@ in its own header: so a kill between two files never leaves a sum that is not it
 """
 
 import contextlib
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -179,7 +180,11 @@ def from_disk(config: LMConfig, disk: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def weights_fingerprint(directory: Path) -> str:
-    """SHA-256 of model.safetensors."""
+    """SHA-256 of model.safetensors. UserError for an adapter's folder."""
+    if base_of(directory) != Path(directory):
+        raise UserError(
+            f"{directory} contains an adapter: merge it first with python export.py {directory} --to merged"
+        )
     return sha256(Path(directory) / MODEL_FILE)
 
 
@@ -205,6 +210,18 @@ def load_adapter(model: CausalLM, directory: Path, base_dir: Path):
     from_peft(model, tensors, read_json(path))
     _check_sums(directory)
     load_stop_ids(directory, model)
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """The folders of models and adapters, at most 3 levels below `folder`, the newest first. Names with a dot at the
+    front are files that are being written."""
+    for unfinished in folder.rglob(".*.new"):  # a kill may have come just before its last step
+        if unfinished.is_dir() and not re.search(r"\.\d+\.new$", unfinished.name):
+            finish_replacing(unfinished.with_name(unfinished.name[1:].removesuffix(".new")))
+    files = [file for depth in (1, 2, 3) for file in folder.glob("*/" * depth + "*model.safetensors")]
+    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+    files.sort(key=lambda file: (-file.stat().st_mtime, file))
+    return list(dict.fromkeys(file.parent for file in files if file.name in (MODEL_FILE, ADAPTER_FILE)))
 
 
 def load_config(directory: Path) -> LMConfig:

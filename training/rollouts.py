@@ -18,8 +18,8 @@ from torch import Tensor
 from base.cli import UserError, one_line, positive
 from corpus.prepared import Prepared
 from engine.decoding import pack_for_decoding, shared_copy
-from engine.generation import Engine, Sampling, Sequence
-from engine.session import Reply, Session
+from engine.generation import Engine, Sequence
+from engine.session import GenerationConfig, Reply, Session
 from engine.tools import load_tools
 from model.chat import THINK, TOOL_CALL, load_tokenizer, tokenizer_fingerprint, translate
 from model.lora import has_lora, merge_lora
@@ -135,11 +135,10 @@ class RolloutWriter:
 
         The random numbers of an answer depend on `seed`, its question and its place alone, not on the process.
         """
-        args, sampling = self.args, Sampling(temperature)
-        flags = argparse.Namespace(max_new_tokens=args.max_new_tokens, think="show", max_think_tokens=0)
-        vars(flags).update(sampling._asdict())
+        args = self.args
+        config = GenerationConfig(args.max_new_tokens, temperature, top_p=1.0, repetition_penalty=1.0)
         model = decoding_copy(self.model)
-        session = Session(model, self.tokenizer, flags, self.tools)
+        session = Session(model, self.tokenizer, config, self.tools)
         engine = Engine(model, args.rollout_rows, keep_log_probs=True)
         groups = []
         for question in questions[self.machine.rank :: self.machine.world_size]:

@@ -123,4 +123,4 @@ def test_eval_writes_with_half_weights(tmp_path, run_here):
 
 def test_half_weights_are_for_a_cpu_and_for_writing(tmp_path, run_here):
     result = run_here("eval.py", "--half_weights", "--model", tmp_path, "--data", tmp_path, "--device", "cpu")
-    assert "--half_weights is for writing on a CPU" in result.error_line(2)
+    assert "--half_weights is for generation on a CPU" in result.error_line(2)
