@@ -116,6 +116,7 @@ def test_the_recipes_work(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     assert "0 加 1 等于 1。\n0 加 1？" in result.stdout  # of `show`: the context has come into the question
     assert all((project / "out" / name / "model.safetensors").exists() for name in ("focal", "nope"))
+    assert json.loads((project / "out" / "window" / "config.json").read_text("utf-8"))["sliding_window"] == 16
     assert "plain_loss" in (project / "out" / "focal" / "metrics.jsonl").read_text("utf-8")
     assert json.loads((project / "out" / "nope" / "config.json").read_text("utf-8"))["model_type"] == "smollm3"
 
