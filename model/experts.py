@@ -1,8 +1,8 @@
-"""The routed experts of a layer as one operator, which a card and torch.compile take; on a CPU there is a plain loop.
+"""The routed experts of a layer as one operator, used by GPUs in training and by torch.compile; a CPU uses a loop.
 
-The experts' weights are stacked, the visits sorted by expert, and each product is one of groups: all experts' at once
-where the card has a kernel for that, else one after the other, for which the sizes of the groups are asked for once.
-Shapes as in model.py; M tokens, M k visits, m width of an expert.
+The experts' weights are stacked and the tokens sorted by expert, so that each product is a grouped matrix product: one
+kernel for all experts where the GPU has it, otherwise one product per expert, which needs the groups' sizes on the CPU.
+Shapes as in model.py; M tokens, M k visits (pairs of token and expert), m width of an expert.
 """
 
 import torch
@@ -13,7 +13,7 @@ from model.operators import ACTIVATIONS, card_capability
 
 
 def groups_at_once(x: Tensor, *sizes: int) -> bool:
-    """Whether grouped_mm has a kernel here: bfloat16 from compute capability 9.0 on, rows of a multiple of 16 bytes."""
+    """Whether grouped_mm has a kernel: bfloat16, compute capability 9.0 or higher, rows of a multiple of 16 bytes."""
     aligned = all(size % 8 == 0 for size in sizes)
     return x.dtype == torch.bfloat16 and aligned and card_capability(x.device) >= (9, 0)
 
@@ -25,7 +25,7 @@ def _groups(ends: Tensor) -> list[slice]:
 
 
 def product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Each group's rows times its matrix: x (R, in), weight (E, in, out) -> (R, out). ends (E,): where groups end."""
+    """Multiplies the rows of each group by its matrix: x (R, in), weight (E, in, out) -> (R, out). ends: (E,)."""
     if ends.device == x.device and groups_at_once(x, *weight.shape[1:]):
         return F.grouped_mm(x, weight, offs=ends)
     out = x.new_empty(len(x), weight.shape[2])
@@ -48,10 +48,10 @@ def weight_gradient(dy: Tensor, x: Tensor, ends: Tensor) -> Tensor:
 def visit_experts(
     tokens: Tensor, weights: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor, hidden_act: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """sum_i weights[:, i] * expert[chosen[:, i]](tokens), (M, H), and what the backward pass needs of it.
+    """sum_i weights[:, i] * expert[chosen[:, i]](tokens), (M, H), and what the backward pass needs.
 
-    tokens (M, H), gate_up (E, 2 m, H), down (E, H, m), in the format of products; weights (M, k) in float32, and so is
-    the sum. Further outputs: visits (M k,), sorted by expert; ends (E,), of each one's; and gate and up, (M k, 2 m).
+    tokens (M, H), gate_up (E, 2 m, H), down (E, H, m) in the dtype of products; weights (M, k) and the sum in float32.
+    Further outputs: visits (M k,), sorted by expert; ends (E,), of each expert's; gate and up, (M k, 2 m).
     """
     k, n_experts = chosen.shape[1], len(down)
     visits = chosen.flatten().argsort(stable=True)
@@ -59,7 +59,7 @@ def visit_experts(
     sizes.index_add_(0, chosen.flatten(), torch.ones_like(chosen.flatten()))
     ends = sizes.cumsum(0).int()
     if not groups_at_once(tokens, *gate_up.shape[1:], down.shape[2]):
-        ends = ends.cpu()  # the one wait
+        ends = ends.cpu()  # the only synchronization
     gate_and_up = product(tokens.index_select(0, visits // k), gate_up.mT, ends)
     outputs = product(_activate(gate_and_up, hidden_act), down.mT, ends)  # (M k, H)
     result = (_by_token(outputs, visits, k) * weights[:, :, None]).sum(1)
@@ -72,9 +72,9 @@ def _activate(gate_and_up: Tensor, hidden_act: str) -> Tensor:
 
 
 def _by_token(rows: Tensor, visits: Tensor, k: int) -> Tensor:
-    """Rows sorted by expert (M k, n), in the order of tokens, (M, k, n)."""
-    place = torch.empty_like(visits).scatter_(0, visits, torch.arange(len(visits), device=visits.device))
-    return rows.index_select(0, place).unflatten(0, (-1, k))
+    """Reorders rows sorted by expert (M k, n) by token, (M, k, n)."""
+    position = torch.empty_like(visits).scatter_(0, visits, torch.arange(len(visits), device=visits.device))
+    return rows.index_select(0, position).unflatten(0, (-1, k))
 
 
 @visit_experts.register_fake
