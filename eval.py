@@ -276,17 +276,17 @@ def main():
         return
     args = parse_arguments()
     sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that cannot show Chinese
-    directory = args.model or newest_model(Path("out"))
+    chosen = args.model or newest_model(Path("out"))
     device = choose_device(args.device)
     if device.type == "cpu":
         keep_freed_memory()
     if args.half_weights and (device.type != "cpu" or args.data):
         raise UserError("--half_weights is for generation on a CPU: give --device cpu, and not --data")
-    model = load_model(directory, device, args.lora).eval()
+    model = load_model(chosen, device, args.lora).eval()
     n_parameters = model.num_parameters()
     if device.type == "cpu" and not args.data:  # --data computes the loss with the layers of training
         model = pack_for_decoding(model, args.half_weights)
-    directory = base_of(directory)
+    directory = base_of(chosen)
     tokenizer = load_tokenizer(directory)
     config = GenerationConfig(**{field.name: getattr(args, field.name) for field in fields(GenerationConfig)})
     session = Session(model, tokenizer, config, load_tools(args.tools))
@@ -305,7 +305,7 @@ def main():
             print(args.prompt, end="")
         print_answer(session, [*system, {"role": "user", "content": as_utf8(args.prompt)}], args.seed)
     else:
-        print(f"{args.model or directory}: {n_parameters:,} parameters")
+        print(f"{chosen}: {n_parameters:,} parameters")
         converse(session, system, args.seed)
     for name, value in figures.items():
         if not isinstance(value, dict):  # dicts were printed as tables
