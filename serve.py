@@ -18,7 +18,7 @@ from pathlib import Path
 
 from base.cli import HelpFormatter, UserError, above_zero, import_extra, natural, positive, run
 from engine.tools import load_tools
-from training.machine import choose_device, keep_freed_memory
+from model.device import choose_device, keep_freed_memory
 
 GRACE = 5  # seconds for answers to end when the server is stopped
 
