@@ -94,38 +94,28 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
-    return int(text)
+def number(kind: type, is_valid: Callable[[float], bool], words: str) -> Callable[[str], float]:
+    """The type of a flag: a finite int or float for which is_valid holds; words: "must be ..."."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not (is_valid(value) and value < math.inf):
+            raise argparse.ArgumentTypeError(f"must be {words}, not {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse says: invalid int value
+    return parse
+
+
+positive = number(int, lambda value: value >= 1, "at least 1")
+natural = number(int, lambda value: value >= 0, "at least 0")
+not_negative = number(float, lambda value: value >= 0, "at least 0")
+above_zero = number(float, lambda value: value > 0, "above 0")
+fraction = number(float, lambda value: 0 <= value <= 1, "from 0 to 1")
 
 
 def positive_or_auto(text: str) -> int | str:
     return text if text == "auto" else positive(text)
-
-
-def natural(text: str) -> int:
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, not {text}")
-    return int(text)
-
-
-def not_negative(text: str) -> float:
-    if not 0 <= float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"must be at least 0, not {text}")
-    return float(text)
-
-
-def above_zero(text: str) -> float:
-    if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
-    return float(text)
-
-
-def fraction(text: str) -> float:
-    if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 1, not {text}")
-    return float(text)
 
 
 def import_extra(name: str, requirements: str = "requirements/export.txt") -> ModuleType:
