@@ -137,7 +137,7 @@ async def events(form: ResponseFormat, answers: list[Answer], pieces: Pieces) ->
         except Refusal as refusal:
             yield event(refusal.body())
             return
-    if form.tells_usage:
+    if form.has_usage:
         yield event(form.chunk([], usage(answers)))
     yield b"data: [DONE]\n\n"
 
