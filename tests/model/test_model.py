@@ -13,8 +13,8 @@ from base.cli import UserError
 from base.files import write_json
 from model import cpu
 from model.checkpoint import load_config, load_model, save_model
-from model.LMConfig import CARD_PRESETS, PRESETS, LMConfig
-from model.model import CausalLM
+from model.LMConfig import CARD_PRESETS, HIDDEN_ACTS, PRESETS, LMConfig
+from model.model import CausalLM, FeedForward
 from model.operators import DocumentLengths, apply_rope, document_mask, rope_tables
 
 TINY = LMConfig(**PRESETS["tiny"])
@@ -321,6 +321,25 @@ def test_tied_weights_are_one_matrix():
     assert model.lm_head.weight is model.model.embed_tokens.weight
     untied = CausalLM(dataclasses.replace(TINY, tie_word_embeddings=False))
     assert untied.num_parameters() == model.num_parameters() + 6400 * TINY.hidden_size
+
+
+def test_every_activation_keeps_as_much_for_the_backward_pass():
+    """training/cost.py counts four tensors of intermediate_size, whatever the activation."""
+    sizes = set()
+    for hidden_act in HIDDEN_ACTS:
+        kept = {}
+
+        def pack(tensor, kept=kept):
+            kept[tensor.data_ptr()] = tensor
+            return tensor
+
+        layer, x = FeedForward(16, 32, hidden_act), torch.randn(4, 16, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            y = layer(x)
+        assert y.requires_grad
+        inner = [tensor.numel() for tensor in kept.values() if tensor.shape == (4, 32)]
+        sizes.add(sum(inner))
+    assert sizes == {4 * 4 * 32}
 
 
 # ----------------------------------------------------------------------------------------------------- impossible sizes
