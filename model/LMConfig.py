@@ -206,14 +206,14 @@ PRESETS = {
     "mini": dict(  # 5 M: minutes on two CPU cores
         hidden_size=256, intermediate_size=704, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2
     ),
-    "small": dict(),  # 26 M: the defaults; what a 4 GB card trains
+    "small": dict(),  # 26 M: the defaults; a 4 GB GPU can train it
     "base": dict(  # 100 M
         hidden_size=768, intermediate_size=2048, num_hidden_layers=15, num_attention_heads=12, num_key_value_heads=4
     ),
-    "large": dict(  # 320 M, for a card: the shape of MobileLLM-350M, deep and thin (arXiv 2402.14905)
+    "large": dict(  # 320 M, for a GPU: the shape of MobileLLM-350M, deep and thin (arXiv 2402.14905)
         hidden_size=960, intermediate_size=2560, num_hidden_layers=32, num_attention_heads=15, num_key_value_heads=5
     ),
-    "xl": dict(  # 980 M, for a card: TinyLlama's shape (arXiv 2401.02385)
+    "xl": dict(  # 980 M, for a GPU: TinyLlama's shape (arXiv 2401.02385)
         hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4
     ),
 }
@@ -226,4 +226,4 @@ PRESETS |= {
     "large-moe": PRESETS["large"] | dict(use_moe=True, moe_intermediate_size=640),
     "xl-moe": PRESETS["xl"] | dict(use_moe=True, moe_intermediate_size=1408),
 }
-CARD_PRESETS = ("large", "large-moe", "xl", "xl-moe")  # for which a CPU would take months
+CARD_PRESETS = ("large", "large-moe", "xl", "xl-moe")  # a CPU would take months

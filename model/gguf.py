@@ -1,7 +1,7 @@
 """GGUF, the format of llama.cpp, Ollama and LM Studio: one file with weights, tokenizer and chat template.
 
 The architectures are llama.cpp's own: llama, qwen3 with QK-norm, glm4moe with experts (both routers). llama_cpp.py
-reads such a file. The packages of both stand in requirements/export.txt.
+reads such a file. Both packages are in requirements/export.txt.
 """
 
 import copy
