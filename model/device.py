@@ -37,7 +37,7 @@ def keep_freed_memory():
 
 
 def return_freed_memory():
-    """Makes glibc return freed memory to the system. With --shard, layers are allocated and freed in turn and seldom fit
-    into each other's gaps: a process would grow as large as one with the whole model."""
+    """Makes glibc return freed memory to the system. With --shard, layers are allocated and freed in turn and seldom
+    fit into each other's gaps: a process would grow as large as one with the whole model."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-3, 2**20)  # M_MMAP_THRESHOLD: what is larger always has a mapping of its own
