@@ -40,7 +40,7 @@ def main():
     if args.init_from:  # go on with other data from a model that exists
         model = load_model(args.init_from)
     else:
-        with machine.making_model():
+        with machine.init_device():
             model = CausalLM(LMConfig(**PRESETS[args.preset]) if args.preset else LMConfig())
     train(args, machine, model, train_set, val_set, next_token_loss)
 

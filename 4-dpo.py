@@ -31,8 +31,8 @@ from training.flags import LORA_FLAGS, parse_flags
 from training.loop import train
 from training.loss import token_log_probs
 from training.machine import Machine, start_machine
-from training.packing import Batch, PackedDataset, open_data, send
-from training.reference import computed_once
+from training.packing import Batch, PackedDataset, open_data, to_device
+from training.reference import cached_log_probs
 from training.shard import call, place
 
 METRICS = ("accuracy", "reward_margin", "reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected")
@@ -40,7 +40,7 @@ METRICS = ("accuracy", "reward_margin", "reward_chosen", "reward_rejected", "log
 
 def answer_log_probs(model: CausalLM, batch: Batch, routing: list | None = None) -> tuple[Tensor, Tensor]:
     """ln p(answer | prompt) of every chat and the answer's number of tokens, (C,) each; chosen and rejected in turn."""
-    scored = batch.scored_places()  # (M,): of the answers' tokens
+    scored = batch.scored_positions()  # (M,): of the answers' tokens
     log_probs = token_log_probs(model, batch, scored, routing)  # (M,)
     chat = batch.document_index.flatten()[scored]  # (M,)
     sums = log_probs.new_zeros(2, len(batch.documents))
@@ -67,13 +67,13 @@ def reference_log_probs(
 ) -> Tensor:
     """ln p_ref of every answer in these rows of the split, and 0 of the others, (documents,)."""
     log_probs = torch.zeros(len(data.prepared.offsets) - 1, device=machine.device)
-    for share, counts in machine.share(rows, args.batch_size):
-        batch = data.batch(share).to(machine.device)
+    for batch_rows, counts in machine.rank_rows(rows, args.batch_size):
+        batch = data.batch(batch_rows).to(machine.device)
         with machine.autocast():
             answers, _ = call(answer_log_probs, model, batch)
         if counts:
             log_probs[batch.documents] = answers
-    return machine.sum(log_probs).cpu()
+    return machine.all_reduce(log_probs).cpu()
 
 
 def main():
@@ -83,7 +83,7 @@ def main():
         | {
             "--beta": dict(type=above_zero, default=0.1, help="how much a step away from the reference counts"),
             "--loss": dict(choices=["sigmoid", "ipo"], default="sigmoid", help="see preference_loss"),
-            "--label_smoothing": dict(type=fraction, default=0.0, help="share of pairs that are the wrong way round"),
+            "--label_smoothing": dict(type=fraction, default=0.0, help="fraction of pairs whose order is wrong"),
             "--length_normalized": dict(action="store_true", help="divide log-ratios by the answer's length"),
             "--sft_weight": dict(
                 type=not_negative, default=0.0, help="of the chosen answer's own loss a token (2404.19733)"
@@ -107,7 +107,7 @@ def main():
     references = {}  # by split: ln p_ref of all its documents, those of the first source, then those of the second, …
     for data in (train_set, val_set):
         parts = [
-            computed_once(args, machine, source, partial(reference_log_probs, model, source, machine, args))
+            cached_log_probs(args, machine, source, partial(reference_log_probs, model, source, machine, args))
             for source in data.sources.values()
         ]
         references[data.split] = torch.cat(parts)
@@ -119,7 +119,9 @@ def main():
     def dpo_loss(model: CausalLM, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]:
         routing = []
         log_probs, lengths = answer_log_probs(model, batch, routing)  # (C,)
-        ratios = log_probs - send(references[batch.split][batch.documents], log_probs.device)  # (C,): ln(p / p_ref)
+        ratios = log_probs - to_device(
+            references[batch.split][batch.documents], log_probs.device
+        )  # (C,): ln(p / p_ref)
         if args.length_normalized or args.loss == "ipo":
             ratios = ratios / lengths
         chosen = ratios[0::2]  # (P,)

@@ -100,7 +100,7 @@ def main():
         return [one for one in answers if one.advantage or args.beta], count
 
     def grpo_loss(model: CausalLM, batch: rollouts.RolloutBatch) -> tuple[Tensor, float, dict[str, Tensor]]:
-        scored = batch.scored_places()  # (M,): of the tokens that the model chose
+        scored = batch.scored_positions()  # (M,): of the tokens that the model chose
         old = batch.old_log_probs.flatten()[scored]
         log_probs = token_log_probs(model, batch, scored)
         advantages = batch.advantages.flatten()[scored]
@@ -114,12 +114,12 @@ def main():
             answer = batch.document_index.flatten()[scored]
             losses = losses / count_each(answer, len(batch.documents))[answer]
         gap = (log_probs.detach() - old).abs().sum()  # between the one who wrote and the one who learns
-        return losses.sum(), 0.0, {"gap": gap, "scored": batch.scored, "places": batch.labels.numel()}
+        return losses.sum(), 0.0, {"gap": gap, "scored": batch.scored, "positions": batch.labels.numel()}
 
     run = Run(args, machine, model, train_set, rollouts.METRICS)
-    writer = rollouts.RolloutWriter(model, args, machine, train_set.tokenizer_dir)
-    validate, describe = partial(writer.validate, val_set), rollouts.describe_rollouts
-    rollouts.learn_from_rollouts(run, writer, train_set, grpo_loss, choose, validate, describe, args.updates)
+    generator = rollouts.RolloutGenerator(model, args, machine, train_set.tokenizer_dir)
+    validate, describe = partial(generator.validate, val_set), rollouts.rollout_metrics
+    rollouts.learn_from_rollouts(run, generator, train_set, grpo_loss, choose, validate, describe, args.updates)
 
 
 if __name__ == "__main__":

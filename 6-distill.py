@@ -36,12 +36,12 @@ from training.distillation import (
     METRICS,
     Divergence,
     check_flags,
-    describe_answers,
     distillation_loss,
+    distillation_metrics,
     every_answer,
+    generate_answers,
     load_teacher,
     validate_answers,
-    write_answers,
 )
 from training.flags import LORA_FLAGS, parse_flags
 from training.loop import Run, train
@@ -91,7 +91,7 @@ def main():
     check_flags(args)
     machine = start_machine(args)
     if args.mode == "text":
-        args.data = write_answers(args, machine)
+        args.data = generate_answers(args, machine)
         train_set, val_set = open_data(args, "sft")
         train(args, machine, make_student(args, train_set), train_set, val_set, next_token_loss)
         return
@@ -113,15 +113,15 @@ def main():
 
     def on_policy_loss(model: CausalLM, batch: rollouts.RolloutBatch) -> tuple[Tensor, float, dict[str, Tensor]]:
         loss_sum, _, metrics, log_probs = distillation_loss(model, batch, teacher, how)
-        old = batch.old_log_probs.flatten()[batch.scored_places()]
+        old = batch.old_log_probs.flatten()[batch.scored_positions()]
         gap = (log_probs - old).abs().sum()  # between the one who wrote and the one who learns
-        return loss_sum, 0.0, metrics | {"gap": gap, "scored": batch.scored, "places": batch.labels.numel()}
+        return loss_sum, 0.0, metrics | {"gap": gap, "scored": batch.scored, "positions": batch.labels.numel()}
 
     learning = Run(args, machine, model, train_set, (*rollouts.METRICS, *METRICS))
-    writer = rollouts.RolloutWriter(model, args, machine, train_set.tokenizer_dir)
-    validate = partial(validate_answers, writer, val_set, on_policy_loss)
-    describe = partial(describe_answers, checked=train_set.checked)
-    rollouts.learn_from_rollouts(learning, writer, train_set, on_policy_loss, every_answer, validate, describe)
+    generator = rollouts.RolloutGenerator(model, args, machine, train_set.tokenizer_dir)
+    validate = partial(validate_answers, generator, val_set, on_policy_loss)
+    describe = partial(distillation_metrics, checked=train_set.checked)
+    rollouts.learn_from_rollouts(learning, generator, train_set, on_policy_loss, every_answer, validate, describe)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,9 @@ import torch
 from base.cli import HelpFormatter, above_zero, run
 from bench.contest import TOKENIZER, cpu_machine
 from model.checkpoint import save_model
-from model.LMConfig import TRAINING_FLAGS, LMConfig
+from model.LMConfig import LMConfig
 from model.model import CausalLM
+from training.flags import TRAINING_FLAGS
 from training.loss import evaluate, next_token_loss
 from training.packing import IGNORE, Mixture, PackedDataset
 

@@ -64,7 +64,7 @@ def training_step(
         with machine.autocast():
             loss_sum, tokens, _ = loss_fn(model, on_device)
         scaler.scale(loss_sum / size).backward()
-        buffer.add(loss=loss_sum.detach(), count=tokens)
+        buffer.add_sums(loss=loss_sum.detach(), count=tokens)
         sums = buffer.all_reduce(machine, size, lambda: scaler.unscale_(optimizer))
         optimizer_step(optimizer, buffer, scaler, sums, args.grad_clip)
 

@@ -19,7 +19,7 @@ from bench.contest import cpu_machine
 from corpus.prepared import read_meta
 from engine.exams import wilson_interval
 from model.checkpoint import load_model
-from training.rollouts import RolloutWriter, Tasks
+from training.rollouts import RolloutGenerator, Tasks
 
 MUON = "--optimizer muon --min_learning_rate 1e-4 --warmup_steps 10 --epochs 10000"
 ROWS = "--max_seq_len 256"
@@ -113,8 +113,8 @@ class Bench:
         writing = argparse.Namespace(max_new_tokens=128, max_seq_len=512, mix=None, generations=4)
         vars(writing).update(reward="exact", tools=tools, rollout_rows=256)
         tests = Tasks(questions, "val", writing)
-        writer = RolloutWriter(load_model(model), writing, cpu_machine(), tests.tokenizer_dir)
-        figures = writer.validate(tests, self.args.tests)
+        generator = RolloutGenerator(load_model(model), writing, cpu_machine(), tests.tokenizer_dir)
+        figures = generator.validate(tests, self.args.tests)
         low, high = wilson_interval(figures["val_accuracy"], min(len(tests), self.args.tests))
         names = dict(right="val_accuracy", sampled="val_sampled", best="val_best", length="val_length")
         return {name: figures[key] for name, key in names.items()} | {"low": low, "high": high}

@@ -14,7 +14,7 @@ from model.chat import IM_END
 from model.checkpoint import load_model, load_tensors, save_tensors
 from training.machine import Machine
 from training.packing import IGNORE, PackedDataset
-from training.reference import computed_once
+from training.reference import cached_log_probs
 
 DPO = runpy.run_path(str(ROOT / "4-dpo.py"))
 
@@ -139,5 +139,5 @@ def test_where_one_of_two_machines_has_the_reference_both_compute_it(pairs, base
         return numbers if len(rows) == len(data) else torch.tensor([0, numbers[1], 0])
 
     for machine in (here, both, here):
-        assert torch.equal(computed_once(args, machine, data, compute), numbers)
+        assert torch.equal(cached_log_probs(args, machine, data, compute), numbers)
     assert calls == [len(data), len(data), 1], "the last has it, and looks at one row alone"

@@ -170,10 +170,10 @@ def test_loss_and_gradient_of_a_step_are_trls(options, tasks, brief_dir, run_her
     from trl import GRPOTrainer
 
     ours = {}
-    write, update = rollouts.RolloutWriter.write, Run.update
+    generate, update = rollouts.RolloutGenerator.generate, Run.update
 
     def writing(self, tasks, *rest, **more):
-        groups = write(self, tasks, *rest, **more)
+        groups = generate(self, tasks, *rest, **more)
         if tasks.split == "train":
             ours["answers"] = [one for group in groups for one in group]
         return groups
@@ -184,7 +184,7 @@ def test_loss_and_gradient_of_a_step_are_trls(options, tasks, brief_dir, run_her
         ours["gradients"] = {name: parameter.grad.clone() for name, parameter in self.model.named_parameters()}
         return update(self, sums)
 
-    monkeypatch.setattr(rollouts.RolloutWriter, "write", writing)
+    monkeypatch.setattr(rollouts.RolloutGenerator, "generate", writing)
     monkeypatch.setattr(Run, "update", updating)
     more = ["--max_steps", 1, "--updates", 2, "--learning_rate", 0.01, *options]
     result = run_here("5-grpo.py", *flags(tasks, brief_dir, tmp_path / "out", "parity", *more))
@@ -273,14 +273,14 @@ def test_rows_at_once_one_by_one_and_in_two_processes_are_the_same_step(
 
 def killed_in_step(number: int):
     """Kills the process when it begins to write the answers of this step."""
-    write, steps = rollouts.RolloutWriter.write, itertools.count(1)
+    generate, steps = rollouts.RolloutGenerator.generate, itertools.count(1)
 
     def killing(self, tasks, *rest, **options):
         if tasks.split == "train" and next(steps) == number:
             os.kill(os.getpid(), signal.SIGKILL)
-        return write(self, tasks, *rest, **options)
+        return generate(self, tasks, *rest, **options)
 
-    rollouts.RolloutWriter.write = killing
+    rollouts.RolloutGenerator.generate = killing
 
 
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tasks, brief_dir, start, tmp_path):

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from model.model import CausalLM
-from training.packing import IGNORE, Batch, send
+from training.packing import IGNORE, Batch, to_device
 
 
 def count_each(numbers: Tensor, n: int) -> Tensor:
@@ -16,18 +16,20 @@ def count_each(numbers: Tensor, n: int) -> Tensor:
 def balance_loss(scores: Tensor, chosen: Tensor, sequences: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """How unevenly one router loads its experts, and the load: tokens by expert, (E,).
 
-    E/k sum_e f_e p_e for each sequence, with f_e the share of its tokens that chose e and p_e its mean normalised score
-    (arXiv 2412.19437, eq. 17 to 20), weighted by `weights` (S,) and added up. Even loads give 1 for every k.
+    E/k sum_e f_e p_e for each sequence, with f_e the fraction of its tokens that chose e and p_e its mean normalised
+    score (arXiv 2412.19437, eq. 17 to 20), weighted by `weights` (S,) and added up. Even loads give 1 for every k.
     scores (M, E), chosen (M, k); sequences (M,): the number of each token's sequence, or -1 for padding, which is left
     out.
     """
     n_experts, k, S = scores.shape[1], chosen.shape[1], len(weights)
     sequences = torch.where(sequences < 0, S, sequences)  # padding is summed up in a row of its own, S
     visits = torch.zeros_like(scores).scatter_(1, chosen, 1)  # (M, E)
-    shares = scores / scores.sum(-1, keepdim=True).clamp(min=1e-20)
-    visits, shares = (scores.new_zeros(S + 1, n_experts).index_add(0, sequences, x)[:S] for x in (visits, shares))
+    probabilities = scores / scores.sum(-1, keepdim=True).clamp(min=1e-20)
+    visits, probabilities = (
+        scores.new_zeros(S + 1, n_experts).index_add(0, sequences, x)[:S] for x in (visits, probabilities)
+    )
     lengths = count_each(sequences, S + 1)[:S, None].clamp(min=1)
-    uneven = n_experts / k * (visits / lengths * shares / lengths).sum(-1)  # (S,)
+    uneven = n_experts / k * (visits / lengths * probabilities / lengths).sum(-1)  # (S,)
     return (uneven * weights).sum(), visits.sum(0)
 
 
@@ -67,7 +69,7 @@ def move_router_bias(model: CausalLM, load: np.ndarray | None):
     if load is None or model.config.scoring_func != "sigmoid":
         return
     routers = [layer.mlp.gate for layer in model.model.layers if layer.has_experts]
-    for router, load_of_layer in zip(routers, send(torch.from_numpy(load), model.lm_head.weight.device)):
+    for router, load_of_layer in zip(routers, to_device(torch.from_numpy(load), model.lm_head.weight.device)):
         if router.weight.requires_grad:
             wanted = (load_of_layer.mean() - load_of_layer).sign()
             router.e_score_correction_bias += model.config.router_bias_update_speed * wanted

@@ -27,7 +27,7 @@ from training.balance import expert_balance
 from training.loss import CARD_CHUNK, LOSS_CHUNK, LossFunction, sum_batches
 from training.machine import Machine
 from training.packing import Batch, TrainingData
-from training.rollouts import Rollout, RolloutWriter, Tasks, describe_rollouts, learning_batches
+from training.rollouts import Rollout, RolloutGenerator, Tasks, learning_batches, rollout_metrics
 
 DISTILL_FLAGS = {  # name -> options of argparse's add_argument
     "--teacher": dict(type=Path, default=Path("out/teacher"), help="folder of a model or of an adapter"),
@@ -99,12 +99,12 @@ class Divergence(NamedTuple):
             log_ratio = log_p - log_q
             distance = own = torch.linalg.vecdot(p, log_ratio)
             return distance, p.mul_(log_ratio.sub_(own[:, None]))
-        share = 1 - self.jsd_beta  # of p in m
-        log_m = (share * p + self.jsd_beta * q).clamp_(min=torch.finfo(p.dtype).tiny).log_()
+        p_weight = 1 - self.jsd_beta  # of p in m
+        log_m = (p_weight * p + self.jsd_beta * q).clamp_(min=torch.finfo(p.dtype).tiny).log_()
         log_ratio = log_p - log_m
         own = torch.linalg.vecdot(p, log_ratio)
-        distance = self.jsd_beta * torch.linalg.vecdot(q, log_q - log_m) + share * own
-        return distance, p.mul_(log_ratio.sub_(own[:, None])).mul_(share)
+        distance = self.jsd_beta * torch.linalg.vecdot(q, log_q - log_m) + p_weight * own
+        return distance, p.mul_(log_ratio.sub_(own[:, None])).mul_(p_weight)
 
 
 def plain_divergence_sum(
@@ -261,7 +261,7 @@ def own_teacher(model: CausalLM) -> Teacher:
 
     @torch.no_grad()
     def hidden(batch: Batch) -> Tensor:
-        return model.model(batch.input_ids, batch.position_ids, batch.documents_on_card)
+        return model.model(batch.input_ids, batch.position_ids, batch.cu_seqlens)
 
     return Teacher(hidden, model.lm_head.weight)
 
@@ -315,16 +315,16 @@ def distillation_loss(
     model: CausalLM, batch: Batch, teacher: Teacher, how: Divergence
 ) -> tuple[Tensor, int, dict[str, Tensor], Tensor]:
     """next_token_loss with a teacher, who reads the same rows; and ln p of each scored token, (M,)."""
-    places, routing = batch.scored_places(), []  # (M,)
-    hidden = model.model(batch.input_ids, batch.position_ids, batch.documents_on_card, routing=routing)  # (B, T, H)
-    hidden, teacher_hidden = (x.flatten(0, 1)[places] for x in (hidden, teacher.hidden(batch)))
-    labels = batch.labels.flatten()[places]
+    positions, routing = batch.scored_positions(), []  # (M,)
+    hidden = model.model(batch.input_ids, batch.position_ids, batch.cu_seqlens, routing=routing)  # (B, T, H)
+    hidden, teacher_hidden = (x.flatten(0, 1)[positions] for x in (hidden, teacher.hidden(batch)))
+    labels = batch.labels.flatten()[positions]
     loss_sum, figures = divergence_sum(hidden, model.lm_head.weight, teacher_hidden, teacher.weight, labels, how)
     balance, metrics = expert_balance(model, batch, routing)
     return loss_sum + balance, batch.scored, metrics | dict(zip(METRICS, figures.sum(1))), -figures[1]
 
 
-def write_answers(args: argparse.Namespace, machine: Machine) -> Path:
+def generate_answers(args: argparse.Namespace, machine: Machine) -> Path:
     """A folder of sft data: the answers of args.teacher to the prompts of args.data, a folder of questions or chats.
 
     Beside out_dir, under a name that depends on all that the answers depend on; what an earlier run wrote is taken. The
@@ -349,11 +349,11 @@ def write_answers(args: argparse.Namespace, machine: Machine) -> Path:
     if (folder / META).exists():
         return folder
     model = load_merged(args.teacher, machine.device)
-    writer = RolloutWriter(model, args, machine, args.teacher)
+    generator = RolloutGenerator(model, args, machine, args.teacher)
     if machine.rank == 0:
         folder.parent.mkdir(parents=True, exist_ok=True)
     begun = time.perf_counter()
-    chats = {split: sum(machine.gather(list(answers_to(writer, tasks))), []) for split, tasks in sets.items()}
+    chats = {split: sum(machine.gather(list(answers_to(generator, tasks))), []) for split, tasks in sets.items()}
     for split, found in chats.items():
         if not found:
             right = " rightly" if args.only_right else ""
@@ -374,23 +374,23 @@ def write_answers(args: argparse.Namespace, machine: Machine) -> Path:
     return folder
 
 
-def answers_to(writer: RolloutWriter, tasks: Tasks) -> Iterator[tuple[int, list[int], bytes]]:
-    """What the writer's model answers to this process's share of the prompts: the number of each, and a chat as ids
+def answers_to(generator: RolloutGenerator, tasks: Tasks) -> Iterator[tuple[int, list[int], bytes]]:
+    """What the generator's model answers to this process's part of the prompts: the number of each, and a chat as ids
     and mask, in the prompts' tokenizer. An answer that did not end by itself would teach not to stop: it is left out.
     """
-    args = writer.args
+    args = generator.args
     prompts = tasks.kept[: args.prompts]
     block = 8 * args.rollout_rows  # written together
-    quiet = writer.machine.rank > 0 or None  # None: if there is no terminal
+    quiet = generator.machine.rank > 0 or None  # None: if there is no terminal
     for start in tqdm(range(0, len(prompts), block), unit_scale=block, unit=" prompts", disable=quiet):
         questions = prompts[start : start + block]
-        for group in writer.write(tasks, questions, args.generations, f"{args.seed}/text", args.temperature):
+        for group in generator.generate(tasks, questions, args.generations, f"{args.seed}/text", args.temperature):
             for one in group:
                 if one.reply and (one.reward == 1 or not args.only_right):
                     ids = tasks.prompt(one.question)
                     mask = bytes(len(ids))
                     for own, part in itertools.groupby(zip(one.sequence.tokens, one.sequence.chosen), lambda x: x[1]):
-                        new = translate([token for token, _ in part], writer.tokenizer, tasks.tokenizer)
+                        new = translate([token for token, _ in part], generator.tokenizer, tasks.tokenizer)
                         ids, mask = ids + new, mask + bytes([own]) * len(new)
                     yield one.question, ids, mask
 
@@ -405,21 +405,23 @@ def every_answer(groups: list[list[Rollout]]) -> tuple[list[Rollout], int]:
 
 
 @torch.no_grad()
-def validate_answers(writer: RolloutWriter, tasks: Tasks, loss_fn: LossFunction, rows: int | None) -> dict[str, float]:
+def validate_answers(
+    generator: RolloutGenerator, tasks: Tasks, loss_fn: LossFunction, rows: int | None
+) -> dict[str, float]:
     """Means of loss_fn's METRICS over the student's own answers to questions of val; and how many are right."""
-    args, model = writer.args, writer.model
-    answers, _ = every_answer(writer.write(tasks, tasks.kept[:rows], 1, "validation"))
+    args, model = generator.args, generator.model
+    answers, _ = every_answer(generator.generate(tasks, tasks.kept[:rows], 1, "validation"))
     batches = ((batch, {}) for batch in learning_batches(answers, args.max_seq_len, args.batch_size))
     model.eval()
-    sums = sum_batches(model, loss_fn, batches, writer.machine)
+    sums = sum_batches(model, loss_fn, batches, generator.machine)
     model.train()
     figures = {f"val_{name}": sums[name] / max(sums["scored"], 1) for name in ("loss", *METRICS)}
-    return figures | (writer.validate(tasks, rows) if tasks.checked else {})
+    return figures | (generator.validate(tasks, rows) if tasks.checked else {})
 
 
-def describe_answers(window: Counter, checked: bool) -> dict[str, float]:
+def distillation_metrics(window: Counter, checked: bool) -> dict[str, float]:
     """A line of the log from sums over steps; checked: whether there were rewards."""
-    described = describe_rollouts(window)
+    described = rollout_metrics(window)
     shown = ("length", "ended", "gap", "sampling_seconds", *(["reward"] if checked else []))
     means = {name: window[name] / max(window["count"], 1) for name in METRICS}
     return means | {name: described[name] for name in shown}

@@ -64,7 +64,7 @@ class Log:
         with jsonlines.open(path, "w") as lines:
             lines.write_all(self.records)
 
-    def say(self, text: str):
+    def info(self, text: str):
         if self.quiet:
             return
         try:
@@ -75,7 +75,7 @@ class Log:
         except BrokenPipeError:  # the run goes on
             forget_reader()
 
-    def add(self, share_done: float, record: dict):
+    def append(self, progress: float, record: dict):
         self.records.append(record)
         if self.quiet:
             return
@@ -84,10 +84,10 @@ class Log:
         forms = {name: SHOWN.get(name, name + " {:.3f}") for name in record}
         shown = "  ".join(form.format(record[name]) for name, form in forms.items() if form)
         if self.bar:
-            self.bar.n = 100 * min(share_done, 1)
+            self.bar.n = 100 * min(progress, 1)
             self.bar.set_postfix_str(shown)
         if not self.bar or any(name.startswith("val_") for name in record):
-            self.say(shown)
+            self.info(shown)
         if self.wandb:
             self.wandb.log(record, step=record["step"])
         if self.tensorboard:
@@ -109,27 +109,27 @@ class Log:
             self.tensorboard.close()
 
 
-def describe_load(load: np.ndarray) -> dict:
+def expert_load_metrics(load: np.ndarray) -> dict:
     """How a mixture of experts is used: load (layers, E), tokens by expert.
 
     The busiest expert's load over the mean, the lowest entropy of a layer (1: all alike), and how many are idle.
     """
-    share = load.astype(np.float64) / load.sum(1, keepdims=True)
-    entropy = -(share * np.log(np.maximum(share, 1e-9))).sum(1) / np.log(load.shape[1])
+    fraction = load.astype(np.float64) / load.sum(1, keepdims=True)
+    entropy = -(fraction * np.log(np.maximum(fraction, 1e-9))).sum(1) / np.log(load.shape[1])
     return {
-        "load_max": float(share.max() * load.shape[1]),
+        "load_max": float(fraction.max() * load.shape[1]),
         "load_entropy": float(entropy.min()),
         "idle_experts": int((load == 0).sum()),
-        "expert_load": share.round(5).tolist(),
+        "expert_load": fraction.round(5).tolist(),
     }
 
 
 class Meter:
     """Time, and what happened since the last line of the log."""
 
-    def __init__(self, peak: float, share_done: float):
+    def __init__(self, peak: float, progress: float):
         self.peak = peak  # floating-point operations a second that all processes together could do
-        self.share_at_start = share_done
+        self.progress_at_start = progress
         self.started = self.last_call = time.perf_counter()
         self.window = Counter()
 
@@ -146,22 +146,22 @@ class Meter:
         self.window.update(sums)
         self.window.update(row_tokens=row_tokens, step_seconds=time.perf_counter() - self.step_started)
 
-    def record(self, progress, share_done: float, learning_rate: float, grad_norm: float, metrics: list[str]) -> dict:
+    def record(self, state, progress: float, learning_rate: float, grad_norm: float, metrics: list[str]) -> dict:
         """A line of the log. Speed counts real tokens only; the peak is what plain matrix products reach."""
         window, self.window = self.window, Counter()
         elapsed = time.perf_counter() - self.started
-        seconds_left = elapsed * max(0, 1 - share_done) / max(share_done - self.share_at_start, 1e-9)
+        seconds_left = elapsed * max(0, 1 - progress) / max(progress - self.progress_at_start, 1e-9)
         return {
-            "step": progress.step,
-            "tokens": progress.tokens,
+            "step": state.step,
+            "tokens": state.tokens,
             "loss": window["loss"] / window["count"],
             **{name: window[name] / window["count"] for name in metrics if name != "expert_load"},
             "learning_rate": learning_rate,
             "grad_norm": grad_norm,
             "tokens_per_s": window["real_tokens"] / window["step_seconds"],
-            "share_of_peak": window["flops"] / window["step_seconds"] / self.peak,
-            "real_share": window["real_tokens"] / max(window["row_tokens"], 1),
-            "minutes": progress.seconds / 60,
+            "mfu": window["flops"] / window["step_seconds"] / self.peak,
+            "real_fraction": window["real_tokens"] / max(window["row_tokens"], 1),
+            "minutes": state.seconds / 60,
             "minutes_left": seconds_left / 60,
-            **(describe_load(window["expert_load"]) if "expert_load" in metrics else {}),
+            **(expert_load_metrics(window["expert_load"]) if "expert_load" in metrics else {}),
         }

@@ -23,7 +23,7 @@ from training.machine import Machine, matmul_rate
 from training.optimizer import GradientBuffer, build_optimizer, learning_rate, optimizer_step
 from training.packing import Batch, Mixture, TrainingData
 from training.shard import call, place
-from training.state import Checkpointer, Progress
+from training.state import Checkpointer, TrainState
 
 MAX_SKIPPED_STEPS = 10  # in a row: then a run with non-finite numbers is stopped
 
@@ -42,34 +42,34 @@ def train(
     metrics: the names of what loss_fn returns beside the loss.
     """
     run = Run(args, machine, model, train_set, metrics)
-    progress = run.progress
+    state = run.state
 
     def validate(rows: int | None) -> dict:
         return evaluate(model, loss_fn, val_set, machine, args.batch_size, rows)
 
-    if progress.step == 0:
+    if state.step == 0:
         # Of a model that knows nothing one batch says enough: a run should not begin with a long validation.
         rows = args.eval_rows if args.init_from else min(args.eval_rows, args.batch_size)
-        run.log.add(0.0, {"step": 0, "tokens": 0, **validate(rows)})
+        run.log.append(0.0, {"step": 0, "tokens": 0, **validate(rows)})
         if args.init_from is None:
             check_first_loss(run.log, model.config.vocab_size)
     rows_per_step = args.batch_size * args.accumulation_steps * machine.world_size
-    order = train_set.order(args.seed, progress.epoch)
+    order = train_set.order(args.seed, state.epoch)
 
     def micro_batches(start: int) -> list[tuple[np.ndarray, bool]]:
         """This process's rows, pass by pass, of the step that begins at this place of the order; whether they count."""
-        return machine.share(order[start : start + rows_per_step], args.batch_size)
+        return machine.rank_rows(order[start : start + rows_per_step], args.batch_size)
 
     with StopRequest() as stop:
-        while run.share_done() < 1:
+        while run.progress() < 1:
             run.begin_step()
 
             # Forward and backward: the gradients of the micro-batches add up in the buffer.
-            for rows, counts in micro_batches(progress.row):
+            for rows, counts in micro_batches(state.row):
                 if stop.made and not args.shard:  # where no process can do without the others
                     break
                 run.accumulate(loss_fn, run.batch(rows), counts)
-            for rows, _ in micro_batches(progress.row + rows_per_step)[:1]:
+            for rows, _ in micro_batches(state.row + rows_per_step)[:1]:
                 run.prepare(rows)  # while a card still computes
             sums = run.all_reduce(stop.made)
             if sums["stop"]:  # on some process the step is not whole: leave it out; --resume does it again
@@ -78,10 +78,10 @@ def train(
 
             # Clip, and update by the mean over all scored tokens of the global batch.
             grad_norm = run.update(sums)
-            n_rows = min(rows_per_step, len(order) - progress.row)
-            progress.advance(n_rows, len(train_set), sums)
-            if progress.row == 0:
-                order = train_set.order(args.seed, progress.epoch)
+            n_rows = min(rows_per_step, len(order) - state.row)
+            state.advance(n_rows, len(train_set), sums)
+            if state.row == 0:
+                order = train_set.order(args.seed, state.epoch)
             if not math.isfinite(grad_norm):
                 run.report_skipped()
                 continue
@@ -113,24 +113,24 @@ class Run:
         self.optimizer = build_optimizer(model, args)
         self.scaler = machine.scaler()
         self.checkpointer = Checkpointer(args, machine, model, self.optimizer, self.scaler, train_set)
-        self.progress = self.checkpointer.resume() if self.checkpointer.resumed else Progress()
+        self.state = self.checkpointer.resume() if self.checkpointer.resumed else TrainState()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.buffer = GradientBuffer(trained, dict.fromkeys(metrics, ()) | expert_metrics(model))
         self.prepared: dict[bytes, Batch] = {}  # of the next step, by its rows
         self.scale = args.batch_size * args.max_seq_len  # divides the loss: sums over a batch would not fit float16
-        self.log = Log(args, machine, self.checkpointer.directory, self.progress.step)
+        self.log = Log(args, machine, self.checkpointer.directory, self.state.step)
         peak = matmul_rate(machine)  # measured by all processes at once
-        self.meter = Meter(peak * machine.world_size, self.share_done())
-        self.log.say(describe(args, machine, model, train_set, peak))
+        self.meter = Meter(peak * machine.world_size, self.progress())
+        self.log.info(describe(args, machine, model, train_set, peak))
         if args.compile:
             model.model.compile()
 
-    def share_done(self) -> float:
-        return self.progress.share_done(self.args, len(self.train_set))
+    def progress(self) -> float:
+        return self.state.progress(self.args, len(self.train_set))
 
     def begin_step(self):
         """Sets the learning rate."""
-        rate = learning_rate(self.args, self.progress.step, self.share_done())
+        rate = learning_rate(self.args, self.state.step, self.progress())
         for group in self.optimizer.param_groups:
             group["lr"] = group["rate_factor"] * rate
         self.random_state = self.machine.random_state()
@@ -155,14 +155,14 @@ class Run:
             return
         self.losses.append((loss_sum.detach(), batch.documents))
         flops = step_flops(self.model, batch.real_tokens, batch.attention_pairs)
-        self.buffer.add(loss=loss_sum.detach(), count=count, real_tokens=batch.real_tokens, flops=flops, **metrics)
+        self.buffer.add_sums(loss=loss_sum.detach(), count=count, real_tokens=batch.real_tokens, flops=flops, **metrics)
 
     def all_reduce(self, stop: bool = False) -> dict:
         """Adds up gradients and sums of all processes, once a step; "stop" counts those that were asked to end.
 
         Here, and nowhere else in a step, the device is waited for.
         """
-        self.buffer.add(stop=stop, seconds=self.meter.seconds() if self.machine.rank == 0 else 0)
+        self.buffer.add_sums(stop=stop, seconds=self.meter.seconds() if self.machine.rank == 0 else 0)
         return self.buffer.all_reduce(self.machine, self.scale, lambda: self.scaler.unscale_(self.optimizer))
 
     def forget_step(self):
@@ -174,7 +174,7 @@ class Run:
         grad_norm = optimizer_step(self.optimizer, self.buffer, self.scaler, sums, self.args.grad_clip)
         self.finite_loss = math.isfinite(sums["loss"])
         if math.isfinite(grad_norm):
-            self.progress.skipped = 0
+            self.state.skipped = 0
             move_router_bias(self.model, sums.get("expert_load"))
         return grad_norm
 
@@ -190,10 +190,10 @@ class Run:
         In float16 gradients overflow now and then, by design: the scaler tries larger scales until they do.
         """
         if self.finite_loss and self.scaler.is_enabled() and (scale := self.scaler.get_scale()) >= 1:
-            step = self.progress.step
-            self.log.say(f"step {step} left out: float16 overflowed, as it may; gradients are now scaled by {scale:g}")
+            step = self.state.step
+            self.log.info(f"step {step} left out: float16 overflowed, as it may; gradients are now scaled by {scale:g}")
             return
-        self.progress.skipped += 1
+        self.state.skipped += 1
         suspects = []
         for loss, documents in self.losses:
             if not loss.isfinite():
@@ -201,10 +201,10 @@ class Run:
         samples = self.train_set.samples(sum(self.machine.gather(suspects), []))
         named = ", ".join(f"{numbers} of {folder}" for folder, numbers in samples.items())
         named = named or "all of the step (the gradient alone was not finite)"
-        self.log.say(f"step {self.progress.step} skipped: loss or gradient not finite; samples: {named}")
-        if self.progress.skipped >= MAX_SKIPPED_STEPS:
+        self.log.info(f"step {self.state.step} skipped: loss or gradient not finite; samples: {named}")
+        if self.state.skipped >= MAX_SKIPPED_STEPS:
             raise FloatingPointError(
-                f"{self.progress.skipped} steps in a row were not finite; lower --learning_rate, or look at the "
+                f"{self.state.skipped} steps in a row were not finite; lower --learning_rate, or look at the "
                 f"samples named above with: python data_process.py show {next(iter(samples), 'DIR')} --index N"
             )
 
@@ -221,7 +221,7 @@ class Run:
         sums: all_reduce's; row_tokens: places of its rows. validate(rows): figures over so many rows, or all (None).
         describe(sums since the last line): what the line says beside the loss; without it, the means of all metrics.
         """
-        args, step, done = self.args, self.progress.step, self.share_done()
+        args, step, done = self.args, self.state.step, self.progress()
         self.meter.end_step(sums, row_tokens)
         evaluates = done >= 1 or step % args.eval_interval == 0
         logs = evaluates or step % args.log_interval == 0
@@ -229,29 +229,29 @@ class Run:
             described = describe(self.meter.window) if describe else {}
             metrics = [] if describe else self.buffer.metrics
             rate = self.optimizer.param_groups[0]["lr"]
-            record = self.meter.record(self.progress, done, rate, grad_norm, metrics) | described
+            record = self.meter.record(self.state, done, rate, grad_norm, metrics) | described
             if evaluates:
                 record |= validate(args.eval_rows if done < 1 else None)
-            self.log.add(done, record)
+            self.log.append(done, record)
         if step % args.save_interval == 0:
             self.save()
         return logs
 
     def save(self):
-        self.checkpointer.save(self.progress, self.log)
+        self.checkpointer.save(self.state, self.log)
 
     def finish(self, stop: "StopRequest"):
         """Saves what is not saved yet, and says how to go on. A run that was stopped ends with the signal's status, so
         that `stage one && stage two` ends there."""
-        if 0 < self.progress.step == self.progress.skipped:
+        if 0 < self.state.step == self.state.skipped:
             self.checkpointer.discard()
             raise FloatingPointError("no step was finite: nothing is saved; lower --learning_rate, or look at the data")
-        if self.progress.step != self.checkpointer.saved_step:
+        if self.state.step != self.checkpointer.saved_step:
             self.save()
         self.machine.gather(None)  # a process that ends badly ends all of them: not while the first one saves
         self.checkpointer.discard()
-        stopped = self.share_done() < 1
-        self.log.say(farewell(self.args, self.progress, self.train_set, stopped))
+        stopped = self.progress() < 1
+        self.log.info(closing_message(self.args, self.state, self.train_set, stopped))
         self.log.close()
         if stopped:
             sys.exit(128 + (stop.number or signal.SIGTERM))  # one that stops for another process has no number
@@ -305,9 +305,9 @@ def check_first_loss(log: Log, vocab_size: int):
     """A model that knows nothing gives every token the same probability: its loss is ln(vocab_size)."""
     loss = log.records[-1].get("val_cross_entropy", log.records[-1]["val_loss"])
     expected = math.log(vocab_size)
-    log.say(f"first validation loss {loss:.3f}; a model that knows nothing has ln({vocab_size}) = {expected:.3f}")
+    log.info(f"first validation loss {loss:.3f}; a model that knows nothing has ln({vocab_size}) = {expected:.3f}")
     if not abs(loss - expected) < 0.5:
-        log.say("warning: they should be close; look for wrong labels, a wrong vocabulary, or large initial weights")
+        log.info("warning: they should be close; look for wrong labels, a wrong vocabulary, or large initial weights")
 
 
 def describe(args: argparse.Namespace, machine: Machine, model: CausalLM, data: TrainingData, peak: float) -> str:
@@ -315,7 +315,7 @@ def describe(args: argparse.Namespace, machine: Machine, model: CausalLM, data: 
     rows = args.batch_size * args.accumulation_steps * machine.world_size
     tokens = data.n_tokens * args.epochs
     if args.max_steps:
-        tokens = min(tokens, args.max_steps * rows * args.max_seq_len * data.real_share)
+        tokens = min(tokens, args.max_steps * rows * args.max_seq_len * data.real_fraction)
     minutes = step_flops(model, tokens, 0) / (0.6 * peak * machine.world_size) / 60
     minutes = min(minutes, args.max_minutes or math.inf)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -337,8 +337,8 @@ def describe(args: argparse.Namespace, machine: Machine, model: CausalLM, data: 
         [
             f"model    {total:,} parameters{at_work}, {trained / total:.1%} of them trained",
             f"data     {data.paths}: {data.n_tokens:,} tokens in {len(data):,} rows of {args.max_seq_len}, "
-            f"{data.real_share:.1%} of them real{cut}",
-            *describe_mixture(args, data),
+            f"{data.real_fraction:.1%} of them real{cut}",
+            *mixture_lines(args, data),
             f"machine  {machine.world_size} x {machine.device.type}, {str(machine.dtype).removeprefix('torch.')}, "
             f"matrix products at {peak / 1e9:,.0f} GFLOP/s each, attention {attention}",
             f"step     {rows} rows{at_a_time}, {rows * args.max_seq_len:,} tokens; "
@@ -348,27 +348,27 @@ def describe(args: argparse.Namespace, machine: Machine, model: CausalLM, data: 
     )
 
 
-def describe_mixture(args: argparse.Namespace, data: TrainingData) -> list[str]:
-    """A line for each of several sources: its share, its size, and how often an epoch of the mixture reads it."""
-    if len(data.shares) == 1:
+def mixture_lines(args: argparse.Namespace, data: TrainingData) -> list[str]:
+    """A line for each of several sources: its weight, its size, and how often an epoch of the mixture reads it."""
+    if len(data.weights) == 1:
         return []
     times = data.times_seen(args.seed, epoch=1, row=0)
     return [
-        f"         {name}: {share:.1%} of the tokens; its own {data.sources[name].n_tokens:,} are read "
+        f"         {name}: {weight:.1%} of the tokens; its own {data.sources[name].n_tokens:,} are read "
         f"{times[name]:.2f} times an epoch"
-        for name, share in data.shares.items()
+        for name, weight in data.weights.items()
     ]
 
 
-def farewell(args: argparse.Namespace, progress: Progress, data: TrainingData, stopped: bool) -> str:
-    if stopped and progress.step == 0:
+def closing_message(args: argparse.Namespace, state: TrainState, data: TrainingData, stopped: bool) -> str:
+    if stopped and state.step == 0:
         return "stopped before the first step: nothing to save"
     if stopped:
         command = command_line() + ("" if args.resume else " --resume")
-        return f"stopped at step {progress.step:,}, and saved; go on with:\n  {command}"
-    minutes = progress.seconds / 60
+        return f"stopped at step {state.step:,}, and saved; go on with:\n  {command}"
+    minutes = state.seconds / 60
     seen = ""
-    if len(data.shares) > 1:
-        times = data.times_seen(args.seed, progress.epoch, progress.row)
+    if len(data.weights) > 1:
+        times = data.times_seen(args.seed, state.epoch, state.row)
         seen = f" ({', '.join(f'{name} {n:.2f} times' for name, n in times.items())})"
-    return f"done: {progress.step:,} steps, {progress.tokens:,} tokens{seen}, {minutes:.1f} minutes -> {args.out_dir}"
+    return f"done: {state.step:,} steps, {state.tokens:,} tokens{seen}, {minutes:.1f} minutes -> {args.out_dir}"

@@ -47,9 +47,9 @@ class Machine:
     dtype: torch.dtype  # of matrix products; weights and optimizer are float32
     shards: bool = False  # whether the model is spread over the processes (training/shard.py)
 
-    def making_model(self):
-        """A context: with --shard one process makes the weights, and sends the others their part (shard.place)."""
-        return torch.device("meta") if self.shards and self.rank else contextlib.nullcontext()
+    def init_device(self) -> torch.device:
+        """Where a new model's weights are initialized: with --shard only rank 0 does, and sends the others theirs."""
+        return torch.device("meta" if self.shards and self.rank else "cpu")
 
     def autocast(self):
         if self.dtype == torch.float32:
@@ -76,7 +76,7 @@ class Machine:
         if self.device.type == "cuda" and len(state) > size:
             torch.cuda.set_rng_state(state[size:], self.device)
 
-    def share(self, rows: np.ndarray, batch_size: int) -> list[tuple[np.ndarray, bool]]:
+    def rank_rows(self, rows: np.ndarray, batch_size: int) -> list[tuple[np.ndarray, bool]]:
         """This process's part of the rows, a batch at a time, and whether it counts.
 
         With --shard every pass needs all processes: one that has fewer batches takes a row again, which does not count.
@@ -87,7 +87,7 @@ class Machine:
             mine.append((rows[:1], False))
         return mine
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         """Adds up the tensors of all processes, in place."""
         if self.world_size > 1:
             all_reduce(tensor)
@@ -101,7 +101,7 @@ class Machine:
                 dist.all_gather_object(values, value)
         return values
 
-    def add_up(self, counts: Counter) -> Counter:
+    def sum_counters(self, counts: Counter) -> Counter:
         """The counts of all processes, by name."""
         total = Counter()
         for part in self.gather(counts):

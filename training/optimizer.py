@@ -13,7 +13,7 @@ from model.checkpoint import whole
 from model.model import CausalLM
 from model.operators import card_capability
 from training.machine import Machine, all_reduce
-from training.packing import send
+from training.packing import to_device
 from training.shard import cut, is_spread, join, part, parts
 
 MUON_BATCH = 2**23  # numbers whose update is computed at a time: several copies of them exist then
@@ -38,13 +38,13 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 def _orthogonalize_together(matrices: Tensor) -> Tensor:
-    """orthogonalize() by all processes, a share of the matrices each: alone it took each a quarter of a `mini` step."""
+    """orthogonalize() by all processes, each a part of the matrices: all of them take a quarter of a `mini` step."""
     if not dist.is_initialized():
         return orthogonalize(matrices)
     rank, processes = dist.get_rank(), dist.get_world_size()
-    share = slice(len(matrices) * rank // processes, len(matrices) * (rank + 1) // processes)
+    mine = slice(len(matrices) * rank // processes, len(matrices) * (rank + 1) // processes)
     result = torch.zeros_like(matrices)
-    result[share] = orthogonalize(matrices[share])
+    result[mine] = orthogonalize(matrices[mine])
     all_reduce(result)  # the others' matrices are 0 here
     return result
 
@@ -154,10 +154,10 @@ def build_optimizer(model: CausalLM, args: argparse.Namespace) -> torch.optim.Op
     return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
 
 
-def learning_rate(args: argparse.Namespace, step: int, share_done: float) -> float:
-    """Half a cosine from learning_rate to min_learning_rate as share_done goes from 0 to 1, times a linear warm-up."""
+def learning_rate(args: argparse.Namespace, step: int, progress: float) -> float:
+    """Half a cosine from learning_rate to min_learning_rate as progress goes from 0 to 1, times a linear warm-up."""
     warm = min(1.0, (step + 1) / max(args.warmup_steps, 1))
-    cosine = 0.5 * (1 + math.cos(math.pi * min(share_done, 1.0)))
+    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
     return warm * (args.min_learning_rate + (args.learning_rate - args.min_learning_rate) * cosine)
 
 
@@ -189,7 +189,7 @@ class GradientBuffer:
             parameter.grad = join(self.gradients[at : at + rows.numel()].view_as(rows), parameter)
             at += rows.numel()
 
-    def add(self, **sums: float | Tensor):
+    def add_sums(self, **sums: float | Tensor):
         """Adds to the sums of these names. KeyError for one that was not declared.
 
         Numbers of the host stay there until the all-reduce: each copy to a card would be one to wait for.
@@ -206,9 +206,9 @@ class GradientBuffer:
         `scale` over the count, and calls unscale(). Returns the sums, and "grad_norm": for these numbers, and once a
         step, the device is waited for.
         """
-        self.sums += send(torch.from_numpy(self.host_sums.copy()), self.flat.device)
+        self.sums += to_device(torch.from_numpy(self.host_sums.copy()), self.flat.device)
         self.host_sums[:] = 0
-        machine.sum(self.sums if self.spread else self.flat)
+        machine.all_reduce(self.sums if self.spread else self.flat)
         count = self.sums[self.slices["count"]][0]
         if count.device.type != "mps":  # which has no float64
             count = count.double()
@@ -216,7 +216,7 @@ class GradientBuffer:
         unscale()
         # In pieces: on a CPU the squares of 100 million numbers, added up one by one in float32, are 2 % short.
         squares = torch.stack(torch._foreach_norm(self.gradients.split(2**16))).square().sum()
-        norm = (machine.sum(squares) if self.spread else squares).sqrt()
+        norm = (machine.all_reduce(squares) if self.spread else squares).sqrt()
         numbers = torch.cat((self.sums, norm[None])).cpu().numpy()
         result = {"grad_norm": numbers[-1].item()}
         for name, shape in self.shapes.items():

@@ -42,7 +42,7 @@ class Batch:
     # Labels that are not IGNORE: counted where the batch is made, for there no device has to be waited for.
     scored: int | None = field(default=None, kw_only=True)
     # A mask for Decoder.forward; None on a CPU, which needs none.
-    documents_on_card: DocumentOffsets | None = field(default=None, kw_only=True)
+    cu_seqlens: DocumentOffsets | None = field(default=None, kw_only=True)
 
     MORE: ClassVar[int] = 0  # how many tensors a subclass has of each token, (B, T) float32, after these fields
 
@@ -90,17 +90,17 @@ class Batch:
         starts = begins.flatten().nonzero().flatten()
         ends = torch.full((1 << len(starts).bit_length(),), B * T)  # as many as a power of two: few recompilations
         ends[: len(starts)] = starts
-        flat = send(torch.cat([*(getattr(self, name).flatten() for name in names), ends]), device)
+        flat = to_device(torch.cat([*(getattr(self, name).flatten() for name in names), ends]), device)
         tensors, offsets = flat[: -len(ends)].view(len(names), B, T), flat[-len(ends) :].int()
-        more = {name: send(tensor, device) for name, tensor in more.items()}
-        return replace(self, **dict(zip(names, tensors)), **more, documents_on_card=DocumentOffsets(offsets, T))
+        more = {name: to_device(tensor, device) for name, tensor in more.items()}
+        return replace(self, **dict(zip(names, tensors)), **more, cu_seqlens=DocumentOffsets(offsets, T))
 
-    def scored_places(self) -> Tensor:
+    def scored_positions(self) -> Tensor:
         """Where a label is not IGNORE, counted through all rows, (scored,)."""
         return (self.labels != IGNORE).flatten().nonzero_static(size=self.scored)[:, 0]
 
 
-def send(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copies to a device without waiting for it: to a card from memory that stays in place (pinned)."""
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
@@ -148,16 +148,16 @@ class PackedDataset:
         self.token_bytes = data.token_bytes
         self.truncated = self.dropped = 0
         if data.mask is None:
-            self._take_all_pairs()
+            self._split_documents()
         else:
-            self._take_beginnings()
+            self._truncate_documents()
         lengths = self.piece_length.reshape(-1, self.group).sum(1)  # of what stays together
         row_of = pack(lengths, max_seq_len).repeat(self.group)  # of each piece
         self.pieces_by_row = np.argsort(row_of, kind="stable")  # piece numbers, those of row 0 first
         self.row_ends = np.cumsum(np.bincount(row_of)) if len(row_of) else np.zeros(0, np.int64)
         self.n_tokens = int(self.piece_length.sum())  # pairs an epoch
 
-    def _take_all_pairs(self):
+    def _split_documents(self):
         """Every document, cut into pieces of at most a row: its document, start and length of each piece, (pieces,)."""
         starts = self.prepared.offsets[:-1]
         pairs = np.maximum(np.diff(self.prepared.offsets) - 1, 0)  # of each document
@@ -168,7 +168,7 @@ class PackedDataset:
         self.piece_start = starts[self.piece_document] + nth * self.max_seq_len
         self.piece_length = np.minimum(pairs[self.piece_document] - nth * self.max_seq_len, self.max_seq_len)
 
-    def _take_beginnings(self):
+    def _truncate_documents(self):
         """The beginning of every document, or of every pair of them, that has a trained token there."""
         starts = np.asarray(self.prepared.offsets[:-1])
         pairs = np.maximum(np.diff(self.prepared.offsets) - 1, 0)
@@ -190,7 +190,7 @@ class PackedDataset:
         return len(self.row_ends)
 
     @property
-    def real_share(self) -> float:
+    def real_fraction(self) -> float:
         return self.n_tokens / max(len(self) * self.max_seq_len, 1)
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
@@ -223,9 +223,9 @@ class TrainingData:
     Documents are numbered through: those of the first folder, then those of the second, …
     """
 
-    def __init__(self, prepared: dict[str, Prepared], shares: dict[str, float]):
-        """shares: of the tokens, by name."""
-        self.folders, self.shares = prepared, shares
+    def __init__(self, prepared: dict[str, Prepared], weights: dict[str, float]):
+        """weights: fractions of the tokens, by name."""
+        self.folders, self.weights = prepared, weights
         first = next(iter(prepared.values()))
         self.split, self.kind, self.group = first.split, first.kind, first.group
         self.token_bytes, self.tokenizer_dir = first.token_bytes, first.tokenizer_dir
@@ -262,21 +262,21 @@ class TrainingData:
 
 
 class Mixture(TrainingData):
-    """Packed datasets that are read as one, each with its share of the tokens; a single one as if it stood alone.
+    """Packed datasets that are read as one, each with its weight; a single one as if it stood alone.
 
-    An epoch has as many tokens as all sources together, in shares that are exact to a row; their turns are shuffled. A
+    An epoch has as many tokens as all sources together, in proportions that are exact to a row, in shuffled order. A
     source is read in its own epochs, end to end, each in another order: what is left of one when an epoch of the
     mixture ends comes first in the next, so that no row comes again before all others of its source have come.
 
     Rows are numbered through as documents are.
     """
 
-    def __init__(self, sources: dict[str, PackedDataset], shares: dict[str, float] | None = None):
-        """shares: how much each source counts, in any unit; without it, by its tokens: each is read once an epoch."""
+    def __init__(self, sources: dict[str, PackedDataset], weights: dict[str, float] | None = None):
+        """weights: how much each source counts, in any unit; without it, by its tokens: each is read once an epoch."""
         self.sources = dict(sorted(sources.items()))  # the order of --data does not matter
         self.n_rows = np.array([len(source) for source in self.sources.values()])
         self.source_tokens = np.array([source.n_tokens for source in self.sources.values()])
-        weights = self.source_tokens if shares is None else np.array([shares[name] for name in self.sources])
+        weights = self.source_tokens if weights is None else np.array([weights[name] for name in self.sources])
         weights = weights / max(weights.sum(), 1e-9)  # they add up to 1
         prepared = {name: source.prepared for name, source in self.sources.items()}
         super().__init__(prepared, dict(zip(self.sources, weights.tolist())))
@@ -288,7 +288,7 @@ class Mixture(TrainingData):
     @functools.cached_property
     def epoch_rows(self) -> np.ndarray:
         """Rows of each source in an epoch, (sources,)."""
-        tokens = np.array([*self.shares.values()]) * self.source_tokens.sum()
+        tokens = np.array([*self.weights.values()]) * self.source_tokens.sum()
         tokens_a_row = self.source_tokens / self.n_rows
         return np.maximum(np.rint(tokens / tokens_a_row), 1).astype(np.int64)
 
@@ -302,7 +302,7 @@ class Mixture(TrainingData):
         return round(float((self.epoch_rows * self.source_tokens / self.n_rows).sum()))
 
     @property
-    def real_share(self) -> float:
+    def real_fraction(self) -> float:
         return self.n_tokens / (len(self) * self.max_seq_len)
 
     def turns(self, seed: int, epoch: int) -> np.ndarray:
@@ -349,9 +349,9 @@ class Mixture(TrainingData):
 
 
 def open_data(args: argparse.Namespace, *kinds: str) -> tuple[Mixture, Mixture]:
-    """The two splits, train and val, of the folders of args.data in the shares of args.mix.
+    """The two splits, train and val, of the folders of args.data with the weights of args.mix.
 
-    UserError where a folder is of another kind than those named, or where shares and folders do not go together.
+    UserError where a folder is of another kind than those named, or where weights and folders do not go together.
     """
     train_set, val_set = (open_sources(args.data, split, args.max_seq_len) for split in ("train", "val"))
     for source in train_set.values():
@@ -363,7 +363,7 @@ def open_data(args: argparse.Namespace, *kinds: str) -> tuple[Mixture, Mixture]:
         if not len(source):
             raise UserError(f"{folder} holds no training rows; give data_process.py more text")
     mixture = Mixture(train_set, read_mix(args.mix, list(train_set)))
-    return mixture, Mixture(val_set, mixture.shares)
+    return mixture, Mixture(val_set, mixture.weights)
 
 
 def open_sources(data: Path | list[str], split: str, max_seq_len: int) -> dict[str, PackedDataset]:
@@ -385,20 +385,22 @@ def named_folders(data: Path | list[str]) -> dict[str, Path]:
 
 
 def read_mix(words: list[str] | None, names: list[str]) -> dict[str, float] | None:
-    """Shares by source, from NAME=SHARE words or a file of JSON; UserError where they are not those of `names`."""
+    """Weights by source, from NAME=WEIGHT words or a file of JSON; UserError where they are not those of `names`."""
     if not words:
         return None
     if "=" in words[0]:
-        shares = dict(word.partition("=")[::2] for word in words)
+        weights = dict(word.partition("=")[::2] for word in words)
     elif Path(words[0]).is_file():
-        shares = read_json(Path(words[0]))
+        weights = read_json(Path(words[0]))
     else:
-        raise UserError(f"--mix {words[0]}: neither NAME=SHARE nor a file")
-    if sorted(shares) != sorted(names):
+        raise UserError(f"--mix {words[0]}: neither NAME=WEIGHT nor a file")
+    if sorted(weights) != sorted(names):
         raise UserError(
-            f"--mix names {', '.join(sorted(shares))}; the sources of --data are {', '.join(sorted(names))}"
+            f"--mix names {', '.join(sorted(weights))}; the sources of --data are {', '.join(sorted(names))}"
         )
     try:
-        return {name: above_zero(share) for name, share in shares.items()}
+        return {name: above_zero(weight) for name, weight in weights.items()}
     except (argparse.ArgumentTypeError, TypeError, ValueError):
-        raise UserError(f"--mix: shares must be numbers above 0, not {', '.join(map(str, shares.values()))}") from None
+        raise UserError(
+            f"--mix: weights must be numbers above 0, not {', '.join(map(str, weights.values()))}"
+        ) from None

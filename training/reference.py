@@ -15,7 +15,7 @@ from training.machine import Machine
 from training.packing import PackedDataset
 
 
-def computed_once(
+def cached_log_probs(
     args: argparse.Namespace, machine: Machine, data: PackedDataset, compute: Callable[[np.ndarray], Tensor]
 ) -> Tensor:
     """compute(all rows), a number in float32 for every document of the split, (documents,); read from a file beside

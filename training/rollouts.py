@@ -64,7 +64,7 @@ class Tasks(TrainingData):
         room = max(args.max_seq_len - args.max_new_tokens, 0)  # beside an answer
         self.kept = np.flatnonzero((lengths > 0) & (lengths <= room))
         self.truncated, self.dropped = 0, len(lengths) - len(self.kept)
-        self.n_tokens, self.real_share = int(lengths[self.kept].sum()), 1.0
+        self.n_tokens, self.real_fraction = int(lengths[self.kept].sum()), 1.0
         if not len(self.kept):
             raise UserError(f"{folder}: no question of {split} has room in {args.max_seq_len} tokens beside its answer")
 
@@ -118,8 +118,8 @@ class RolloutBatch(Batch):
     MORE = 2
 
 
-class RolloutWriter:
-    """Writes answers with the model as it is now, and rewards them; each process takes its share of the questions."""
+class RolloutGenerator:
+    """Writes answers with the model as it is now, and rewards them; each process takes some of the questions."""
 
     def __init__(self, model: CausalLM, args: argparse.Namespace, machine: Machine, tokenizer_dir: Path):
         self.model, self.args, self.machine = model, args, machine
@@ -128,7 +128,7 @@ class RolloutWriter:
         self.reward = load_reward(args.reward)
         self.tools = load_tools(args.tools)
 
-    def write(
+    def generate(
         self, tasks: Tasks, questions: np.ndarray, answers: int, seed: str, temperature: float = 1.0
     ) -> list[list[Rollout]]:
         """So many answers to each question: from the model's own distribution, of which nothing is left out.
@@ -172,16 +172,16 @@ class RolloutWriter:
         """Mean rewards over the first `limit` questions, or all: of the likeliest answer, sampled ones, the best."""
         questions = tasks.kept[:limit]
         sums = Counter()
-        for (greedy,) in self.write(tasks, questions, 1, "greedy", temperature=0.0):
+        for (greedy,) in self.generate(tasks, questions, 1, "greedy", temperature=0.0):
             sums.update(accuracy=greedy.reward, length=len(greedy.sequence.tokens), questions=1)
-        for group in self.write(tasks, questions, self.args.generations, "sampled"):
+        for group in self.generate(tasks, questions, self.args.generations, "sampled"):
             rewards = [one.reward for one in group]
             sums.update(sampled=sum(rewards) / len(rewards), best=max(rewards))
-        total = self.machine.add_up(sums)
+        total = self.machine.sum_counters(sums)
         names = ("accuracy", "sampled", "best", "length")
         return {f"val_{name}": total[name] / total["questions"] for name in names}
 
-    def write_samples(self, directory: Path, step: int, groups: list[list[Rollout]], tasks: Tasks):
+    def save_samples(self, directory: Path, step: int, groups: list[list[Rollout]], tasks: Tasks):
         """Appends the best and the worst answer of the first groups to rollouts.jsonl, to be read."""
         if self.machine.rank:
             return
@@ -194,16 +194,16 @@ class RolloutWriter:
 
 def decoding_copy(model: CausalLM) -> CausalLM:
     """The model as it is now, for an Engine: with its adapters merged, and on a CPU with layers laid out for it."""
-    writer = shared_copy(model).eval()
-    if has_lora(writer):
-        merge_lora(writer)  # its layers get matrices of their own
-    return lay_out_for_decoding(writer) if model.lm_head.weight.device.type == "cpu" else writer
+    generator = shared_copy(model).eval()
+    if has_lora(generator):
+        merge_lora(generator)  # its layers get matrices of their own
+    return lay_out_for_decoding(generator) if model.lm_head.weight.device.type == "cpu" else generator
 
 
 # The sums of a step over its answers, which describe() makes means of.
 METRICS = (
     *("answers", "reward", "tokens", "ended", "thinks", "surprise", "groups", "solved", "all_right", "all_wrong"),
-    *("calls", "steps", "sampling_seconds", "gap", "scored", "places"),
+    *("calls", "steps", "sampling_seconds", "gap", "scored", "positions"),
 )
 
 
@@ -222,7 +222,7 @@ def sums_of(groups: list[list[Rollout]]) -> dict[str, float]:
     return dict(sums)
 
 
-def describe_rollouts(window: Counter) -> dict[str, float]:
+def rollout_metrics(window: Counter) -> dict[str, float]:
     """A line of the log from sums over steps. The mean surprise of sampled tokens, -ln p, estimates the entropy."""
     answers, groups = max(window["answers"], 1), max(window["groups"], 1)
     return {
@@ -242,7 +242,7 @@ def describe_rollouts(window: Counter) -> dict[str, float]:
 
 def learn_from_rollouts(
     run: Run,
-    writer: RolloutWriter,
+    generator: RolloutGenerator,
     train_set: Tasks,
     loss_fn: LossFunction,
     choose: Callable[[list[list[Rollout]]], tuple[list[Rollout], int]],
@@ -256,27 +256,27 @@ def learn_from_rollouts(
     itself counts 0. `updates` steps of the optimizer are made with the same answers. validate, describe: as in
     Run.end_step.
     """
-    args, progress = run.args, run.progress
-    if progress.step == 0:
-        run.log.add(0.0, {"step": 0, "tokens": 0, **validate(args.eval_rows)})
-    order = train_set.order(args.seed, progress.epoch)
+    args, state = run.args, run.state
+    if state.step == 0:
+        run.log.append(0.0, {"step": 0, "tokens": 0, **validate(args.eval_rows)})
+    order = train_set.order(args.seed, state.epoch)
     with StopRequest() as stop:
-        while run.share_done() < 1:
+        while run.progress() < 1:
             run.begin_step()
 
             # Write answers to the next questions.
             start = time.perf_counter()
-            questions = order[progress.row : progress.row + args.questions]
+            questions = order[state.row : state.row + args.questions]
             if stop.made:  # the other processes hear of it when the gradients are added up
                 questions = questions[:0]
-            groups = writer.write(train_set, questions, args.generations, f"{args.seed}/{progress.step}")
-            run.buffer.add(**sums_of(groups), sampling_seconds=time.perf_counter() - start)
+            groups = generator.generate(train_set, questions, args.generations, f"{args.seed}/{state.step}")
+            run.buffer.add_sums(**sums_of(groups), sampling_seconds=time.perf_counter() - start)
 
             # Learn.
             chosen, count = choose(groups)
             step_sums = Counter()
             for update in range(updates):
-                run.buffer.add(count=count)
+                run.buffer.add_sums(count=count)
                 for batch in learning_batches(chosen, args.max_seq_len, args.batch_size):
                     run.accumulate(loss_fn, batch)
                 sums = run.all_reduce(stop.made and update == 0)  # once the weights have moved, the step is finished
@@ -287,16 +287,16 @@ def learn_from_rollouts(
             if sums["stop"]:  # leave the step out; --resume does it again
                 run.forget_step()
                 break
-            progress.advance(len(questions), len(train_set), step_sums)
-            if progress.row == 0:
-                order = train_set.order(args.seed, progress.epoch)
+            state.advance(len(questions), len(train_set), step_sums)
+            if state.row == 0:
+                order = train_set.order(args.seed, state.epoch)
             if not math.isfinite(grad_norm):
                 run.report_skipped()
                 continue
 
             # Log, validate, save.
-            if run.end_step(step_sums, step_sums["places"], grad_norm, validate, describe):
-                writer.write_samples(run.log.directory, progress.step, groups, train_set)
+            if run.end_step(step_sums, step_sums["positions"], grad_norm, validate, describe):
+                generator.save_samples(run.log.directory, state.step, groups, train_set)
         run.finish(stop)
 
 

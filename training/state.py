@@ -49,7 +49,7 @@ RUN_FILE = "run.json"
 
 
 @dataclass
-class Progress:
+class TrainState:
     """Where a run stands. Rows, not steps, say where in the data: the number of processes may change on the way."""
 
     step: int = 0
@@ -59,14 +59,14 @@ class Progress:
     seconds: float = 0.0
     skipped: int = 0  # steps in a row that were not finite
 
-    def share_done(self, args: argparse.Namespace, n_rows: int) -> float:
+    def progress(self, args: argparse.Namespace, n_rows: int) -> float:
         """From 0 to 1: the furthest of the limits that --epochs, --max_steps and --max_minutes set."""
-        shares = [(self.epoch * n_rows + self.row) / (args.epochs * n_rows)]
+        fractions = [(self.epoch * n_rows + self.row) / (args.epochs * n_rows)]
         if args.max_steps:
-            shares.append(self.step / args.max_steps)
+            fractions.append(self.step / args.max_steps)
         if args.max_minutes:
-            shares.append(self.seconds / (60 * args.max_minutes))
-        return max(shares)
+            fractions.append(self.seconds / (60 * args.max_minutes))
+        return max(fractions)
 
     def advance(self, rows: int, n_rows: int, sums: dict[str, float]):
         self.step += 1
@@ -87,7 +87,7 @@ def state_file(out_dir: Path) -> Path:
     return path
 
 
-def resumes(args: argparse.Namespace) -> bool:
+def should_resume(args: argparse.Namespace) -> bool:
     """Whether this run goes on from the one in out_dir; UserError where it should and cannot.
 
     torchrun --max-restarts starts the same command again: without --resume it would begin anew, and put away what the
@@ -101,7 +101,7 @@ def resumes(args: argparse.Namespace) -> bool:
     return args.resume is not None and (args.out_dir / STATE_FILE).exists()
 
 
-def settle_out_dir(out_dir: Path) -> Path:
+def resolve_out_dir(out_dir: Path) -> Path:
     """out_dir, or what a link or "." stands for: it is renamed when another run takes its place. UserError where that
     cannot be."""
     try:
@@ -156,20 +156,20 @@ class Checkpointer:
     ):
         self.args, self.machine, self.model = args, machine, model
         self.optimizer, self.scaler = optimizer, scaler
-        self.out_dir = args.out_dir = settle_out_dir(args.out_dir)
+        self.out_dir = args.out_dir = resolve_out_dir(args.out_dir)
         self.tokenizer_dir = args.init_from or data.tokenizer_dir
-        self.resumed = resumes(args)
+        self.resumed = should_resume(args)
         self.directory = self.out_dir if self.resumed else self.out_dir.with_name(f".{self.out_dir.name}.writing")
         self.saved_step = 0
         self.names = {parameter: name for name, parameter in model.named_parameters()}
         self.must_agree = {
             "data": data.fingerprint,
-            "mix": data.shares if len(data.shares) > 1 else None,
+            "mix": data.weights if len(data.weights) > 1 else None,
             "tokenizer": data.tokenizer_sha256,
             "seed": args.seed,
             "max_seq_len": args.max_seq_len,
             "base": weights_fingerprint(args.init_from) if has_lora(model) else None,  # which an adapter belongs to
-            "adapter": describe_adapter(model) if has_lora(model) else None,
+            "adapter": adapter_summary(model) if has_lora(model) else None,
             "reference": weights_fingerprint(args.init_from) if data.kind in ("dpo", "rl") else None,
             "optimizer": args.optimizer,
         }
@@ -192,34 +192,34 @@ class Checkpointer:
                     both = f"process {rank} has {there.get(name)}, process {self.machine.rank} {value}"
                     raise UserError(f"all processes must be started alike; of {name} {both}")
 
-    def save(self, progress: Progress, log: Log):
+    def save(self, state: TrainState, log: Log):
         tensors = {}
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 tensors[f"weight.{name}"] = parameter.data
         for name, buffer in self.model.named_buffers():
             tensors[f"buffer.{name}"] = buffer
-        for parameter, state in self.optimizer.state.items():
-            for entry, value in state.items():
+        for parameter, moments in self.optimizer.state.items():
+            for entry, value in moments.items():
                 tensors[f"optimizer.{self.names[parameter]}/{entry}"] = value
-        for rank, state in enumerate(self.machine.gather(self.machine.random_state())):
-            tensors[f"random.{rank}"] = state
+        for rank, random_state in enumerate(self.machine.gather(self.machine.random_state())):
+            tensors[f"random.{rank}"] = random_state
         if self.machine.rank == 0:
-            info = {"progress": asdict(progress), "must_agree": self.must_agree, "scaler": self.scaler.state_dict()}
+            info = {"progress": asdict(state), "must_agree": self.must_agree, "scaler": self.scaler.state_dict()}
             save_tensors(self.directory / STATE_FILE, tensors, info=json.dumps(info))
         elif self.machine.shards:  # the first process can gather nothing alone
             for tensor in tensors.values():
                 whole(tensor)
-        self.write_model()
+        self.export_model()
         if self.machine.rank == 0:
             write_json(self.directory / RUN_FILE, self.run_record())
             log.draw()
             if self.directory != self.out_dir:
                 replace_directory(self.out_dir, self.directory, keep_old=True)
         self.directory = log.directory = self.out_dir
-        self.saved_step = progress.step
+        self.saved_step = state.step
 
-    def write_model(self):
+    def export_model(self):
         """The model for its users."""
         if self.machine.rank == 0:
             save_model(self.directory, self.model, self.tokenizer_dir, self.args.init_from)
@@ -232,7 +232,7 @@ class Checkpointer:
         if self.directory != self.out_dir and self.machine.rank == 0:
             shutil.rmtree(self.directory, ignore_errors=True)
 
-    def resume(self) -> Progress:
+    def resume(self) -> TrainState:
         """Takes weights, optimizer, position and random states from out_dir. UserError names what does not agree."""
         if not has_lora(self.model):
             check_same_config(load_config(self.out_dir), self.model.config, self.out_dir)
@@ -241,8 +241,8 @@ class Checkpointer:
         tensors, texts = load_tensors(path, device)
         try:
             info = json.loads(texts["info"])
-            agreed, progress = dict(info["must_agree"]), Progress(**info["progress"])
-            math.fsum(vars(progress).values())
+            agreed, state = dict(info["must_agree"]), TrainState(**info["progress"])
+            math.fsum(vars(state).values())
         except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{path} is not the state of a run: its info is missing or damaged") from None
         for name, here in self.must_agree.items():
@@ -250,16 +250,16 @@ class Checkpointer:
             if there != here:
                 raise UserError(f"cannot resume {self.out_dir}: its {name} was {there}, and is {here} now")
         try:
-            self.take(tensors)
+            self.restore(tensors)
         except (KeyError, AttributeError, RuntimeError, TypeError) as error:
             raise UserError(f"{path} is not the state of this model and optimizer: {error}") from None
         if self.scaler.is_enabled() and info.get("scaler"):  # of a run in another format there is none
             self.scaler.load_state_dict(info["scaler"])
-        self.write_model()  # a kill may have come between the state and the model, in the last step of all
-        self.saved_step = progress.step
-        return progress
+        self.export_model()  # a kill may have come between the state and the model, in the last step of all
+        self.saved_step = state.step
+        return state
 
-    def take(self, tensors: dict[str, Tensor]):
+    def restore(self, tensors: dict[str, Tensor]):
         """Puts what save() wrote where it was."""
         parameters = {name: parameter for parameter, name in self.names.items()}
         for key, tensor in tensors.items():
@@ -290,7 +290,7 @@ class Checkpointer:
         }
 
 
-def describe_adapter(model: CausalLM) -> str:
+def adapter_summary(model: CausalLM) -> str:
     """What its weights mean."""
     _, config = to_peft(model)
     return f"rank {config['r']}, alpha {config['lora_alpha']:g}, on {' '.join(config['target_modules'])}"

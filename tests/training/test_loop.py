@@ -31,10 +31,9 @@ from helpers import (
 from safetensors.torch import load_file, save_file
 
 from base.cli import run
-from model.LMConfig import TRAINING_FLAGS
 from model.model import CausalLM
 from training import loop, loss
-from training.flags import parse_flags
+from training.flags import TRAINING_FLAGS, parse_flags
 from training.machine import start_machine
 from training.optimizer import orthogonalize
 from training.packing import IGNORE, PackedDataset

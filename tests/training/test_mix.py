@@ -64,7 +64,7 @@ def rows_by_source(mixed: Mixture, epochs: int) -> list[np.ndarray]:
 def test_one_source_is_read_as_if_it_stood_alone(folders):
     alone = PackedDataset(folders[0], "train", 64)
     mixed = mixture(folders[:1])
-    assert (len(mixed), mixed.n_tokens, mixed.real_share) == (len(alone), alone.n_tokens, alone.real_share)
+    assert (len(mixed), mixed.n_tokens, mixed.real_fraction) == (len(alone), alone.n_tokens, alone.real_fraction)
     for seed in (0, 3):
         for epoch in (0, 1, 7):
             order = mixed.order(seed, epoch)

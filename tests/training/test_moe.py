@@ -40,7 +40,7 @@ from model.model import CausalLM, MoEFeedForward
 from training.balance import balance_loss, expert_balance, move_router_bias
 from training.cost import step_flops
 from training.flags import parse_flags
-from training.log import describe_load
+from training.log import expert_load_metrics
 from training.loss import next_token_loss
 from training.machine import start_machine
 from training.optimizer import build_optimizer
@@ -210,8 +210,8 @@ def test_the_bias_moves_against_the_load_and_changes_the_choice_alone():
     assert again.equal(scores)
     expected = scores.gather(1, chosen)
     torch.testing.assert_close(weights, expected / expected.sum(-1, keepdim=True))
-    before = describe_load(scores.topk(3).indices.flatten().bincount(minlength=6)[None].numpy())["load_max"]
-    after = describe_load(chosen.flatten().bincount(minlength=6)[None].numpy())["load_max"]
+    before = expert_load_metrics(scores.topk(3).indices.flatten().bincount(minlength=6)[None].numpy())["load_max"]
+    after = expert_load_metrics(chosen.flatten().bincount(minlength=6)[None].numpy())["load_max"]
     assert before > 1.3
     assert after < 1.2
     gate.weight.requires_grad_(False)
@@ -451,8 +451,8 @@ def test_the_heat_map_can_be_drawn(tmp_path):
 
 
 def test_the_load_is_described():
-    described = describe_load(torch.tensor([[2.0, 2, 2, 2], [8, 0, 0, 0]]).numpy())
-    assert describe_load(torch.tensor([[1.0, 2]]).numpy())["expert_load"] == [[0.33333, 0.66667]]
+    described = expert_load_metrics(torch.tensor([[2.0, 2, 2, 2], [8, 0, 0, 0]]).numpy())
+    assert expert_load_metrics(torch.tensor([[1.0, 2]]).numpy())["expert_load"] == [[0.33333, 0.66667]]
     assert described["load_max"] == pytest.approx(4)
     assert described["load_entropy"] == pytest.approx(0, abs=1e-6)
     assert described["idle_experts"] == 3

@@ -43,7 +43,7 @@ RUN += "--save_interval 3 --eval_interval 4".split()
 
 def record_documents(file: str, killed_in_pass: int | None = None):
     """Writes the documents of every whole step into a file of each process, one line a step."""
-    documents, advance = [], state.Progress.advance
+    documents, advance = [], state.TrainState.advance
     if killed_in_pass:
         signal_in_pass(killed_in_pass, signal.SIGKILL)
     loss_fn = loss.next_token_loss
@@ -59,7 +59,7 @@ def record_documents(file: str, killed_in_pass: int | None = None):
             print(json.dumps([self.step, documents]), file=lines)
         documents.clear()
 
-    loss.next_token_loss, state.Progress.advance = recording_loss, recording_advance
+    loss.next_token_loss, state.TrainState.advance = recording_loss, recording_advance
 
 
 @pytest.fixture(scope="module")
