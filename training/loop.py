@@ -17,7 +17,7 @@ from model.LMConfig import LMConfig
 from model.model import CausalLM
 from training.balance import expert_metrics, move_router_bias
 from training.cost import fit_batch, memory_estimate, memory_of_machine, step_flops
-from training.log import Log, Meter
+from training.log import Log, Meter, duration
 from training.loss import LossFunction, evaluate
 from training.machine import Machine, matmul_rate
 from training.optimizer import GradientBuffer, build_optimizer, learning_rate, optimizer_step
@@ -25,6 +25,7 @@ from training.packing import Batch, Mixture, TrainingData
 from training.shard import call, place
 from training.state import Checkpointer, TrainState
 
+EARLY_VALIDATIONS = (20, 50)  # steps: the loss falls fastest at the start, where plots compare it with training's
 MAX_SKIPPED_STEPS = 10  # in a row: then a run with non-finite numbers is stopped
 
 
@@ -223,7 +224,7 @@ class Run:
         """
         args, step, done = self.args, self.state.step, self.progress()
         self.meter.end_step(sums, row_tokens)
-        evaluates = done >= 1 or step % args.eval_interval == 0
+        evaluates = done >= 1 or step % args.eval_interval == 0 or step in EARLY_VALIDATIONS
         logs = evaluates or step % args.log_interval == 0
         if logs:
             described = describe(self.meter.window) if describe else {}
@@ -343,7 +344,7 @@ def describe(args: argparse.Namespace, machine: Machine, model: CausalLM, data: 
             f"matrix products at {peak / 1e9:,.0f} GFLOP/s each, attention {attention}",
             f"step     {rows} rows{at_a_time}, {rows * args.max_seq_len:,} tokens; "
             f"about {gigabytes:.1f} GiB in each process{too_much}",
-            f"time     about {minutes:,.{0 if minutes > 10 else 1}f} minutes",
+            f"time     about {duration(minutes)}",
         ]
     )
 
@@ -366,9 +367,8 @@ def closing_message(args: argparse.Namespace, state: TrainState, data: TrainingD
     if stopped:
         command = command_line() + ("" if args.resume else " --resume")
         return f"stopped at step {state.step:,}, and saved; go on with:\n  {command}"
-    minutes = state.seconds / 60
     seen = ""
     if len(data.weights) > 1:
         times = data.times_seen(args.seed, state.epoch, state.row)
         seen = f" ({', '.join(f'{name} {n:.2f} times' for name, n in times.items())})"
-    return f"done: {state.step:,} steps, {state.tokens:,} tokens{seen}, {minutes:.1f} minutes -> {args.out_dir}"
+    return f"done: {state.step:,} steps, {state.tokens:,} tokens{seen}, {duration(state.seconds / 60)} -> {args.out_dir}"
