@@ -40,9 +40,10 @@ from engine.session import ReplyStream, Session, read_tokens
 from engine.tools import load_tools
 from model.chat import BOS, EOS, encode, load_tokenizer, tokenizer_fingerprint
 from model.checkpoint import load_model, load_with_adapter
+from model.device import choose_device, keep_freed_memory
 from model.model import CausalLM
 from training.loss import evaluate, next_token_loss
-from training.machine import Machine, choose_device, keep_freed_memory
+from training.machine import Machine
 from training.packing import Mixture, open_sources
 
 STAGES = ("pretrain", "sft", "dpo", "grpo", "distill")

@@ -22,12 +22,13 @@ import torch
 from base.cli import HelpFormatter, UserError, positive, run
 from bench.train_speed import made_up_batch, training_step
 from engine.generation import generate
+from model.device import choose_device, keep_freed_memory
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
 from model.operators import card_capability
 from training.cost import ROOM, fits_by_estimate, fits_card, largest_divisor, memory_estimate, step_flops
 from training.loss import next_token_loss
-from training.machine import Machine, auto_dtype, choose_device, keep_freed_memory, matmul_rate
+from training.machine import Machine, auto_dtype, matmul_rate
 from training.packing import Batch
 
 # How far gradients may be from those of a CPU in float32, in units of their length. TF32 has 10 bits, as float16.

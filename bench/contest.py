@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 
 from model.checkpoint import save_model
+from model.device import keep_freed_memory
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
-from training.machine import Machine, keep_freed_memory, matmul_rate
+from training.machine import Machine, matmul_rate
 
 TOKENIZER = Path(__file__).parents[1] / "model/tokenizer"  # of all models measured
 PAUSE = 0.3  # seconds between calls: threads wait busily for more work for a while

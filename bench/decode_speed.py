@@ -26,11 +26,11 @@ from bench.contest import Contest, Turns, measure_each, ratio
 from engine.decoding import lay_out_for_decoding
 from engine.generation import generate
 from model.checkpoint import load_model
+from model.device import keep_freed_memory
 from model.gguf import write_gguf
 from model.llama_cpp import LlamaCpp
 from model.LMConfig import PRESETS
 from training.cost import step_flops
-from training.machine import keep_freed_memory
 
 Writer = Callable[[list[list[int]], int], list[list[int]] | None]  # (prompts, tokens) -> what it wrote to each
 

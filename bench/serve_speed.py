@@ -29,10 +29,10 @@ from bench.contest import Contest, measure_each, ratio
 from engine.decoding import lay_out_for_decoding
 from engine.generation import Engine, Sampling, Sequence
 from model.checkpoint import load_model
+from model.device import keep_freed_memory
 from model.gguf import write_gguf
 from model.llama_cpp import LlamaCpp
 from model.LMConfig import PRESETS
-from training.machine import keep_freed_memory
 
 Writer = Callable[[list[list[int]], int], None]  # (prompts, tokens): a client for each prompt reads so many
 

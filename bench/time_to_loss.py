@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from base.cli import HelpFormatter, above_zero, run
+from base.files import METRICS_FILE
 from bench.contest import TOKENIZER, cpu_machine
 from model.checkpoint import save_model
 from model.LMConfig import LMConfig
@@ -125,7 +126,7 @@ def jiezi(args: argparse.Namespace, minutes: float, **changes) -> tuple[float, s
     command += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     command += ["--epochs", "1000", "--eval_interval", "1000000", "--save_interval", "1000000", "--eval_rows", "2"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    last = json.loads((out_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    last = json.loads((out_dir / METRICS_FILE).read_text().splitlines()[-1])
     speed = last["tokens"] / (60 * minutes)
     return last["val_bits_per_byte"], f"{last['step']:,} steps, {last['tokens']:,} tokens, {speed:,.0f} tok/s"
 

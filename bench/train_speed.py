@@ -24,11 +24,12 @@ import torch
 
 from base.cli import HelpFormatter, positive, run
 from bench.contest import Contest, ratio
+from model.device import keep_freed_memory
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
 from training.cost import step_flops
 from training.loss import LossFunction, next_token_loss
-from training.machine import Machine, keep_freed_memory
+from training.machine import Machine
 from training.optimizer import GradientBuffer, build_optimizer, optimizer_step
 from training.packing import IGNORE, Batch, PackedDataset, pack
 

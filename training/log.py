@@ -12,11 +12,10 @@ import jsonlines
 import numpy as np
 
 from base.cli import forget_reader, import_extra, printable
-from base.files import write_file
+from base.files import METRICS_FILE, write_file
 from training.machine import Machine
 from training.plots import SHOWN, plot, plot_experts
 
-METRICS_FILE = "metrics.jsonl"
 COLUMNS = 80  # of the narrowest usual terminal
 FIRST = ("step", "loss", "reward", "accuracy", "tokens_per_s", "minutes_left")  # in every line, which fits in COLUMNS
 

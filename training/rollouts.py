@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from base.cli import UserError, one_line, positive
+from base.files import ROLLOUTS_FILE
 from corpus.prepared import Prepared
 from engine.decoding import lay_out_for_decoding, shared_copy
 from engine.generation import Engine, Sampling, Sequence
@@ -185,7 +186,7 @@ class RolloutGenerator:
         """Appends the best and the worst answer of the first groups to rollouts.jsonl, to be read."""
         if self.machine.rank:
             return
-        with jsonlines.open(directory / "rollouts.jsonl", "a", dumps=partial(json.dumps, ensure_ascii=False)) as lines:
+        with jsonlines.open(directory / ROLLOUTS_FILE, "a", dumps=partial(json.dumps, ensure_ascii=False)) as lines:
             for group in groups[:4]:
                 for one in (max(group, key=lambda one: one.reward), min(group, key=lambda one: one.reward)):
                     text = self.tokenizer.decode(one.sequence.tokens, skip_special_tokens=False)

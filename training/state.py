@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from base.cli import UserError, command_line
-from base.files import finish_replacing, replace_directory, write_json
+from base.files import RUN_FILE, STATE_FILE, finish_replacing, replace_directory, write_json
 from model.checkpoint import (
     load_config,
     load_tensors,
@@ -43,9 +43,7 @@ from training.machine import Machine
 from training.packing import TrainingData
 from training.shard import cut, part
 
-STATE_FILE = "training_state/state.safetensors"
 OWN_FLAGS = ("data", "mix", "init_from", "out_dir", "device", "wandb", "tensorboard")  # may differ by machine
-RUN_FILE = "run.json"
 
 
 @dataclass

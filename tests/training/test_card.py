@@ -21,13 +21,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from base.cli import UserError
 from bench.train_speed import made_up_batch
+from model.device import choose_device
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
 from training import loss
 from training.balance import count_each
 from training.flags import parse_flags
 from training.loss import CARD_CHUNK, TokenLosses, cross_entropy_sum, next_token_loss, token_losses
-from training.machine import Machine, auto_dtype, choose_device
+from training.machine import Machine, auto_dtype
 from training.optimizer import GradientBuffer, build_optimizer, optimizer_step
 from training.packing import IGNORE, PackedDataset
 from training.rollouts import RolloutBatch

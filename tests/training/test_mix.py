@@ -251,7 +251,7 @@ def test_shares_come_from_words_or_a_file(tmp_path):
         ("zh=1 en=1 fr=1", "fr"),
         ("zh=1 en=0", "above 0"),
         ("zh=1 en=much", "above 0"),
-        ("zh", "neither NAME=SHARE nor a file"),
+        ("zh", "neither NAME=WEIGHT nor a file"),
     ],
 )
 def test_shares_that_do_not_fit_are_one_line(mix, message, folders, run_here):
