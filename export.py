@@ -13,7 +13,13 @@ log-probabilities, tokens and chat template, before it gets its name; what was c
 gguf and ollama need: pip install -r requirements/export.txt -c constraints.txt
 """
 
-from base.cli import HelpFormatter, UserError, join_words, run  # first: it hears Ctrl-C while torch is loaded
+from base.cli import (
+    HelpFormatter,
+    UserError,
+    join_words,
+    next_step,
+    run,
+)  # first: it hears Ctrl-C while torch is loaded
 
 # isort: split
 import argparse
@@ -49,7 +55,7 @@ def export_ollama(model: CausalLM, args: argparse.Namespace, output: Path):
     path = export_gguf(model, args, output)
     write_modelfile(output / "Modelfile", model, path)
     command = ["ollama", "create", args.model.resolve().name, "-f", str(output / "Modelfile")]
-    print(f"{output / 'Modelfile'}; now: {join_words(command)}")
+    print(f"{output / 'Modelfile'}\nnext: {join_words(command)}")
 
 
 def export_folder(
@@ -64,7 +70,7 @@ def export_folder(
         save_model(new, model, args.model, dtype=dtype)
         report = verify_folder(new, model, args.model, weight_type)
     size = sum(path.stat().st_size for path in output.iterdir())
-    print(f"{output}: {size / 1e6:,.1f} MB\nverified in {report}")
+    print(f"{output}: {size / 1e6:,.1f} MB\nverified in {report}\n{next_step('eval.py', '--model', output)}")
 
 
 EXPORTS = {

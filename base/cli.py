@@ -165,7 +165,8 @@ def python_command() -> str:
 def command_line() -> str:
     """The command that started this script, to be typed again."""
     words = [python_command()]
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    launched = any(word.startswith("--nproc_per_node") for word in sys.argv)  # by the script itself, not by torchrun
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not launched:
         processes = ["--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"]]
         if (machines := os.environ.get("GROUP_WORLD_SIZE", "1")) != "1":  # on each; torchrun's other flags as before
             processes = ["--nnodes", machines, *processes]
@@ -173,3 +174,8 @@ def command_line() -> str:
         if python_command() != "python":  # then torchrun is not on the PATH either
             words = [python_command(), "-m", "torch.distributed.run", *processes]
     return join_words([*words, *sys.argv])
+
+
+def next_step(script: str, *words) -> str:
+    """The last line of a command, which says what to type after it: a script beside the one that runs."""
+    return "next: " + join_words([python_command(), str(Path(sys.argv[0]).with_name(script)), *map(str, words)])

@@ -1,10 +1,12 @@
 """The flags that all stages share."""
 
 import argparse
+import os
 from pathlib import Path
 
 from base.cli import HelpFormatter, above_zero, fraction, natural, not_negative, positive, positive_or_auto
 from model.LMConfig import PRESETS
+from training.machine import launch
 
 # Flags that were measured to pretrain a size better than the defaults of 1-pretrain.py; docs/loss.md has the runs.
 # Those of CARD_PRESETS were not: they are below the line on which the measured rates fall with the width.
@@ -80,6 +82,7 @@ def parse_flags(description: str, stage_flags: dict[str, dict] | None = None, **
     group.add_argument("--grad_clip", type=above_zero, default=1.0, help="largest norm of the gradient")
     group.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw", help="update rule")
     group = parser.add_argument_group("the machine")
+    group.add_argument("--nproc_per_node", type=positive, default=1, help="processes to start, as torchrun does")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     group.add_argument(
         "--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="of matrix products"
@@ -106,6 +109,8 @@ def parse_flags(description: str, stage_flags: dict[str, dict] | None = None, **
     args = parser.parse_args()
     if args.min_learning_rate > args.learning_rate:
         parser.error(f"--min_learning_rate {args.min_learning_rate} is above --learning_rate {args.learning_rate}")
+    if args.nproc_per_node > 1 and "RANK" not in os.environ:
+        launch(args.nproc_per_node)
     args.fit_batch = args.batch_size == "auto"
     if args.fit_batch and args.shard:
         parser.error("--batch_size auto tries what one process can hold; with --shard give a number")

@@ -11,7 +11,8 @@ from collections.abc import Callable
 import numpy as np
 from torch import Tensor
 
-from base.cli import LESS_MEMORY, UserError, command_line
+from base.cli import LESS_MEMORY, UserError, command_line, next_step
+from corpus.prepared import META
 from model.chat import EOS, IM_END, tokenizer_fingerprint
 from model.LMConfig import LMConfig
 from model.model import CausalLM
@@ -366,9 +367,14 @@ def closing_message(args: argparse.Namespace, state: TrainState, data: TrainingD
         return "stopped before the first step: nothing to save"
     if stopped:
         command = command_line() + ("" if args.resume else " --resume")
-        return f"stopped at step {state.step:,}, and saved; go on with:\n  {command}"
+        return f"stopped at step {state.step:,}, and saved\nnext: {command}"
     seen = ""
     if len(data.weights) > 1:
         times = data.times_seen(args.seed, state.epoch, state.row)
         seen = f" ({', '.join(f'{name} {n:.2f} times' for name, n in times.items())})"
-    return f"done: {state.step:,} steps, {state.tokens:,} tokens{seen}, {duration(state.seconds / 60)} -> {args.out_dir}"
+    minutes = duration(state.seconds / 60)
+    done = f"done: {state.step:,} steps, {state.tokens:,} tokens{seen}, {minutes} -> {args.out_dir}"
+    chats = next(iter(data.folders.values())).folder.with_name("sft")
+    if data.kind == "pretrain" and (chats / META).exists():
+        return f"{done}\n{next_step('2-sft.py', '--data', chats, '--init_from', args.out_dir)}"
+    return f"{done}\n{next_step('eval.py', '--model', args.out_dir)}"

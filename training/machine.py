@@ -4,8 +4,10 @@ import argparse
 import atexit
 import contextlib
 import importlib
+import logging
 import math
 import os
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from base.cli import UserError, available_cores
+from base.cli import LESS_MEMORY, UserError, available_cores
 from model.device import choose_device, keep_freed_memory, return_freed_memory
 from model.operators import card_capability
 
@@ -108,11 +110,37 @@ class Machine:
         return total
 
 
+def launch(processes: int):
+    """Runs this script in so many processes, as `torchrun --standalone --nproc_per_node` does, and ends with their
+    exit status. Unlike torchrun it adds no traceback to a failure, and lets a run save, however long that takes."""
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")  # seconds from SIGTERM to SIGKILL; else 30
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # else torchrun warns; start_machine sets the number of threads
+    if sys.platform == "win32":
+        os.environ.setdefault("USE_LIBUV", "0")  # torchrun asks for it, and torch for Windows is built without it
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    torchrun = importlib.import_module("torch.distributed.run")
+    elastic = importlib.import_module("torch.distributed.elastic.multiprocessing")
+    try:
+        torchrun.main(["--standalone", "--nproc_per_node", str(processes), *sys.argv])
+    except elastic.SignalException as stop:
+        sys.exit(128 + stop.sigval)
+    except elastic.errors.ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode > 0:  # it has said why
+            sys.exit(failure.exitcode)
+        print(
+            f"error: process {rank} was ended by {failure.signal_name()}; if memory ran out: {LESS_MEMORY}",
+            file=sys.stderr,
+        )
+        sys.exit(128 - failure.exitcode)
+    sys.exit()
+
+
 def start_machine(args: argparse.Namespace) -> Machine:
     """Joins the other processes when torchrun started this one, and chooses device and number format."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if args.shard and world_size == 1:
-        raise UserError("--shard spreads a model over several processes: torchrun --nproc_per_node N SCRIPT --shard")
+        raise UserError("--shard spreads a model over several processes: give --nproc_per_node N too")
     device = choose_device(args.device, local_rank=int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
         torch.cuda.set_device(device)
