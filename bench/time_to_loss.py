@@ -32,7 +32,7 @@ from model.LMConfig import LMConfig
 from model.model import CausalLM
 from training.flags import TRAINING_FLAGS
 from training.loss import evaluate, next_token_loss
-from training.packing import IGNORE, Mixture, PackedDataset
+from training.packing import IGNORE, PackedDataset
 
 USUAL = dict(hidden_size=320, intermediate_size=880, num_hidden_layers=5, num_attention_heads=5, num_key_value_heads=5)
 # As many weights, arranged for few operations a token: an embedding is looked up, so where it is not the head's matrix
@@ -173,7 +173,7 @@ def main():
                 show(name, args.minutes, *jiezi(args, args.minutes, **changes))
         return
     model, what = usual_recipe(PackedDataset(args.data, "train", 340), args.peer_minutes)
-    validation = Mixture({"all": PackedDataset(args.data, "val", 512)})
+    validation = PackedDataset(args.data, "val", 512)
     result = evaluate(model, next_token_loss, validation, cpu_machine(), batch_size=8)
     target = result["val_bits_per_byte"]
     show("usual recipe", args.peer_minutes, target, what)

@@ -127,7 +127,7 @@ class Bench:
             command += ["--data", questions, "--prompts", self.args.prompts, *CHATS, *ROOM]
             self.start(*command, "--max_steps", 1, "--out_dir", self.shared / "writing")
         (folder,) = (path.parent for path in texts.glob("*/meta.json"))
-        return folder, read_meta(folder)["minutes_of_writing"]
+        return folder, read_meta(folder)["minutes_of_generation"]
 
     def left_of(self, minutes: float, wrote: float) -> float:
         """Of the minutes, those that are left to train in when so many went to writing."""

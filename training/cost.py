@@ -1,11 +1,11 @@
 """What a step costs, by arithmetic: floating-point operations, and memory; and how many rows fit at a time."""
 
-import argparse
 import contextlib
 import math
 import os
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,6 +27,17 @@ ROOM = 0.9  # of the memory of a card, or of a CPU's machine, that a run may tak
 CGROUPS = Path("/sys/fs/cgroup")
 
 
+@dataclass(frozen=True)
+class StepSettings:
+    """What the memory of a training step depends on, besides the model."""
+
+    batch_size: int  # rows per process in a forward and backward pass
+    accumulation_steps: int  # such passes per optimizer step
+    max_seq_len: int  # tokens per row
+    grad_checkpointing: bool
+    optimizer: str
+
+
 def step_flops(model: CausalLM, tokens: int, attention_pairs: int) -> float:
     """Floating-point operations of forward and backward: 6 a weight and token (arXiv 2001.08361, 2.1), 4 where it is
     frozen, and for each layer and query-key pair 12 a number of the query, for q k^T and its product with v. Padding
@@ -43,21 +54,21 @@ def step_flops(model: CausalLM, tokens: int, attention_pairs: int) -> float:
 
 
 def memory_estimate(
-    model: CausalLM, args: argparse.Namespace, bytes_per_number: int = 4, attention: str = "by hand", processes: int = 1
+    model: CausalLM, step: StepSettings, bytes_per_number: int = 4, attention: str = "manual", processes: int = 1
 ) -> int:
     """Bytes at the peak of a training step, from what it holds at once; bench/memory.py measures the same.
 
     bytes_per_number: of what products read. Weights, gradients and optimizer are float32; autocast also keeps cast
-    weights. attention: Decoder.attention_kind; all but "by hand" are a card's.
+    weights. attention: Decoder.attention_kind; all but "manual" are a card's.
     processes: over how many --shard spreads weights, gradients and optimizer.
     """
     config = model.config
-    on_card = attention != "by hand"
-    tokens = args.batch_size * args.max_seq_len
+    on_card = attention != "manual"
+    tokens = step.batch_size * step.max_seq_len
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     weights = model.num_parameters()
     state = weights + 3 * sum(parameter.numel() for parameter in trained)  # weights, gradients, Adam's two moments
-    if args.optimizer == "muon":  # one moment of a matrix; four copies of those that are updated at a time
+    if step.optimizer == "muon":  # one moment of a matrix; four copies of those that are updated at a time
         sizes = Counter()
         for parameter in model.model.layers.parameters():
             if parameter.requires_grad and parameter.dim() > 1:
@@ -65,7 +76,7 @@ def memory_estimate(
         state -= sizes.total()
     if processes > 1:
         state = state // processes + _whole_at_a_time(model)
-    if args.optimizer == "muon":
+    if step.optimizer == "muon":
         state += 4 * min(max(sizes.values(), default=0), MUON_BATCH)
 
     # With checkpoints a layer keeps its input; on a CPU, twice as much is lost around it: it stays where all else comes
@@ -73,7 +84,7 @@ def memory_estimate(
     inside = 3 * config.intermediate_size  # gradients in a layer, in the backward pass
     if on_card:
         layers = [
-            _kept_on_card(config, layer, bytes_per_number, attention, args.max_seq_len)
+            _kept_on_card(config, layer, bytes_per_number, attention, step.max_seq_len)
             for layer in range(config.num_hidden_layers)
         ]
         if config.use_moe:  # three copies of what goes to the experts and comes back, and five of what is inside
@@ -88,12 +99,12 @@ def memory_estimate(
         fragmentation, kept_input = FRAGMENTATION, 3 * bytes_per_number * config.hidden_size
         loss = 2 * min(tokens, LOSS_CHUNK) * config.vocab_size + config.vocab_size * config.hidden_size
         loss *= bytes_per_number
-    kept = kept_input * len(layers) if args.grad_checkpointing else sum(layers)
+    kept = kept_input * len(layers) if step.grad_checkpointing else sum(layers)
     kept += 3 * (4 if on_card else bytes_per_number) * config.hidden_size  # the last norm, and its result's gradient
 
     # Beside it, at the end of the forward pass a chunk of logits and of its gradients, and the gradient of the head's
     # weight; or, in the backward pass, the gradients inside one layer, and what is computed anew.
-    backward = bytes_per_number * inside + (max(layers) if args.grad_checkpointing else 0)
+    backward = bytes_per_number * inside + (max(layers) if step.grad_checkpointing else 0)
     activations = tokens * round(fragmentation * kept) + max(loss, tokens * round(fragmentation * backward))
     copy = bytes_per_number * weights if bytes_per_number < 4 else 0
     return 4 * state + copy + activations + (CONTEXT if on_card else 0)
@@ -147,13 +158,14 @@ def _kept_on_card(config: LMConfig, layer: int, size: int, attention: str, max_s
     return kept + 4 * H + size * (experts + shared)
 
 
-def fit_batch(args: argparse.Namespace, machine: Machine, model: CausalLM) -> tuple[int, int]:
-    """--batch_size and --accumulation_steps of a step of as many rows as these flags ask for, with the most rows at a
-    time that fit: on a card by trying, on a CPU by the estimate. All processes take what fits the least of them."""
-    rows = args.batch_size * args.accumulation_steps
+def fit_batch(step: StepSettings, machine: Machine, model: CausalLM) -> StepSettings:
+    """A step of as many rows, with as many at a time as fit: on a card by trying, on a CPU by the estimate. All
+    processes take what fits in the smallest of them."""
+    rows = step.batch_size * step.accumulation_steps
     fits = fits_card if machine.device.type == "cuda" else fits_by_estimate
-    size = min(machine.gather(largest_divisor(rows, lambda n: fits(args, machine, model, n))))
-    return size, rows // size
+    size = largest_divisor(rows, lambda n: fits(replace(step, batch_size=n), machine, model))
+    size = min(machine.gather(size))
+    return replace(step, batch_size=size, accumulation_steps=rows // size)
 
 
 def largest_divisor(rows: int, fits: Callable[[int], bool]) -> int:
@@ -161,11 +173,10 @@ def largest_divisor(rows: int, fits: Callable[[int], bool]) -> int:
     return next((n for n in range(rows, 1, -1) if rows % n == 0 and fits(n)), 1)
 
 
-def fits_by_estimate(args: argparse.Namespace, machine: Machine, model: CausalLM, rows: int) -> bool:
-    """Whether the processes of this machine find room for so many rows each."""
-    settings = argparse.Namespace(**vars(args) | {"batch_size": rows})
+def fits_by_estimate(step: StepSettings, machine: Machine, model: CausalLM) -> bool:
+    """Whether there is memory for this step in all processes of this machine."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return processes * memory_estimate(model, settings, machine.dtype.itemsize) <= ROOM * memory_of_machine()
+    return processes * memory_estimate(model, step, machine.dtype.itemsize) <= ROOM * memory_of_machine()
 
 
 def memory_of_machine() -> float:
@@ -189,10 +200,10 @@ def _files_of_limits() -> list[Path]:
     return [Path(f"{CGROUPS}{name}") for both in names for name in both]
 
 
-def fits_card(args: argparse.Namespace, machine: Machine, model: CausalLM, rows: int) -> bool:
-    """Whether a forward and backward pass of so many rows, and the optimizer's memory beside it, find room."""
-    ids = torch.zeros(rows, args.max_seq_len, dtype=torch.int64)
-    positions = torch.arange(args.max_seq_len).expand_as(ids).contiguous()
+def fits_card(step: StepSettings, machine: Machine, model: CausalLM) -> bool:
+    """Whether a card has memory for a forward and backward pass of this step, and for the optimizer beside it."""
+    ids = torch.zeros(step.batch_size, step.max_seq_len, dtype=torch.int64)
+    positions = torch.arange(step.max_seq_len).expand_as(ids).contiguous()
     batch = Batch(ids, ids, positions, ids, [0], "train", ids.numel(), 0).to(machine.device)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     torch.cuda.reset_peak_memory_stats(machine.device)

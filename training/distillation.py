@@ -8,6 +8,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,16 +19,23 @@ from tqdm import tqdm
 
 from base.cli import UserError, fraction, not_negative, positive
 from base.files import sha256
-from corpus.prepared import META, SPLITS, writing_prepared
+from corpus.prepared import META, writing_prepared
 from model.chat import tokenizer_fingerprint, translate
-from model.checkpoint import MODEL_FILE, load_config, load_merged
+from model.checkpoint import MODEL_FILE, load_config, load_model
 from model.model import CausalLM
 from model.operators import product_dtype
 from training.balance import expert_balance
 from training.loss import CARD_CHUNK, LOSS_CHUNK, LossFunction, sum_batches
 from training.machine import Machine
-from training.packing import Batch, TrainingData
-from training.rollouts import Rollout, RolloutGenerator, Tasks, learning_batches, rollout_metrics
+from training.packing import Batch, PackedDataset
+from training.rollouts import (
+    PromptDataset,
+    RolloutBatch,
+    RolloutGenerator,
+    RolloutSettings,
+    learning_batches,
+    rollout_metrics,
+)
 
 DISTILL_FLAGS = {  # name -> options of argparse's add_argument
     "--teacher": dict(type=Path, default=Path("out/teacher"), help="folder of a model or of an adapter"),
@@ -201,21 +209,21 @@ class Teacher(NamedTuple):
     weight: Tensor  # (V, H')
 
 
-def load_teacher(args: argparse.Namespace, machine: Machine, data: TrainingData) -> Teacher:
-    """The model in args.teacher: one of ours, an adapter on one, or another that transformers knows.
+def load_teacher(directory: Path, dtype: str, machine: Machine, data: PackedDataset) -> Teacher:
+    """The model in `directory`: one of ours, an adapter on one, or another that transformers knows. dtype: of its
+    weights; "auto": as in training.
 
     UserError where it has another tokenizer than the data, or where its context is shorter than a row.
     """
-    directory = args.teacher
     check_teacher(directory)
     if tokenizer_fingerprint(directory) != data.tokenizer_sha256:
         raise UserError(
             f"the teacher in {directory} has another tokenizer than {data.paths}: its distribution is over other "
             "tokens. What it writes can be learnt: --mode text"
         )
-    dtype = machine.dtype if args.teacher_dtype == "auto" else getattr(torch, args.teacher_dtype)
+    dtype = machine.dtype if dtype == "auto" else getattr(torch, dtype)
     if is_ours(directory):
-        model = load_merged(directory, machine.device)
+        model = load_model(directory, machine.device)
         context = model.config.max_position_embeddings
         teacher = own_teacher(model.to(dtype))
     else:
@@ -228,8 +236,8 @@ def load_teacher(args: argparse.Namespace, machine: Machine, data: TrainingData)
             reason = str(error).strip().partition("\n")[0]
             raise UserError(f"transformers cannot load the teacher in {directory}: {reason}") from None
         context = getattr(model.config, "max_position_embeddings", math.inf)
-    if args.max_seq_len > context:
-        raise UserError(f"--max_seq_len {args.max_seq_len} is above the context of the teacher, {context} tokens")
+    if data.max_seq_len > context:
+        raise UserError(f"--max_seq_len {data.max_seq_len} is above the context of the teacher, {context} tokens")
     if len(teacher.weight) < data.vocab_size:
         raise UserError(
             f"the teacher in {directory} knows {len(teacher.weight)} tokens, its tokenizer {data.vocab_size}"
@@ -313,57 +321,72 @@ def foreign_teacher(model, directory: Path) -> Teacher:
 
 def distillation_loss(
     model: CausalLM, batch: Batch, teacher: Teacher, how: Divergence
-) -> tuple[Tensor, int, dict[str, Tensor], Tensor]:
-    """next_token_loss with a teacher, who reads the same rows; and ln p of each scored token, (M,)."""
+) -> tuple[Tensor, int, dict[str, Tensor]]:
+    """A LossFunction but for the teacher, which reads the same rows."""
     positions, routing = batch.scored_positions(), []  # (M,)
     hidden = model.model(batch.input_ids, batch.position_ids, batch.cu_seqlens, routing=routing)  # (B, T, H)
     hidden, teacher_hidden = (x.flatten(0, 1)[positions] for x in (hidden, teacher.hidden(batch)))
     labels = batch.labels.flatten()[positions]
     loss_sum, figures = divergence_sum(hidden, model.lm_head.weight, teacher_hidden, teacher.weight, labels, how)
     balance, metrics = expert_balance(model, batch, routing)
-    return loss_sum + balance, batch.scored, metrics | dict(zip(METRICS, figures.sum(1))), -figures[1]
+    metrics |= dict(zip(METRICS, figures.sum(1)))
+    if isinstance(batch, RolloutBatch):
+        gap = (-figures[1] - batch.old_log_probs.flatten()[positions]).abs().sum()  # to the model that generated
+        metrics |= {"gap": gap, "scored": batch.scored}
+    return loss_sum + balance, batch.scored, metrics
 
 
-def generate_answers(args: argparse.Namespace, machine: Machine) -> Path:
-    """A folder of sft data: the answers of args.teacher to the prompts of args.data, a folder of questions or chats.
+@dataclass(frozen=True)
+class AnswerSettings:
+    """How a teacher answers prompts for --mode text."""
 
-    Beside out_dir, under a name that depends on all that the answers depend on; what an earlier run wrote is taken. The
+    prompts: int | None  # only so many of each split
+    only_right: bool  # leave out answers whose reward is not 1
+    temperature: float
+    seed: int
+    rollouts: RolloutSettings
+
+
+def generate_answers(
+    teacher: Path,
+    train_set: PromptDataset,
+    val_set: PromptDataset,
+    settings: AnswerSettings,
+    machine: Machine,
+    cache: Path,
+) -> Path:
+    """A folder of sft data in `cache`: the teacher's answers to the prompts.
+
+    Its name depends on all that the answers depend on, so that a later run reads what an earlier one generated. The
     teacher reads and writes with its own tokenizer. UserError for a teacher that the engine cannot run, or where no
     answer is left.
     """
-    sets = {split: Tasks(args.data, split, args, ("rl", "sft")) for split in SPLITS}
-    train_set = sets["train"]
-    check_teacher(args.teacher)
-    if not is_ours(args.teacher):
+    check_teacher(teacher)
+    if not is_ours(teacher):
         raise UserError(
-            f"the teacher in {args.teacher} is of an architecture that the engine does not write with; let another "
-            "program write, and give the chats to: python data_process.py sft"
+            f"the teacher in {teacher} is of an architecture that the engine does not generate with; let another "
+            "program generate, and give the chats to: python data_process.py sft"
         )
-    if args.only_right and not train_set.checked:
+    if settings.only_right and not train_set.checked:
         raise UserError(f"{train_set.paths} holds chats: which answers are right is known of rl data only")
-    names = ("prompts", "only_right", "reward", "tools", "generations", "max_new_tokens", "max_seq_len", "temperature")
-    settings = {name: getattr(args, name) for name in (*names, "seed")}
-    weights = [sha256(path) for pattern in ("*.safetensors", "tokenizer.json") for path in args.teacher.glob(pattern)]
-    key = hashlib.sha256(json.dumps([train_set.fingerprint, weights, settings]).encode()).hexdigest()[:16]
-    folder = args.out_dir.parent / "distill-text" / key
+    folder = cache / answers_key(teacher, train_set, settings)
     if (folder / META).exists():
         return folder
-    model = load_merged(args.teacher, machine.device)
-    generator = RolloutGenerator(model, args, machine, args.teacher)
+    generator = RolloutGenerator(load_model(teacher, machine.device), settings.rollouts, machine, teacher)
     if machine.rank == 0:
         folder.parent.mkdir(parents=True, exist_ok=True)
-    begun = time.perf_counter()
-    chats = {split: sum(machine.gather(list(answers_to(generator, tasks))), []) for split, tasks in sets.items()}
-    for split, found in chats.items():
-        if not found:
-            right = " rightly" if args.only_right else ""
+    start, chats = time.perf_counter(), {}
+    for data in (train_set, val_set):
+        chats[data.split] = sum(machine.gather(list(chats_of(generator, data, settings))), [])
+        if not chats[data.split]:
+            right = " rightly" if settings.only_right else ""
             raise UserError(
-                f"no prompt of {split} in {train_set.paths} was answered{right} within --max_new_tokens "
-                f"{args.max_new_tokens} by the teacher in {args.teacher}"
+                f"no prompt of {data.split} in {data.paths} was answered{right} within --max_new_tokens "
+                f"{settings.rollouts.max_new_tokens} by the teacher in {teacher}"
             )
     if machine.rank == 0:
         with writing_prepared(folder, "sft", train_set.tokenizer_dir, masked=True) as prepared:
-            prepared.meta["minutes_of_writing"] = (time.perf_counter() - begun) / 60
+            prepared.meta["minutes_of_generation"] = (time.perf_counter() - start) / 60
             for split, found in chats.items():
                 for _, ids, mask in sorted(found):
                     size = int(train_set.token_bytes[ids].sum())
@@ -374,54 +397,58 @@ def generate_answers(args: argparse.Namespace, machine: Machine) -> Path:
     return folder
 
 
-def answers_to(generator: RolloutGenerator, tasks: Tasks) -> Iterator[tuple[int, list[int], bytes]]:
-    """What the generator's model answers to this process's part of the prompts: the number of each, and a chat as ids
-    and mask, in the prompts' tokenizer. An answer that did not end by itself would teach not to stop: it is left out.
+def answers_key(teacher: Path, data: PromptDataset, settings: AnswerSettings) -> str:
+    weights = [sha256(path) for pattern in ("*.safetensors", "tokenizer.json") for path in teacher.glob(pattern)]
+    used = asdict(settings)
+    del used["rollouts"]["rollout_rows"]
+    content = json.dumps([data.fingerprint, data.weights, data.max_seq_len, weights, used])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def chats_of(
+    generator: RolloutGenerator, data: PromptDataset, settings: AnswerSettings
+) -> Iterator[tuple[int, list[int], bytes]]:
+    """The prompts that this process answers: the number of each, and a chat as ids and mask, in the prompts' tokenizer.
+    An answer that did not end by itself would teach not to stop: it is left out.
     """
-    args = generator.args
-    prompts = tasks.kept[: args.prompts]
-    block = 8 * args.rollout_rows  # written together
+    prompts, rollouts = data.piece_document[: settings.prompts], settings.rollouts
+    block = 8 * rollouts.rollout_rows  # generated together
     quiet = generator.machine.rank > 0 or None  # None: if there is no terminal
     for start in tqdm(range(0, len(prompts), block), unit_scale=block, unit=" prompts", disable=quiet):
-        questions = prompts[start : start + block]
-        for group in generator.generate(tasks, questions, args.generations, f"{args.seed}/text", args.temperature):
-            for one in group:
-                if one.reply and (one.reward == 1 or not args.only_right):
-                    ids = tasks.prompt(one.question)
-                    mask = bytes(len(ids))
-                    for own, part in itertools.groupby(zip(one.sequence.tokens, one.sequence.chosen), lambda x: x[1]):
-                        new = translate([token for token, _ in part], generator.tokenizer, tasks.tokenizer)
-                        ids, mask = ids + new, mask + bytes([own]) * len(new)
-                    yield one.question, ids, mask
+        questions, seed = prompts[start : start + block], f"{settings.seed}/text"
+        groups = generator.generate(data, questions, rollouts.generations, seed, settings.temperature)
+        generator.score(data, groups)
+        for one in (one for group in groups for one in group):
+            if one.reply and (one.reward == 1 or not settings.only_right):
+                ids = data.prompt(one.question)
+                mask = bytes(len(ids))
+                for own, part in itertools.groupby(zip(one.sequence.tokens, one.sequence.chosen), lambda x: x[1]):
+                    new = translate([token for token, _ in part], generator.tokenizer, data.tokenizer)
+                    ids, mask = ids + new, mask + bytes([own]) * len(new)
+                yield one.question, ids, mask
 
 
 # -------------------------------------------------------------------------------------------- the student's own answers
 
 
-def every_answer(groups: list[list[Rollout]]) -> tuple[list[Rollout], int]:
-    """All answers, and how many tokens the student chose in them."""
-    answers = [one for group in groups for one in group]
-    return answers, sum(sum(one.sequence.chosen) for one in answers)
-
-
 @torch.no_grad()
 def validate_answers(
-    generator: RolloutGenerator, tasks: Tasks, loss_fn: LossFunction, rows: int | None
+    generator: RolloutGenerator, data: PromptDataset, loss_fn: LossFunction, batch_size: int, rows: int | None
 ) -> dict[str, float]:
     """Means of loss_fn's METRICS over the student's own answers to questions of val; and how many are right."""
-    args, model = generator.args, generator.model
-    answers, _ = every_answer(generator.generate(tasks, tasks.kept[:rows], 1, "validation"))
-    batches = ((batch, {}) for batch in learning_batches(answers, args.max_seq_len, args.batch_size))
+    model, groups = generator.model, generator.generate(data, data.piece_document[:rows], 1, "validation")
+    answers = [one for group in groups for one in group]
+    batches = ((batch, {}) for batch in learning_batches(answers, data.max_seq_len, batch_size))
     model.eval()
     sums = sum_batches(model, loss_fn, batches, generator.machine)
     model.train()
     figures = {f"val_{name}": sums[name] / max(sums["scored"], 1) for name in ("loss", *METRICS)}
-    return figures | (generator.validate(tasks, rows) if tasks.checked else {})
+    return figures | (generator.validate(data, rows) if data.checked else {})
 
 
 def distillation_metrics(window: Counter, checked: bool) -> dict[str, float]:
     """A line of the log from sums over steps; checked: whether there were rewards."""
-    described = rollout_metrics(window)
+    summary = rollout_metrics(window)
     shown = ("length", "ended", "gap", "sampling_seconds", *(["reward"] if checked else []))
     means = {name: window[name] / max(window["count"], 1) for name in METRICS}
-    return means | {name: described[name] for name in shown}
+    return means | {name: summary[name] for name in shown}

@@ -1,12 +1,21 @@
-"""The flags that all stages share."""
+"""The flags that all stages share, and the settings that the parts of a run get from them."""
 
 import argparse
 import os
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TypeVar
 
 from base.cli import HelpFormatter, above_zero, fraction, natural, not_negative, positive, positive_or_auto
 from model.LMConfig import PRESETS
+from training.cost import StepSettings
+from training.log import LogSettings
 from training.machine import launch
+from training.optimizer import OptimizerSettings
+from training.schedule import Schedule
+from training.state import SavingSettings
+
+T = TypeVar("T")
 
 # Flags that were measured to pretrain a size better than the defaults of 1-pretrain.py; docs/loss.md has the runs.
 # Those of CARD_PRESETS were not: they are below the line on which the measured rates fall with the width.
@@ -117,3 +126,35 @@ def parse_flags(description: str, stage_flags: dict[str, dict] | None = None, **
     if args.fit_batch:  # of a step of the usual size
         args.batch_size = parser.get_default("batch_size")
     return args
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What training/loop.py needs to know, by the part that uses it."""
+
+    schedule: Schedule
+    optimizer: OptimizerSettings
+    step: StepSettings
+    saving: SavingSettings
+    log: LogSettings
+    seed: int
+    preset: str | None
+    compile: bool
+    fit_batch: bool
+    log_interval: int
+    eval_interval: int
+    eval_rows: int
+    flags: dict  # all of them, for run.json
+
+
+def run_settings(args: argparse.Namespace) -> RunSettings:
+    return fill(RunSettings, args, flags=dict(vars(args)))
+
+
+def fill(settings: type[T], args: argparse.Namespace, **more) -> T:
+    """A dataclass of settings, and those in it, from `more` or else from the flags of the same names."""
+    for field in fields(settings):
+        if field.name not in more:
+            nested = hasattr(field.type, "__dataclass_fields__")
+            more[field.name] = fill(field.type, args) if nested else getattr(args, field.name)
+    return settings(**more)

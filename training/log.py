@@ -1,11 +1,11 @@
 """What is shown and kept of a run: a bar or lines, metrics.jsonl, loss.png; wandb or TensorBoard for who wants them."""
 
-import argparse
 import json
 import sys
 import textwrap
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import jsonlines
@@ -13,7 +13,6 @@ import numpy as np
 
 from base.cli import forget_reader, import_extra, printable
 from base.files import METRICS_FILE, write_file
-from training.machine import Machine
 from training.plots import SHOWN, plot, plot_experts
 
 COLUMNS = 80  # of the narrowest usual terminal
@@ -59,6 +58,12 @@ def describe_record(record: dict, progress: float, everything: bool) -> str:
     return textwrap.fill("  ".join(fields), COLUMNS, subsequent_indent="  ").replace("\xa0", " ")
 
 
+@dataclass(frozen=True)
+class LogSettings:
+    wandb: str = "disabled"  # or "offline", "online"
+    tensorboard: bool = False
+
+
 class Log:
     """Records for metrics.jsonl, loss.png and wandb; on a terminal they move a bar, elsewhere each is a line.
 
@@ -67,8 +72,9 @@ class Log:
     last save.
     """
 
-    def __init__(self, args: argparse.Namespace, machine: Machine, directory: Path, step: int):
-        self.args, self.directory, self.quiet = args, directory, machine.rank != 0
+    def __init__(self, settings: LogSettings, flags: dict, rank: int, out_dir: Path, directory: Path, step: int):
+        """flags: for wandb. directory: where out_dir's files are until its first save. step: the last one saved."""
+        self.directory, self.quiet = directory, rank != 0
         self.records = read_metrics(directory, step) if step else []
         self.bar = self.wandb = self.tensorboard = None
         if self.quiet:
@@ -78,13 +84,13 @@ class Log:
             from tqdm import tqdm
 
             self.bar = tqdm(total=100, unit="%", bar_format="{bar}|{postfix}", dynamic_ncols=True)
-        if args.wandb != "disabled":
+        if settings.wandb != "disabled":
             import wandb
 
-            self.wandb = wandb.init(project="jiezi", name=args.out_dir.name, mode=args.wandb, config=vars(args))
-        if args.tensorboard:  # beside out_dir, which is renamed as it is saved
+            self.wandb = wandb.init(project="jiezi", name=out_dir.name, mode=settings.wandb, config=flags)
+        if settings.tensorboard:  # beside out_dir, which is renamed as it is saved
             writer = import_extra("torch.utils.tensorboard", "requirements/track.txt").SummaryWriter
-            self.tensorboard = writer(args.out_dir.parent / "tensorboard" / args.out_dir.name, purge_step=step + 1)
+            self.tensorboard = writer(out_dir.parent / "tensorboard" / out_dir.name, purge_step=step + 1)
 
     def _write_records(self, path: Path):
         with jsonlines.open(path, "w") as lines:
@@ -157,7 +163,7 @@ class Meter:
     def __init__(self, peak: float, progress: float):
         self.peak = peak  # floating-point operations a second that all processes together could do
         self.progress_at_start = progress
-        self.started = self.last_call = time.perf_counter()
+        self.started = self.step_started = self.last_call = time.perf_counter()
         self.window = Counter()
 
     def start_step(self):
@@ -168,10 +174,10 @@ class Meter:
         last, self.last_call = self.last_call, time.perf_counter()
         return self.last_call - last
 
-    def end_step(self, sums: dict[str, float], row_tokens: int):
-        """After the update: counts the sums of a step, and the places of its rows, padding included."""
+    def end_step(self, sums: dict[str, float]):
+        """After the update: counts the sums of a step."""
         self.window.update(sums)
-        self.window.update(row_tokens=row_tokens, step_seconds=time.perf_counter() - self.step_started)
+        self.window.update(step_seconds=time.perf_counter() - self.step_started)
 
     def record(self, state, progress: float, learning_rate: float, grad_norm: float, metrics: list[str]) -> dict:
         """A line of the log. Speed counts real tokens only; the peak is what plain matrix products reach."""
@@ -187,7 +193,7 @@ class Meter:
             "grad_norm": grad_norm,
             "tokens_per_s": window["real_tokens"] / window["step_seconds"],
             "mfu": window["flops"] / window["step_seconds"] / self.peak,
-            "real_fraction": window["real_tokens"] / max(window["row_tokens"], 1),
+            "real_fraction": window["real_tokens"] / max(window["positions"], 1),
             "minutes": state.seconds / 60,
             "minutes_left": seconds_left / 60,
             **(expert_load_metrics(window["expert_load"]) if "expert_load" in metrics else {}),

@@ -14,7 +14,7 @@ from model.model import CausalLM
 from model.operators import product_dtype
 from training.balance import expert_balance
 from training.machine import Machine
-from training.packing import IGNORE, Batch, Mixture
+from training.packing import IGNORE, Batch, PackedDataset
 from training.shard import call
 
 LOSS_CHUNK = 512  # tokens whose logits exist at a time: in a processor's cache
@@ -119,7 +119,7 @@ def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
 def evaluate(
     model: CausalLM,
     loss_fn: LossFunction,
-    data: Mixture,
+    data: PackedDataset,
     machine: Machine,
     batch_size: int,
     rows: int | None = None,
@@ -151,30 +151,27 @@ def evaluate(
 
 
 def sum_up(
-    model: CausalLM, loss_fn: LossFunction, data: Mixture, rows: np.ndarray, machine: Machine, batch_size: int
+    model: CausalLM, loss_fn: LossFunction, data: PackedDataset, rows: np.ndarray, machine: Machine, batch_size: int
 ) -> Counter:
     """Loss, count, UTF-8 bytes of the scored tokens, and metrics, summed over the rows by all processes together."""
 
-    def batches() -> Iterator[tuple[Batch, dict | None]]:
-        for batch_rows, counts in machine.rank_rows(rows, batch_size):
-            batch = data.batch(batch_rows)
-            n_bytes = data.token_bytes[batch.labels[batch.labels != IGNORE].numpy()].sum()
-            yield batch, {"bytes": n_bytes} if counts else None
+    def batches() -> Iterator[tuple[Batch, dict]]:
+        for batch in map(data.batch, machine.rank_rows(rows, batch_size)):
+            yield batch, {"bytes": data.token_bytes[batch.labels[batch.labels != IGNORE].numpy()].sum()}
 
     return sum_batches(model, loss_fn, batches(), machine)
 
 
 def sum_batches(
-    model: CausalLM, loss_fn: LossFunction, batches: Iterable[tuple[Batch, dict | None]], machine: Machine
+    model: CausalLM, loss_fn: LossFunction, batches: Iterable[tuple[Batch, dict]], machine: Machine
 ) -> Counter:
-    """Loss, count, metrics, and what stands beside each batch, summed by all processes; None: it does not count."""
+    """Loss, count, metrics, and the numbers given with each batch, summed over all processes."""
     found = []  # of each batch: numbers of the device, which are asked for at the end
     for batch, more in batches:
         batch = batch.to(machine.device)
         with machine.autocast():
             loss_sum, count, metrics = call(loss_fn, model, batch)
-        if more is not None:
-            found.append(metrics | {"loss": loss_sum, "count": count} | more)
+        found.append(metrics | {"loss": loss_sum, "count": count} | more)
     sums = Counter()
     for metrics in found:
         sums.update({name: float(value) for name, value in metrics.items()})

@@ -1,6 +1,5 @@
 """The processes of a run and what they compute on."""
 
-import argparse
 import atexit
 import contextlib
 import importlib
@@ -35,7 +34,7 @@ def _waiting_for_others():
         yield
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise ConnectionError(f"another process of this run has ended; go on with --resume ({reason})") from None
+        raise ConnectionError(f"another process of this run has ended; continue with --resume ({reason})") from None
 
 
 @dataclass
@@ -77,15 +76,15 @@ class Machine:
         if self.device.type == "cuda" and len(state) > size:
             torch.cuda.set_rng_state(state[size:], self.device)
 
-    def rank_rows(self, rows: np.ndarray, batch_size: int) -> list[tuple[np.ndarray, bool]]:
-        """This process's part of the rows, a batch at a time, and whether it counts.
+    def rank_rows(self, rows: np.ndarray, batch_size: int) -> list[np.ndarray]:
+        """This process's micro-batches of the rows.
 
-        With --shard every pass needs all processes: one that has fewer batches takes a row again, which does not count.
+        With --shard each pass needs all processes: one that has a batch less gets an empty one at the end.
         """
         batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-        mine = [(batch, True) for batch in batches[self.rank :: self.world_size]]
+        mine = batches[self.rank :: self.world_size]
         if self.shards and len(mine) < len(batches[:: self.world_size]):
-            mine.append((rows[:1], False))
+            mine.append(rows[:0])
         return mine
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
@@ -136,16 +135,16 @@ def launch(processes: int):
     sys.exit()
 
 
-def start_machine(args: argparse.Namespace) -> Machine:
-    """Joins the other processes when torchrun started this one, and chooses device and number format."""
+def start_machine(device: str, dtype: str, seed: int, shard: bool = False, compile: bool = False) -> Machine:
+    """Joins the other processes when torchrun started this one, and chooses device and precision; all as the flags."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if args.shard and world_size == 1:
+    if shard and world_size == 1:
         raise UserError("--shard spreads a model over several processes: give --nproc_per_node N too")
-    device = choose_device(args.device, local_rank=int(os.environ.get("LOCAL_RANK", 0)))
+    device = choose_device(device, local_rank=int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif device.type == "cpu":
-        return_freed_memory() if args.shard else keep_freed_memory()
+        return_freed_memory() if shard else keep_freed_memory()
         torch.set_num_threads(max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if world_size > 1:
         # torch's optimizers import this anyway. Imported when there is a group, it holds it beyond its end; and gloo's
@@ -158,13 +157,13 @@ def start_machine(args: argparse.Namespace) -> Machine:
         atexit.register(dist.destroy_process_group)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     capability = card_capability(device)
-    dtype = auto_dtype(name, capability) if args.dtype == "auto" else getattr(torch, args.dtype)
-    if dtype == torch.float32 and capability >= (8, 0) and not args.compile:
+    dtype = auto_dtype(name, capability) if dtype == "auto" else getattr(torch, dtype)
+    if dtype == torch.float32 and capability >= (8, 0) and not compile:
         torch.set_float32_matmul_precision("high")  # TF32; a router is exempt (operators.exact_linear)
-    if args.compile and device.type == "cuda" and not torch.utils._triton.has_triton():
+    if compile and device.type == "cuda" and not torch.utils._triton.has_triton():
         raise UserError("--compile needs Triton, which this torch does not find (Windows has none); leave it out")
-    torch.manual_seed(args.seed)
-    return Machine(int(os.environ.get("RANK", 0)), world_size, device, dtype, args.shard)
+    torch.manual_seed(seed)
+    return Machine(int(os.environ.get("RANK", 0)), world_size, device, dtype, shard)
 
 
 def auto_dtype(card: str, capability: tuple[int, int]) -> torch.dtype:

@@ -1,8 +1,8 @@
-"""The update: Muon and AdamW, the learning rate, and one buffer for all gradients."""
+"""The update: Muon and AdamW, and one buffer for all gradients."""
 
-import argparse
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,6 +17,15 @@ from training.packing import to_device
 from training.shard import cut, is_spread, join, part, parts
 
 MUON_BATCH = 2**23  # numbers whose update is computed at a time: several copies of them exist then
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    optimizer: str = "adamw"  # or "muon"
+    learning_rate: float = 1e-4
+    embedding_factor: float = 1.0  # how much faster an untied embedding learns
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0  # largest norm of the gradient
 
 
 @torch.no_grad()
@@ -50,23 +59,27 @@ def _orthogonalize_together(matrices: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalized, for the matrices of the layers; Adam for embedding, head and norms.
+    """Momentum whose update is orthogonalized, for the matrices of the layers; AdamW for embedding, head and norms.
 
-    Scaled as in arXiv 2502.16982, eq. 4, so that an update is of the size of Adam's and both share a learning rate.
+    Scaled as in arXiv 2502.16982, eq. 4, so that an update is as large as Adam's and both share a learning rate.
     Matrices of one shape are updated in batches.
     """
 
-    def __init__(self, groups: list[dict], lr: float, momentum: float = 0.95, betas=(0.9, 0.95), eps: float = 1e-8):
-        super().__init__(groups, dict(lr=lr, momentum=momentum, betas=betas, eps=eps, weight_decay=0.0, matrices=False))
+    def __init__(self, groups: list[dict], lr: float, momentum: float = 0.95, betas=(0.9, 0.95)):
+        super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=0.0, matrices=False))
+        others = [group for group in self.param_groups if not group["matrices"]]  # the same dicts, so the same rates
+        self.adamw = torch.optim.AdamW(others, lr=lr, betas=betas, fused=True) if others else None
+        if self.adamw:
+            self.adamw.state = self.state  # saved and restored with the momenta
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            torch._foreach_mul_(parts(group["params"]), 1 - group["lr"] * group["weight_decay"])
             if group["matrices"]:
+                torch._foreach_mul_(parts(group["params"]), 1 - group["lr"] * group["weight_decay"])
                 self._muon(group)
-            else:
-                self._adam(group)
+        if self.adamw:
+            self.adamw.step()
 
     def _muon(self, group: dict):
         by_shape: dict[torch.Size, list[Tensor]] = {}
@@ -96,29 +109,6 @@ class Muon(torch.optim.Optimizer):
         for parameter, update, factor in zip(parameters, updates, visited):
             part(parameter).addcmul_(part(cut(update, parameter)), factor, value=size)
 
-    def _adam(self, group: dict):
-        """Of all parameters of the group at once: on a card a kernel for each operation, not for each parameter."""
-        parameters, (beta1, beta2) = group["params"], group["betas"]
-        for parameter in parameters:
-            state = self.state[parameter]
-            if not state:
-                state |= {
-                    "step": torch.zeros(()),
-                    "mean": torch.zeros_like(parameter),
-                    "square": torch.zeros_like(parameter),
-                }
-            state["step"] = state["step"].cpu() + 1  # a resumed run finds it on the card, where asking for it waits
-        n = self.state[parameters[0]]["step"].item()
-        gradients = parts(parameter.grad for parameter in parameters)
-        means, squares = (parts(self.state[parameter][name] for parameter in parameters) for name in ("mean", "square"))
-        torch._foreach_lerp_(means, gradients, 1 - beta1)
-        torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, gradients, gradients, value=1 - beta2)
-        scales = torch._foreach_div(squares, 1 - beta2**n)
-        torch._foreach_sqrt_(scales)
-        torch._foreach_add_(scales, group["eps"])
-        torch._foreach_addcdiv_(parts(parameters), means, scales, value=-group["lr"] / (1 - beta1**n))
-
 
 def _kind(name: str, parameter: Tensor, tied: bool) -> str:
     """Which of build_optimizer's groups a parameter belongs to."""
@@ -130,7 +120,7 @@ def _kind(name: str, parameter: Tensor, tied: bool) -> str:
     return "embedding" if "embed_tokens" in name and not tied else "tables"
 
 
-def build_optimizer(model: CausalLM, args: argparse.Namespace) -> torch.optim.Optimizer:
+def build_optimizer(model: CausalLM, settings: OptimizerSettings) -> torch.optim.Optimizer:
     """AdamW (arXiv 1711.05101) or Muon. Vectors do not decay: shrinking a norm's weight would regularise nothing.
 
     An embedding that is not also the head may learn faster: its rows move only where their tokens occur.
@@ -143,22 +133,15 @@ def build_optimizer(model: CausalLM, args: argparse.Namespace) -> torch.optim.Op
         {
             "params": members,
             "matrices": kind == "matrices",
-            "weight_decay": 0.0 if kind == "vectors" else args.weight_decay,
-            "rate_factor": args.embedding_factor if kind == "embedding" else 1.0,
+            "weight_decay": 0.0 if kind == "vectors" else settings.weight_decay,
+            "lr_factor": settings.embedding_factor if kind == "embedding" else 1.0,
         }
         for kind, members in parameters.items()
         if members
     ]
-    if args.optimizer == "muon":
-        return Muon(groups, lr=args.learning_rate)
-    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
-
-
-def learning_rate(args: argparse.Namespace, step: int, progress: float) -> float:
-    """Half a cosine from learning_rate to min_learning_rate as progress goes from 0 to 1, times a linear warm-up."""
-    warm = min(1.0, (step + 1) / max(args.warmup_steps, 1))
-    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-    return warm * (args.min_learning_rate + (args.learning_rate - args.min_learning_rate) * cosine)
+    if settings.optimizer == "muon":
+        return Muon(groups, lr=settings.learning_rate)
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), fused=True)
 
 
 class GradientBuffer:
@@ -168,7 +151,8 @@ class GradientBuffer:
     stage's metrics, which are declared with their shapes: each has the same place in every process.
     """
 
-    SUMS = ("loss", "count", "real_tokens", "flops", "stop", "seconds")  # count: tokens or pairs in the loss
+    # count: tokens or pairs in the loss; positions: with padding; stop: processes that a signal asked to stop
+    SUMS = ("loss", "count", "real_tokens", "positions", "flops", "stop", "seconds")
 
     def __init__(self, parameters: list[Tensor], metrics: dict[str, tuple[int, ...]]):
         self.metrics = list(metrics)
@@ -226,18 +210,18 @@ class GradientBuffer:
 
 
 def optimizer_step(optimizer, buffer: GradientBuffer, scaler, sums: dict, grad_clip: float) -> float:
-    """Clips the gradients' norm, updates the weights; returns the norm before clipping. sums: all_reduce's.
+    """Clips the gradients' norm and updates the weights; returns the norm before clipping. sums: all_reduce's.
 
-    Where it, or a sum, is not finite, on any process and so after the all-reduce on all of them, the weights stay as
-    they are.
+    The weights stay as they are, in all processes, where the norm or a sum is not finite in any of them (NaN is
+    returned), and where none of them had a token to learn from, so that momentum alone moves nothing.
     """
     norm = sums["grad_norm"]
-    if all(np.isfinite(value).all() for value in sums.values()):
+    if not all(np.isfinite(value).all() for value in sums.values()):
+        norm = math.nan
+    elif sums["real_tokens"]:
         if norm > grad_clip:
             buffer.gradients.mul_(grad_clip / norm)
-        optimizer.step()  # not scaler.step(), which asks the device what the norm has told
-    else:
-        norm = math.nan
+        optimizer.step()  # not scaler.step(), which asks the device for what the norm has already told
     scaler.update()
     buffer.flat.zero_()
     return norm

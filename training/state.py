@@ -1,4 +1,4 @@
-"""Saving and resuming: what a run leaves in its folder, and how another goes on from there, bit for bit.
+"""Saving and resuming: what a run leaves in its folder, and how another run continues from there, bit for bit.
 
     out/<stage>/
         config.json  model.safetensors  tokenizer.json  …   the model, for its users (model/checkpoint.py)
@@ -9,7 +9,6 @@ Each file is written beside its place and renamed into it, so a kill leaves the 
 state has its own copy of the weights, so that what a run resumes from always belongs together.
 """
 
-import argparse
 import contextlib
 import json
 import math
@@ -40,40 +39,19 @@ from model.lora import has_lora, to_peft
 from model.model import CausalLM
 from training.log import Log
 from training.machine import Machine
-from training.packing import TrainingData
+from training.packing import PackedDataset
+from training.schedule import TrainState
 from training.shard import cut, part
 
 OWN_FLAGS = ("data", "mix", "init_from", "out_dir", "device", "wandb", "tensorboard")  # may differ by machine
 
 
-@dataclass
-class TrainState:
-    """Where a run stands. Rows, not steps, say where in the data: the number of processes may change on the way."""
-
-    step: int = 0
-    epoch: int = 0
-    row: int = 0  # of this epoch's order
-    tokens: int = 0  # real ones, in all
-    seconds: float = 0.0
-    skipped: int = 0  # steps in a row that were not finite
-
-    def progress(self, args: argparse.Namespace, n_rows: int) -> float:
-        """From 0 to 1: the furthest of the limits that --epochs, --max_steps and --max_minutes set."""
-        fractions = [(self.epoch * n_rows + self.row) / (args.epochs * n_rows)]
-        if args.max_steps:
-            fractions.append(self.step / args.max_steps)
-        if args.max_minutes:
-            fractions.append(self.seconds / (60 * args.max_minutes))
-        return max(fractions)
-
-    def advance(self, rows: int, n_rows: int, sums: dict[str, float]):
-        self.step += 1
-        self.row += rows
-        self.tokens += int(sums["real_tokens"])
-        self.seconds += sums["seconds"]
-        if self.row >= n_rows:
-            self.epoch += 1
-            self.row = 0
+@dataclass(frozen=True)
+class SavingSettings:
+    out_dir: Path
+    init_from: Path | None
+    resume: str | None  # "must", "auto" or None
+    save_interval: int
 
 
 def state_file(out_dir: Path) -> Path:
@@ -85,18 +63,18 @@ def state_file(out_dir: Path) -> Path:
     return path
 
 
-def should_resume(args: argparse.Namespace) -> bool:
-    """Whether this run goes on from the one in out_dir; UserError where it should and cannot.
+def should_resume(resume: str | None, out_dir: Path) -> bool:
+    """Whether this run continues the one in out_dir; UserError where it should and cannot.
 
-    torchrun --max-restarts starts the same command again: without --resume it would begin anew, and put away what the
-    run before it had saved.
+    torchrun --max-restarts starts the same command again: without --resume that would start over, and move away what
+    the run before it had saved.
     """
-    if args.resume == "must":
-        state_file(args.out_dir)
-    if args.resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-        raise UserError("this is a restart by torchrun, and would begin anew; give --resume auto")
-    finish_replacing(args.out_dir)
-    return args.resume is not None and (args.out_dir / STATE_FILE).exists()
+    if resume == "must":
+        state_file(out_dir)
+    if resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        raise UserError("this is a restart by torchrun, and would start over; give --resume auto")
+    finish_replacing(out_dir)
+    return resume is not None and (out_dir / STATE_FILE).exists()
 
 
 def resolve_out_dir(out_dir: Path) -> Path:
@@ -128,14 +106,13 @@ def lock_run(out_dir: Path) -> filelock.BaseFileLock:
     return lock
 
 
-def check_out_dir(args: argparse.Namespace):
-    """UserError where a new run would put away a model that it reads, or something that no run has made."""
-    old = args.out_dir.with_name(f"{args.out_dir.name}.old")  # goes when out_dir takes its name
-    for directory in (args.out_dir, old):
-        for flag in ("init_from", "teacher"):
-            model = vars(args).get(flag)
-            if model and directory.resolve() == model.resolve():
-                raise UserError(f"--out_dir {args.out_dir} would replace the model of --{flag}; choose another")
+def check_out_dir(out_dir: Path, flags: dict):
+    """UserError where a new run would replace a folder that it reads, or something that no run has made."""
+    old = out_dir.with_name(f"{out_dir.name}.old")  # deleted when out_dir takes its name
+    for directory in (out_dir, old):
+        for flag, value in flags.items():
+            if isinstance(value, Path) and flag != "out_dir" and directory.resolve() == value.resolve():
+                raise UserError(f"--out_dir {out_dir} would replace the folder of --{flag}; choose another")
         if not directory.exists() or (directory / RUN_FILE).exists():
             continue
         if not directory.is_dir() or any(directory.iterdir()):
@@ -145,18 +122,27 @@ def check_out_dir(args: argparse.Namespace):
 class Checkpointer:
     """Writes out_dir: the model for its users, the state for --resume, and how the run was made.
 
-    Until the first save everything stands in a hidden neighbour, `directory`. With that save the neighbour becomes
-    out_dir, and an earlier run that stood there is moved to out_dir.old: this one has something to show for itself.
+    Until the first save everything is in a hidden neighbour, `directory`. That save renames the neighbour to out_dir,
+    and moves an earlier run that was there to out_dir.old: from then on this run has something to show for itself.
     """
 
     def __init__(
-        self, args: argparse.Namespace, machine: Machine, model: CausalLM, optimizer, scaler, data: TrainingData
+        self,
+        settings: SavingSettings,
+        flags: dict,
+        machine: Machine,
+        model: CausalLM,
+        optimizer,
+        scaler,
+        data: PackedDataset,
+        reference: Path | None = None,
     ):
-        self.args, self.machine, self.model = args, machine, model
+        """flags: of the command line, by name. reference: the folder of a model that the loss reads."""
+        self.settings, self.flags, self.machine, self.model = settings, flags, machine, model
         self.optimizer, self.scaler = optimizer, scaler
-        self.out_dir = args.out_dir = resolve_out_dir(args.out_dir)
-        self.tokenizer_dir = args.init_from or data.tokenizer_dir
-        self.resumed = should_resume(args)
+        self.out_dir = resolve_out_dir(settings.out_dir)
+        self.tokenizer_dir = settings.init_from or data.tokenizer_dir
+        self.resumed = should_resume(settings.resume, self.out_dir)
         self.directory = self.out_dir if self.resumed else self.out_dir.with_name(f".{self.out_dir.name}.writing")
         self.saved_step = 0
         self.names = {parameter: name for name, parameter in model.named_parameters()}
@@ -164,25 +150,25 @@ class Checkpointer:
             "data": data.fingerprint,
             "mix": data.weights if len(data.weights) > 1 else None,
             "tokenizer": data.tokenizer_sha256,
-            "seed": args.seed,
-            "max_seq_len": args.max_seq_len,
-            "base": weights_fingerprint(args.init_from) if has_lora(model) else None,  # which an adapter belongs to
+            "seed": flags["seed"],
+            "max_seq_len": flags["max_seq_len"],
+            "base": weights_fingerprint(settings.init_from) if has_lora(model) else None,  # of the adapter
             "adapter": adapter_summary(model) if has_lora(model) else None,
-            "reference": weights_fingerprint(args.init_from) if data.kind in ("dpo", "rl") else None,
-            "optimizer": args.optimizer,
+            "reference": reference and weights_fingerprint(reference),
+            "optimizer": flags["optimizer"],
         }
         self.check_others()
         if machine.rank == 0:
             self.lock = lock_run(self.out_dir)
         if not self.resumed:
-            check_out_dir(args)
+            check_out_dir(self.out_dir, flags)
             if machine.rank == 0:
                 shutil.rmtree(self.directory, ignore_errors=True)
-                self.directory.mkdir(parents=True)  # one that cannot be written is known before the first step
+                self.directory.mkdir(parents=True)  # a folder that cannot be written is found before the first step
 
     def check_others(self):
         """UserError where another process, maybe on another machine, was started with other flags or data."""
-        flags = {name: value for name, value in vars(self.args).items() if name not in OWN_FLAGS}
+        flags = {name: value for name, value in self.flags.items() if name not in OWN_FLAGS}
         here = self.must_agree | flags
         for rank, there in enumerate(self.machine.gather(here)):
             for name, value in here.items():
@@ -220,7 +206,7 @@ class Checkpointer:
     def export_model(self):
         """The model for its users."""
         if self.machine.rank == 0:
-            save_model(self.directory, self.model, self.tokenizer_dir, self.args.init_from)
+            save_model(self.directory, self.model, self.tokenizer_dir, self.settings.init_from)
         elif self.machine.shards:
             for tensor in tensors_on_disk(self.model).values():
                 whole(tensor)
@@ -277,7 +263,7 @@ class Checkpointer:
             raise KeyError(f"weight.{missing[0]} is missing")
 
     def run_record(self) -> dict:
-        arguments = {name: str(v) if isinstance(v, Path) else v for name, v in vars(self.args).items()}
+        arguments = {name: str(v) if isinstance(v, Path) else v for name, v in self.flags.items()}
         return {
             "command": command_line(),
             "arguments": arguments,

@@ -18,7 +18,7 @@ from helpers import make_pairs, make_text, saved_progress, snapshot, write_data
 from corpus.prepared import check_prepared
 from demo import tasks
 from model.checkpoint import check_model
-from training.state import TrainState
+from training.schedule import TrainState
 
 SIZE = 64 * 2**20
 

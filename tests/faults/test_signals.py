@@ -60,17 +60,17 @@ def test_what_fails_while_modules_are_loaded_keeps_its_traceback(tmp_path):
 # ----------------------------------------------------------------------------------------------------------- a training
 
 PHASES = {  # name: a function that is at work then, and the how manieth call of it
-    "reading data": ("training.packing:open_sources", 2),
+    "reading data": ("training.packing:PackedDataset.__init__", 2),
     "making the model": ("training.machine:Machine.init_device", 1),
     "measuring the machine": ("training.loop:matmul_rate", 1),
-    "first validation": ("training.loop:evaluate", 1),
+    "first validation": ("training.loss:evaluate", 1),
     "a step": ("training.loss:next_token_loss", 6),
     "an update": ("training.loop:optimizer_step", 3),
-    "a validation": ("training.loop:evaluate", 2),
+    "a validation": ("training.loss:evaluate", 2),
     "saving the state": ("training.state:save_tensors", 1),
     "saving the model": ("training.state:save_model", 1),
     "the first save's end": ("training.state:replace_directory", 1),
-    "the last validation": ("training.loop:evaluate", 5),
+    "the last validation": ("training.loss:evaluate", 5),
     "the last save": ("training.state:save_model", 4),
     "the end": ("training.log:Log.close", 1),
 }

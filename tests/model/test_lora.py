@@ -116,9 +116,9 @@ def test_the_stage_trains_resumes_and_merges(base_dir, chat_data, run_here, tmp_
     result = run_here("3-lora.py", *flags, "--out_dir", out, "--max_steps", 4, "--eval_interval", 2)
     assert result.status == 0, result.err
     assert "of them trained" in result.out
-    merged = run_here("3-lora.py", "--init_from", base_dir, "--out_dir", out, "--merge", tmp_path / "merged")
+    merged = run_here("export.py", out, "--to", "merged")
     assert merged.status == 0, merged.err
-    whole, apart = load_model(tmp_path / "merged"), load_model(base_dir)
+    whole, apart = load_model(tmp_path / "lora-merged"), load_model(base_dir)
     load_adapter(apart, out, base_dir)
     with torch.no_grad():
         assert (whole(IDS) - apart(IDS)).abs().max() < 1e-4
@@ -132,8 +132,9 @@ def test_a_merged_model_replaces_no_model_that_it_is_made_of_and_no_work(adapted
         (tmp_path / "mine" / name).write_text("{}")
     before = snapshot(tmp_path) | snapshot(base_dir)
     for output in (base_dir, tmp_path / "adapter", tmp_path / "mine", tmp_path / "mine" / "thesis.md"):
-        flags = ["--init_from", base_dir, "--out_dir", tmp_path / "adapter", "--merge", output]
-        assert "--merge" in run_here("3-lora.py", *flags).error_line(status=2)
+        for flags in ([tmp_path / "adapter"], [base_dir, "--lora", tmp_path / "adapter"]):
+            result = run_here("export.py", *flags, "--to", "merged", "--output", output)
+            assert "--output" in result.error_line(status=2)
     assert snapshot(tmp_path) | snapshot(base_dir) == before
 
 
@@ -154,7 +155,23 @@ def test_an_adapter_with_fields_that_cannot_be_is_refused_by_name(changes, adapt
         load_adapter(load_model(base_dir), tmp_path, base_dir)
 
 
-def test_an_adapter_that_is_given_for_a_model_is_told(adapted, base_dir, tmp_path):
+@torch.no_grad()
+def test_load_model_follows_an_adapter_to_its_base(adapted, base_dir, tmp_path):
+    save_model(tmp_path / "adapter", adapted, base_dir, base_dir=base_dir)
+    expected = adapted(IDS)
+    for merged in (load_model(tmp_path / "adapter"), load_model(base_dir, adapter=tmp_path / "adapter")):
+        torch.testing.assert_close(merged.eval()(IDS), expected, atol=1e-4, rtol=0)
+
+
+def test_an_adapter_is_not_merged_twice(adapted, base_dir, tmp_path):
+    save_model(tmp_path / "adapter", adapted, base_dir, base_dir=base_dir)
+    with pytest.raises(UserError, match="give the base model"):
+        load_model(tmp_path / "adapter", adapter=tmp_path / "adapter")
+
+
+def test_the_base_of_an_adapter_is_a_model_and_no_adapter(adapted, base_dir, tmp_path):
     save_model(tmp_path, adapted, base_dir, base_dir=base_dir)
-    with pytest.raises(UserError, match="holds an adapter, not a model"):
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(tmp_path)}))
+    with pytest.raises(UserError, match="adapter, not a model"):
         load_model(tmp_path)

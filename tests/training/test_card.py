@@ -26,10 +26,9 @@ from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
 from training import loss
 from training.balance import count_each
-from training.flags import parse_flags
 from training.loss import CARD_CHUNK, TokenLosses, cross_entropy_sum, next_token_loss, token_losses
 from training.machine import Machine, auto_dtype
-from training.optimizer import GradientBuffer, build_optimizer, optimizer_step
+from training.optimizer import GradientBuffer, OptimizerSettings, build_optimizer, optimizer_step
 from training.packing import IGNORE, PackedDataset
 from training.rollouts import RolloutBatch
 
@@ -111,13 +110,14 @@ class Transfers(TorchDispatchMode):
 
 
 def test_a_step_copies_a_batch_once_and_waits_once(monkeypatch):
-    """On tensors without values; any other question to the device raises. (AdamW is torch's, in one kernel.)"""
-    monkeypatch.setattr("sys.argv", ["test", "--optimizer", "muon"])
+    """On tensors without values, of which torch's AdamW has no fused kernel; any other question to them raises."""
+    adamw = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, fused, **options: adamw(groups, **options))
     machine, device = Machine(0, 1, torch.device("meta"), torch.float32), torch.device("meta")
     with device:
         model = CausalLM(LMConfig(**PRESETS["tiny"])).train()
     buffer = GradientBuffer(list(model.parameters()), metrics={})
-    optimizer = build_optimizer(model, parse_flags(""))
+    optimizer = build_optimizer(model, OptimizerSettings("muon"))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     batch = made_up_batch(2, 64, 6400)
     with Transfers() as transfers:
@@ -214,7 +214,7 @@ def test_a_torch_for_cards_that_finds_none_says_so(monkeypatch, capsys):
 
 def test_the_first_lines_say_how_it_attends(data, tmp_path, capsys):
     observe(data, tmp_path / "out", "--batch_size", "2", "--max_steps", "1", *ONCE)
-    assert "attention by hand" in capsys.readouterr().out
+    assert "attention manual" in capsys.readouterr().out
 
 
 def test_sums_of_the_host_and_of_the_device_add_up():

@@ -17,8 +17,8 @@ from model.lora import apply_lora, lora_layers
 from training import distillation
 from training.distillation import Divergence, divergence_sum, load_teacher, plain_divergence_sum
 from training.machine import Machine
-from training.packing import Mixture, PackedDataset
-from training.rollouts import Tasks
+from training.packing import PackedDataset
+from training.rollouts import PromptDataset
 
 CPU = Machine(0, 1, torch.device("cpu"), torch.float32)
 KINDS = [
@@ -141,8 +141,7 @@ def test_in_16_bits_loss_and_gradient_are_nearly_those_of_32(dtype):
 def test_a_chat_is_a_question_up_to_its_last_answer(tmp_path):
     chats = make_documents("sft", 20, seed=4)
     folder = write_data(tmp_path / "sft", chats, chats[:2], kind="sft")
-    args = argparse.Namespace(mix=None, max_new_tokens=8, max_seq_len=4096)
-    tasks = Tasks(folder, "train", args, ("rl", "sft"))
+    tasks = PromptDataset(folder, "train", max_seq_len=4096, max_new_tokens=8)
     several = 0
     for question, (ids, mask) in enumerate(chats):
         prompt = tasks.prompt(question)
@@ -155,11 +154,11 @@ def test_a_chat_is_a_question_up_to_its_last_answer(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory) -> Mixture:
+def rows(tmp_path_factory) -> PackedDataset:
     """Packed chats, several in a row."""
     chats = make_documents("sft", 12, seed=3)
     folder = write_data(tmp_path_factory.mktemp("data") / "sft", chats, chats[:2], kind="sft")
-    return Mixture({"sft": PackedDataset(folder, "train", 128)})
+    return PackedDataset(folder, "train", 128)
 
 
 def settings(teacher, **more) -> argparse.Namespace:
@@ -186,7 +185,7 @@ def save_foreign(folder, model_type: str, **sizes):
     return model
 
 
-def assert_is_taught(teacher, alone, rows: Mixture, atol=1e-3):
+def assert_is_taught(teacher, alone, rows: PackedDataset, atol=1e-3):
     """The teacher's logits for packed rows are those of alone(ids (1, n)) for each document by itself."""
     batch = rows.batch(np.arange(len(rows)))
     logits = teacher.hidden(batch) @ teacher.weight.mT  # (B, T, V)
