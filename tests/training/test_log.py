@@ -159,3 +159,21 @@ def test_each_stage_names_the_next_and_it_runs(run_here, tmp_path):
 def test_a_model_that_is_missing_is_an_error_with_the_script_that_trains_it(folder, script, pairs, run_here, tmp_path):
     flags = ["--data", pairs, "--init_from", tmp_path / folder, "--out_dir", tmp_path / "out"]
     assert f"train one with: python {script}" in run_here("4-dpo.py", *flags).error_line(status=2)
+
+
+def test_a_sample_is_written_at_each_validation_and_changes_nothing(data, run_here, tmp_path):
+    flags = ["--data", data, *SHORT_RUN, "--batch_size", "2", "--max_steps", "4", "--eval_interval", "2"]
+    for name, prompt in {"own": [], "given": ["--sample_prompt", "春天"], "none": ["--sample_prompt", ""]}.items():
+        result = run_here("1-pretrain.py", *flags, "--out_dir", tmp_path / name, *prompt)
+        assert result.status == 0, result.err
+        samples = [record["sample"] for record in records(tmp_path / name) if "sample" in record]
+        assert len(samples) == (0 if name == "none" else 3), "at steps 0, 2 and 4"
+        assert result.out.count("\n  sample: ") == len(samples)
+        if name == "given":
+            assert all(sample.startswith("春天") and len(sample) > len("春天") for sample in samples)
+        else:
+            assert len({sample[:4] for sample in samples}) <= 1, "one prompt"
+        if name == "own":
+            assert len(set(samples)) > 1, "another model, another continuation"
+    for name in ("given", "none"):
+        assert_same_tensors(tmp_path / "own", tmp_path / name)
