@@ -161,7 +161,7 @@ def test_growth_tables_and_plot(run_bench, monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_a_run_says_when_its_first_step_begins(tmp_path):
     growth.write_corpus(tmp_path / "data", 1)
-    assert growth.start_of_run(tmp_path / "data", settings(batch_size=1, max_seq_len=64)) > 0
+    assert growth.start_of_run(tmp_path / "data", 1, 64) > 0
 
 
 @pytest.mark.slow
