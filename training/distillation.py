@@ -442,6 +442,8 @@ def validate_answers(
     model.eval()
     sums = sum_batches(model, loss_fn, batches, generator.machine)
     model.train()
+    if sums["stopped"]:
+        return {}
     figures = {f"val_{name}": sums[name] / max(sums["scored"], 1) for name in ("loss", *METRICS)}
     return figures | (generator.validate(data, rows) if data.checked else {})
 

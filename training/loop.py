@@ -78,7 +78,6 @@ class Run:
         self.log = Log(settings.log, flags, machine.rank, checkpointer.out_dir, checkpointer.directory, self.state.step)
         peak = matmul_rate(machine)  # measured by all processes at once
         self.meter = Meter(peak * machine.world_size, self.progress())
-        self.stop = StopRequest()
         self.ahead: tuple[np.ndarray, Batch] | None = None  # the next step's first batch, and its rows
         # Of the current step:
         self.rows = self.next_rows = np.zeros(0, np.int64)  # this step's and the next one's
@@ -95,7 +94,7 @@ class Run:
         return self.settings.schedule.progress(self.state, len(self.train_set))
 
     def __enter__(self):
-        self.stop.__enter__()
+        self.machine.stop.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_) -> bool:
@@ -105,7 +104,7 @@ class Run:
             if kind in (None, Stopped):
                 self.finish()
         finally:
-            self.stop.__exit__()
+            self.machine.stop.__exit__()
         return kind is Stopped
 
     def log_start(self, validate: Callable[[int | None], dict]):
@@ -134,11 +133,7 @@ class Run:
                 self.random_state = self.machine.random_state()
                 self.losses, self.sums = [], Counter()
                 self.meter.start_step()
-                yield self.rows[:0] if self.leaves_early() else self.rows
-
-    def leaves_early(self) -> bool:
-        """Whether a signal has asked this process to stop. With --shard the others need it in each pass: it goes on."""
-        return self.stop.made and not self.machine.shards
+                yield self.rows[:0] if self.machine.leaves_early() else self.rows
 
     def batches(self, rows: np.ndarray) -> Iterator[Batch]:
         """This process's micro-batches of a step's rows. At the end it builds the next step's first one, while the
@@ -160,7 +155,7 @@ class Run:
         if count is not None:
             self.buffer.add_sums(count=count)
         for batch in batches:
-            if self.leaves_early():
+            if self.machine.leaves_early():
                 break
             batch = batch.to(self.machine.device)
             with self.machine.autocast():
@@ -185,7 +180,7 @@ class Run:
 
         Raises Stopped, which ends `with run`, where a process was asked to stop and no weight of this step has moved.
         """
-        stop = self.stop.made and not self.sums
+        stop = self.machine.stop.made and not self.sums
         self.buffer.add_sums(stop=stop, seconds=self.meter.seconds() if self.machine.rank == 0 else 0)
         # Here, and nowhere else in a step, the host waits for the device.
         sums = self.buffer.all_reduce(self.machine, self.scale, lambda: self.scaler.unscale_(self.optimizer))
@@ -265,28 +260,6 @@ class Run:
         self.log.info(closing_message(self.settings, self.state, self.train_set, stopped))
         self.log.close()
         if stopped:
-            sys.exit(128 + (self.stop.number or signal.SIGTERM))  # a process that stops for another has no number
-
-
-class StopRequest:
-    """Inside `with`, these signals ask the loop to save and leave; a second one ends the process at once."""
-
-    SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-
-    def __init__(self):
-        self.made = False
-        self.number = 0  # of the signal
-        self.before = {}  # handlers by signal
-
-    def __enter__(self):
-        self.before = {number: signal.signal(number, self._ask) for number in self.SIGNALS}
-        return self
-
-    def _ask(self, number: int, frame):
-        self.made = True
-        self.number = number
-        signal.signal(number, self.before[number])
-
-    def __exit__(self, *exception):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+            sys.exit(
+                128 + (self.machine.stop.number or signal.SIGTERM)
+            )  # a process that stops for another has no number

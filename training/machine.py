@@ -6,10 +6,11 @@ import importlib
 import logging
 import math
 import os
+import signal
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -37,6 +38,30 @@ def _waiting_for_others():
         raise ConnectionError(f"another process of this run has ended; continue with --resume ({reason})") from None
 
 
+class StopRequest:
+    """Inside `with`, these signals ask the loop to save and leave; a second one ends the process at once."""
+
+    SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+    def __init__(self):
+        self.made = False
+        self.number = 0  # of the signal
+        self.before = {}  # handlers by signal
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self._ask) for number in self.SIGNALS}
+        return self
+
+    def _ask(self, number: int, frame):
+        self.made = True
+        self.number = number
+        signal.signal(number, self.before[number])
+
+    def __exit__(self, *exception):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
 @dataclass
 class Machine:
     """Which of the processes this one is, and what it computes on."""
@@ -46,10 +71,15 @@ class Machine:
     device: torch.device
     dtype: torch.dtype  # of matrix products; weights and optimizer are float32
     shards: bool = False  # whether the model is spread over the processes (training/shard.py)
+    stop: StopRequest = field(default_factory=StopRequest)
 
     def init_device(self) -> torch.device:
         """Where a new model's weights are initialized: with --shard only rank 0 does, and sends the others theirs."""
         return torch.device("meta" if self.shards and self.rank else "cpu")
+
+    def leaves_early(self) -> bool:
+        """Whether a signal has asked this process to stop. With --shard the others need it in each pass: it goes on."""
+        return self.stop.made and not self.shards
 
     def autocast(self):
         if self.dtype == torch.float32:
