@@ -155,7 +155,7 @@ class Run:
         if count is not None:
             self.buffer.add_sums(count=count)
         for batch in batches:
-            if self.machine.leaves_early():
+            if self.machine.leaves_early() and not self.sums:  # a step whose weights have moved is finished
                 break
             batch = batch.to(self.machine.device)
             with self.machine.autocast():

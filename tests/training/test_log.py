@@ -1,19 +1,30 @@
 """The log grows line by line; metrics are declared; a run's data are of the stage's kind."""
 
 import json
+import os
 import shlex
+import signal
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import SHORT_RUN, SMALL_CONFIG, assert_same_tensors, make_documents, make_pairs, records, write_data
+from helpers import (
+    SHORT_RUN,
+    SMALL_CONFIG,
+    assert_same_tensors,
+    make_documents,
+    make_pairs,
+    records,
+    saved_progress,
+    write_data,
+)
 
 from base.cli import UserError
 from base.files import METRICS_FILE
 from model.checkpoint import load_model
 from model.model import CausalLM
 from training.log import COLUMNS, describe_record, duration, read_metrics
-from training.loss import cross_entropy_sum, plain_cross_entropy_sum
+from training.loss import cross_entropy_sum, next_token_loss, plain_cross_entropy_sum
 from training.optimizer import GradientBuffer
 from training.packing import IGNORE
 
@@ -154,3 +165,23 @@ def test_a_sample_is_written_at_each_validation_and_changes_nothing(data, run_he
             assert len(set(samples)) > 1, "another model, another continuation"
     for name in ("given", "none"):
         assert_same_tensors(tmp_path / "own", tmp_path / name)
+
+
+def test_a_signal_ends_a_validation_too(data, run_here, tmp_path, monkeypatch):
+    """torchrun kills 30 seconds after SIGTERM; a validation may take longer."""
+    passes = []
+
+    def signalled(model, batch):
+        passes.append(batch.split)
+        if passes.count("val") == 3:  # one batch before the first step; of the next validation's this is the second
+            os.kill(os.getpid(), signal.SIGTERM)
+        return next_token_loss(model, batch)
+
+    monkeypatch.setattr("training.loss.next_token_loss", signalled)
+    flags = ["--data", data, "--out_dir", tmp_path / "out", *SHORT_RUN, "--eval_rows", "9", "--batch_size", "1"]
+    result = run_here("1-pretrain.py", *flags, "--max_steps", "4", "--eval_interval", "2")
+    assert result.status == 128 + signal.SIGTERM, result.err
+    assert passes == ["val", "train", "train", "val", "val"]
+    assert saved_progress(tmp_path / "out")["step"] == 2
+    assert ["val_loss" in record for record in records(tmp_path / "out")] == [True, False, False]
+    assert result.out.splitlines()[-1].endswith("--resume")
