@@ -7,7 +7,7 @@ reference never changes, so its log-probabilities are computed once and kept in 
 
     python data_process.py dpo YOUR_PAIRS.jsonl      pairs -> dataset/dpo
     python 4-dpo.py                                  out/sft and dataset/dpo -> out/dpo
-    torchrun --nproc_per_node 2 4-dpo.py             the same in two processes
+    python 4-dpo.py --nproc_per_node 2               the same in two processes
     python 4-dpo.py --lora_rank 8                    trains an adapter in place of the whole model
 """
 
