@@ -7,7 +7,7 @@ of language, facts and style is whatever makes that number fall.
 
     python data_process.py pretrain YOUR_FILES                  text -> dataset/pretrain
     python 1-pretrain.py                                        dataset/pretrain -> out/pretrain
-    python 1-pretrain.py --nproc_per_node 2 --preset mini       the same in two processes: two GPUs, or two CPU cores
+    python 1-pretrain.py --nproc_per_node 2 --preset mini     the same in two processes: two GPUs, or two CPU cores
     python eval.py --model out/pretrain --prompt 春天           what it has learnt
 """
 
