@@ -154,7 +154,7 @@ class MoEFeedForward(nn.Module):
         sizes = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
         visitors = visits // chosen.shape[1]  # tokens
         slabs = tokens.index_select(0, visitors).split(sizes)
-        # In training an expert without visitors takes part too: its gradient is zero, and DDP need not wait for it.
+        # In training an expert without tokens takes part too, so that its gradient is zero and not missing.
         outputs = [expert(slab) for expert, slab in zip(self.experts, slabs) if len(slab) or self.training]
         outputs = torch.cat(outputs) * weights.flatten().index_select(0, visits)[:, None]
         return torch.zeros_like(tokens).index_add(0, visitors, outputs.to(tokens.dtype))

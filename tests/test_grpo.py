@@ -6,6 +6,7 @@ import math
 import os
 import random
 import runpy
+import shutil
 import signal
 import types
 from collections import defaultdict
@@ -347,12 +348,24 @@ def test_an_adapter_and_a_reference(tasks, brief_dir, run_here, tmp_path):
         (["--max_new_tokens", 63], "no question of train has room in 64 tokens"),
         (["--reward", "praise"], "no reward is called praise"),
         (["--tools", "abacus"], "no tool is called abacus"),
-        (["--data", "one", "two"], "reads one folder"),
     ],
 )
 def test_what_cannot_be_is_one_line(more, named, tasks, brief_dir, run_here, tmp_path):
     result = run_here("5-grpo.py", *flags(tasks, brief_dir, tmp_path / "out"), *more)
     assert named in result.error_line(status=2)
+
+
+def test_questions_come_from_several_folders_in_their_proportions(tasks):
+    shutil.copytree(tasks, tasks.with_name("more"), dirs_exist_ok=True)
+    data = [f"a={tasks}", f"b={tasks.with_name('more')}"]
+    questions = rollouts.PromptDataset(data, "train", 64, 12, {"a": 3, "b": 1})
+    order = questions.order(seed=0, epoch=0)
+    assert len(order) == len(questions) == 2 * 20
+    assert (order < 20).sum() == 30
+    for first, second in zip(range(20), range(20, 40)):
+        assert questions.prompt(first) == questions.prompt(second)
+        assert questions.notes[first] == questions.notes[second]
+    assert questions.samples([25]) == {str(tasks.with_name("more")): [5]}
 
 
 def test_chats_are_refused(chat_data, brief_dir, run_here, tmp_path):

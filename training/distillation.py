@@ -1,4 +1,4 @@
-"""A teacher, and how far a student is from it: a divergence of two distributions over the whole vocabulary."""
+"""Knowledge distillation: a teacher model, and the divergence of a student's distribution from the teacher's."""
 
 import argparse
 import hashlib
@@ -39,22 +39,28 @@ from training.rollouts import (
 
 DISTILL_FLAGS = {  # name -> options of argparse's add_argument
     "--teacher": dict(type=Path, default=Path("out/teacher"), help="folder of a model or of an adapter"),
-    "--mode": dict(choices=["text", "logits", "on_policy"], default="logits", help="what is learnt from it, see above"),
+    "--mode": dict(
+        choices=["text", "logits", "on_policy"], default="logits", help="what the student learns from, see above"
+    ),
     "--divergence": dict(
         choices=["forward", "reverse", "jsd"], help="see training/distillation.py; else forward, on_policy reverse"
     ),
     "--jsd_beta": dict(type=fraction, default=0.5, help="of jsd, between forward (0) and reverse (1)"),
     "--temperature": dict(type=not_negative, default=1.0, help="divides the logits of both; of text, the teacher's"),
-    "--ce_weight": dict(type=not_negative, default=0.0, help="of the loss of the labels, beside the divergence"),
+    "--ce_weight": dict(
+        type=not_negative, default=0.0, help="of the cross-entropy of the labels, beside the divergence"
+    ),
     "--teacher_dtype": dict(
         choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="of its weights; auto: as --dtype"
     ),
     "--prompts": dict(type=positive, help="text: only so many of each split; without it, all"),
-    "--only_right": dict(action="store_true", help="text: leave out answers that --reward does not give 1"),
+    "--only_right": dict(action="store_true", help="text: leave out answers whose --reward is not 1"),
     "--keep_layers": dict(nargs="+", type=int, metavar="N", help="start from these layers of --init_from, from 0"),
-    "--keep_ffn": dict(type=positive, metavar="N", help="and from the N busiest neurons of each feed-forward layer"),
+    "--keep_ffn": dict(
+        type=positive, metavar="N", help="and from the N most active neurons of each feed-forward layer"
+    ),
 }
-# What is known of each scored token beside its loss; all but the first, of the distributions at temperature 1.
+# Of each scored token, beside its loss; all but the divergence are of the distributions at temperature 1.
 METRICS = ("divergence", "cross_entropy", "agreement", "student_entropy", "teacher_entropy")
 
 
@@ -69,10 +75,10 @@ def check_flags(args: argparse.Namespace):
         )
     if args.keep_ffn and args.mode == "on_policy":
         raise UserError(
-            "--keep_ffn looks at texts or chats to see which neurons are busy; use it with --mode text or logits"
+            "--keep_ffn measures on texts or chats which neurons are active; use it with --mode text or logits"
         )
     if not args.temperature and args.mode != "text":
-        raise UserError("--temperature 0 is for --mode text, where the teacher then writes its most probable tokens")
+        raise UserError("--temperature 0 is for --mode text, where the teacher then generates its most probable tokens")
     if args.jsd_beta in (0, 1):
         raise UserError("--jsd_beta 0 and 1 make every divergence 0: give --divergence forward or reverse")
 
@@ -81,12 +87,12 @@ def check_flags(args: argparse.Namespace):
 
 
 class Divergence(NamedTuple):
-    """What is small where the student says what the teacher would. Of p, the student's distribution, and q:
+    """The divergence of the student's distribution p from the teacher's, q:
 
-    forward  KL(q || p) = sum q ln(q / p): dear where the teacher may say what the student never would
-    reverse  KL(p || q) = sum p ln(p / q): dear where the student may say what the teacher never would
+    forward  KL(q || p) = sum q ln(q / p): high where the student gives too little to what the teacher may say
+    reverse  KL(p || q) = sum p ln(p / q): high where the student may say what the teacher never would
     jsd      beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p: arXiv 2306.13649, eq. 1, which
-             vanishes where beta is 0 or 1
+             is 0 for beta 0 and 1
 
     Both distributions are softmax(logits / temperature) (arXiv 1503.02531, eq. 1). ce_weight adds so many times -ln p
     of the label, at temperature 1.
@@ -98,8 +104,8 @@ class Divergence(NamedTuple):
     ce_weight: float = 0.0
 
     def of(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-        """The divergence of each row, (M,), in nats, and its gradient for the logits behind log_p, (M, V), both of
-        which were divided by the temperature already. Two distributions, (M, V), and their logarithms; p is spent.
+        """The divergence of each row, (M,), in nats, and its gradient with respect to the logits of p, (M, V), after
+        their division by the temperature. p and q, and their logarithms, are (M, V); p is overwritten.
         """
         if self.kind == "forward":
             return torch.linalg.vecdot(q, log_q - log_p), p.sub_(q)
@@ -118,7 +124,7 @@ class Divergence(NamedTuple):
 def plain_divergence_sum(
     hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, labels: Tensor, how: Divergence
 ) -> Tensor:
-    """What divergence_sum means, by autograd and with all logits at once."""
+    """divergence_sum as a formula: by autograd, with all logits at once."""
     logits, teacher_logits = hidden @ weight.mT, teacher_hidden @ teacher_weight.mT  # (M, V)
     log_p, log_q = ((x / how.temperature).log_softmax(-1) for x in (logits, teacher_logits))
     p, q = log_p.exp(), log_q.exp()
@@ -137,17 +143,17 @@ def divergence_sum(
     """The loss of all scored tokens, summed, and the METRICS of each, (5, M), which have no gradient; in float32.
 
     hidden (M, H) and weight (V, H), the student's, give its logits; teacher_hidden (M, H') and teacher_weight (V, H')
-    the teacher's. labels (M,). Products are in autocast's format, if it is on.
+    the teacher's. labels (M,). Products are in autocast's dtype, if it is on.
     """
     learns = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return DivergenceSum.apply(hidden, weight, teacher_hidden, teacher_weight, labels, how, learns)
 
 
 class DivergenceSum(torch.autograd.Function):
-    """The logits (M, V) of both models are made, compared and turned into gradients a chunk of tokens at a time.
+    """The logits (M, V) of both models are computed, compared and turned into gradients for a chunk of tokens.
 
-    The gradient is made with the loss, since a head, of a small model the dearest product, would else be computed
-    twice. It is not scaled yet then; so float16, in which small numbers of it would be lost, gives way to float32.
+    The gradient is computed with the loss: otherwise the head, the largest product of a small model, would be computed
+    twice. The gradient is not scaled yet, so that float16 would lose small numbers of it: it is in float32 instead.
     """
 
     @staticmethod
@@ -203,7 +209,7 @@ class DivergenceSum(torch.autograd.Function):
 
 
 class Teacher(NamedTuple):
-    """A frozen model of the student's vocabulary; the product of the two is its logits."""
+    """A frozen model with the student's vocabulary; the product of hidden state and weight is its logits."""
 
     hidden: Callable[[Batch], Tensor]  # packed rows -> (B, T, H')
     weight: Tensor  # (V, H')
@@ -219,7 +225,7 @@ def load_teacher(directory: Path, dtype: str, machine: Machine, data: PackedData
     if tokenizer_fingerprint(directory) != data.tokenizer_sha256:
         raise UserError(
             f"the teacher in {directory} has another tokenizer than {data.paths}: its distribution is over other "
-            "tokens. What it writes can be learnt: --mode text"
+            "tokens. The student can learn from its answers: --mode text"
         )
     dtype = machine.dtype if dtype == "auto" else getattr(torch, dtype)
     if is_ours(directory):
@@ -232,17 +238,15 @@ def load_teacher(directory: Path, dtype: str, machine: Machine, data: PackedData
             teacher = foreign_teacher(model, directory)
         except UserError:
             raise
-        except Exception as error:  # what an architecture makes of its config and weights can fail in any way
+        except Exception as error:  # an architecture's code can fail in any way
             reason = str(error).strip().partition("\n")[0]
             raise UserError(f"transformers cannot load the teacher in {directory}: {reason}") from None
         context = getattr(model.config, "max_position_embeddings", math.inf)
     if data.max_seq_len > context:
         raise UserError(f"--max_seq_len {data.max_seq_len} is above the context of the teacher, {context} tokens")
     if len(teacher.weight) < data.vocab_size:
-        raise UserError(
-            f"the teacher in {directory} knows {len(teacher.weight)} tokens, its tokenizer {data.vocab_size}"
-        )
-    return teacher._replace(weight=teacher.weight[: data.vocab_size])  # rows that only fill up belong to no token
+        raise UserError(f"the teacher in {directory} has {len(teacher.weight)} tokens, its tokenizer {data.vocab_size}")
+    return teacher._replace(weight=teacher.weight[: data.vocab_size])  # padding rows belong to no token
 
 
 def check_teacher(directory: Path):
@@ -254,7 +258,7 @@ def check_teacher(directory: Path):
 
 
 def is_ours(directory: Path) -> bool:
-    """Whether model.py computes it."""
+    """Whether model.py can compute it."""
     if not (directory / "config.json").exists():
         return True  # an adapter
     try:
@@ -275,7 +279,7 @@ def own_teacher(model: CausalLM) -> Teacher:
 
 
 def load_foreign(directory: Path, device: torch.device, dtype: torch.dtype):
-    """A model of an architecture that transformers knows and we do not: no code and no pickle of the folder is run."""
+    """A model of an architecture of transformers that is not ours; neither code nor pickle of the folder is run."""
     from transformers import AutoModelForCausalLM  # seconds
 
     options = dict(use_safetensors=True, trust_remote_code=False, local_files_only=True, dtype=dtype)
@@ -285,8 +289,8 @@ def load_foreign(directory: Path, device: torch.device, dtype: torch.dtype):
 
 @torch.no_grad()
 def foreign_teacher(model, directory: Path) -> Teacher:
-    """Any causal language model of transformers. UserError for one whose logits are more than a product, such as
-    capped or scaled ones."""
+    """Any causal language model of transformers. UserError for one whose logits are not a plain matrix product, but,
+    say, capped or scaled."""
     trunk, head = model.base_model, model.get_output_embeddings()
     weight = getattr(head, "weight", None)
     ids = torch.arange(16, device=model.device)[None]
@@ -294,23 +298,22 @@ def foreign_teacher(model, directory: Path) -> Teacher:
     product = None if weight is None else (trunk(ids).last_hidden_state @ weight.mT).float()
     if product is None or product.shape != logits.shape or (product - logits).abs().max() > 0.02 * logits.abs().max():
         raise UserError(
-            f"the teacher in {directory} ({model.config.model_type}) makes its logits by more than a matrix product; "
-            "such a one cannot be a teacher here"
+            f"the teacher in {directory} ({model.config.model_type}) does not compute its logits as a plain matrix "
+            "product, and cannot be a teacher here"
         )
 
     @torch.no_grad()
     def hidden(batch: Batch) -> Tensor:
-        """Every document in a row of its own, which what fills it up does not reach: masks of packed rows are not
-        something that all architectures take."""
+        """Unpacked, with a document per row and padding masked, because not all architectures accept packed rows."""
         real = batch.document_index >= 0
-        document, place = batch.document_index[real], batch.position_ids[real]  # (tokens,)
-        ids = batch.input_ids.new_zeros(len(batch.documents), int(place.max()) + 1)  # (documents, longest)
+        document, position = batch.document_index[real], batch.position_ids[real]  # (tokens,)
+        ids = batch.input_ids.new_zeros(len(batch.documents), int(position.max()) + 1)  # (documents, longest)
         seen = torch.zeros_like(ids)
-        ids[document, place] = batch.input_ids[real]
-        seen[document, place] = 1
+        ids[document, position] = batch.input_ids[real]
+        seen[document, position] = 1
         unpacked = trunk(input_ids=ids, attention_mask=seen).last_hidden_state  # (documents, longest, H')
         packed = unpacked.new_zeros(*batch.input_ids.shape, unpacked.shape[-1])
-        packed[real] = unpacked[document, place]
+        packed[real] = unpacked[document, position]
         return packed
 
     return Teacher(hidden, weight)

@@ -1,4 +1,4 @@
-"""The processes of a run and what they compute on."""
+"""The processes of a run (data parallel, over torch.distributed) and the device that each computes on."""
 
 import atexit
 import contextlib
@@ -23,14 +23,14 @@ from model.operators import card_capability
 
 
 def all_reduce(tensor: Tensor):
-    """Adds up the tensors of all processes, in place."""
+    """Sums the tensors of all processes, in place."""
     with _waiting_for_others():
         dist.all_reduce(tensor)
 
 
 @contextlib.contextmanager
 def _waiting_for_others():
-    """ConnectionError in place of what torch says when another process is gone."""
+    """ConnectionError in place of torch's error where another process has ended."""
     try:
         yield
     except RuntimeError as error:
@@ -64,13 +64,13 @@ class StopRequest:
 
 @dataclass
 class Machine:
-    """Which of the processes this one is, and what it computes on."""
+    """This process among those of the run, and what it computes on."""
 
     rank: int
     world_size: int
     device: torch.device
     dtype: torch.dtype  # of matrix products; weights and optimizer are float32
-    shards: bool = False  # whether the model is spread over the processes (training/shard.py)
+    shards: bool = False  # --shard: whether the model is sharded over the processes (training/shard.py)
     stop: StopRequest = field(default_factory=StopRequest)
 
     def init_device(self) -> torch.device:
@@ -87,20 +87,20 @@ class Machine:
         return torch.autocast(self.device.type, self.dtype)
 
     def scaler(self) -> torch.amp.GradScaler:
-        """Keeps small gradients in float16's range; does nothing for other formats."""
+        """Keeps small gradients in float16's range (mixed precision); does nothing for other dtypes."""
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        scaler.scale(torch.zeros((), device=self.device))  # which makes its state, for a process without a row too
+        scaler.scale(torch.zeros((), device=self.device))  # creates its state, also in a process without a row
         return scaler
 
     def random_state(self) -> Tensor:
-        """Of the CPU, and then of the card: bytes."""
+        """Of the CPU, then of the GPU: bytes."""
         states = [torch.get_rng_state()]
         if self.device.type == "cuda":
             states.append(torch.cuda.get_rng_state(self.device))
         return torch.cat(states)
 
     def set_random_state(self, state: Tensor):
-        """What random_state gave, here or on a machine without a card."""
+        """Restores a random_state(), also one of a machine without a GPU."""
         size = len(torch.get_rng_state())
         torch.set_rng_state(state[:size])
         if self.device.type == "cuda" and len(state) > size:
@@ -109,7 +109,7 @@ class Machine:
     def rank_rows(self, rows: np.ndarray, batch_size: int) -> list[np.ndarray]:
         """This process's micro-batches of the rows.
 
-        With --shard each pass needs all processes: one that has a batch less gets an empty one at the end.
+        With --shard every forward pass needs all processes: one that has a batch less gets an empty one at the end.
         """
         batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
         mine = batches[self.rank :: self.world_size]
@@ -118,7 +118,7 @@ class Machine:
         return mine
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Adds up the tensors of all processes, in place."""
+        """Sums the tensors of all processes, in place."""
         if self.world_size > 1:
             all_reduce(tensor)
         return tensor
@@ -132,7 +132,7 @@ class Machine:
         return values
 
     def sum_counters(self, counts: Counter) -> Counter:
-        """The counts of all processes, by name."""
+        """The sums of the counts of all processes, by name."""
         total = Counter()
         for part in self.gather(counts):
             total.update(part)
@@ -166,10 +166,10 @@ def launch(processes: int):
 
 
 def start_machine(device: str, dtype: str, seed: int, shard: bool = False, compile: bool = False) -> Machine:
-    """Joins the other processes when torchrun started this one, and chooses device and precision; all as the flags."""
+    """Joins the other processes if torchrun started this one, and chooses device and precision, as the flags say."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if shard and world_size == 1:
-        raise UserError("--shard spreads a model over several processes: give --nproc_per_node N too")
+        raise UserError("--shard shards a model over several processes: give --nproc_per_node N too")
     device = choose_device(device, local_rank=int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -177,10 +177,10 @@ def start_machine(device: str, dtype: str, seed: int, shard: bool = False, compi
         return_freed_memory() if shard else keep_freed_memory()
         torch.set_num_threads(max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if world_size > 1:
-        # torch's optimizers import this anyway. Imported when there is a group, it holds it beyond its end; and gloo's
-        # threads, which nobody joins then, may let go of a tensor while Python is ending: that aborts the process.
+        # torch's optimizers import this anyway. Imported while there is a process group, it keeps the group alive, and
+        # gloo's threads with it; one that frees a tensor while Python is shutting down aborts the process.
         importlib.import_module("torch._dynamo")
-        if device.type == "cuda" and dist.is_nccl_available():  # objects go over gloo, and not through the card
+        if device.type == "cuda" and dist.is_nccl_available():  # Python objects go over gloo, not through the GPU
             dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
         else:  # a CPU; or Windows, which has no NCCL
             dist.init_process_group("gloo")
@@ -197,10 +197,10 @@ def start_machine(device: str, dtype: str, seed: int, shard: bool = False, compi
 
 
 def auto_dtype(card: str, capability: tuple[int, int]) -> torch.dtype:
-    """The number format of matrix products that suits a card, by its name and compute capability; ("", (0, 0)): none.
+    """The precision of matrix products that suits a GPU, by its name and compute capability; ("", (0, 0)): no GPU.
 
-    bfloat16 before 8.0 is emulated: "supported", and slow. float16 is fast from 7.0 on, which brought tensor cores, but
-    for the GTX 16xx, which have none, and of which NaNs are known (pytorch issue 77955).
+    Before 8.0 bfloat16 is emulated: "supported", and slow. float16 is fast from 7.0 on, which brought tensor cores,
+    except on the GTX 16xx, which have none and are known to give NaNs (pytorch issue 77955).
     """
     if capability >= (8, 0):
         return torch.bfloat16
@@ -210,10 +210,10 @@ def auto_dtype(card: str, capability: tuple[int, int]) -> torch.dtype:
 
 
 def matmul_rate(machine: Machine, size: int = 2048, seconds: float = 5.0) -> float:
-    """The machine's limit: floating-point operations a second of a plain square matrix product, best of ten.
+    """Peak FLOP/s: floating-point operations per second of a plain square matrix product, best of ten.
 
-    On a card twenty are queued at a time, so that the way to it is not measured. Ends after `seconds`: in a format that
-    a CPU emulates, one product takes that long.
+    On a GPU twenty are queued at a time, so that the latency of a call is not measured. Ends after `seconds`: one
+    product takes that long in a dtype that a CPU emulates.
     """
     a = b = torch.ones(size, size, device=machine.device, dtype=machine.dtype)  # no random number is drawn
     queued = 20 if machine.device.type == "cuda" else 1

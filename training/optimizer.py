@@ -16,7 +16,7 @@ from training.machine import Machine, all_reduce
 from training.packing import to_device
 from training.shard import cut, is_spread, join, part, parts
 
-MUON_BATCH = 2**23  # numbers whose update is computed at a time: several copies of them exist then
+MUON_BATCH = 2**23  # numbers whose update is computed at a time: several copies of them exist meanwhile
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     The polynomial's coefficients are Keller Jordan's (Muon, 2024): they lift small singular values in few steps and
     leave all between about 0.7 and 1.2. In float32 where bfloat16 is emulated, which can be a hundred times slower.
     """
-    x = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices  # the products below are of the short side
+    x = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices  # so that the products below are small
     if card_capability(x.device) >= (8, 0):
         x = x.bfloat16()
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -100,7 +100,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov
         size = -group["lr"] * 0.2 * max(parameters[0].shape) ** 0.5
-        # An expert that no token visited stays: whatever is left of its momentum would give a whole update.
+        # An expert that no token was routed to is not updated: any rest of its momentum would give a full update.
         visited = torch.stack([gradient.any() for gradient in gradients]).to(updates[0].dtype)
         if is_spread(parameters[0]):
             dist.all_reduce(visited, dist.ReduceOp.MAX)
@@ -116,14 +116,14 @@ def _kind(name: str, parameter: Tensor, tied: bool) -> str:
         return "vectors"
     if ".layers." in name and not name.endswith(".mlp.gate.weight"):
         return "matrices"
-    # Rows that belong to a token or an expert each, and have a size of their own.
+    # Each row belongs to a token or an expert, and has a norm of its own.
     return "embedding" if "embed_tokens" in name and not tied else "tables"
 
 
 def build_optimizer(model: CausalLM, settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101) or Muon. Vectors do not decay: shrinking a norm's weight would regularise nothing.
+    """AdamW (arXiv 1711.05101) or Muon. Vectors have no weight decay: to shrink a norm's weight regularizes nothing.
 
-    An embedding that is not also the head may learn faster: its rows move only where their tokens occur.
+    An embedding that is not tied to the head may learn faster: its rows get gradients only where their tokens occur.
     """
     parameters = {"matrices": [], "embedding": [], "tables": [], "vectors": []}
     for name, parameter in model.named_parameters():
@@ -147,8 +147,8 @@ def build_optimizer(model: CausalLM, settings: OptimizerSettings) -> torch.optim
 class GradientBuffer:
     """All gradients as views of one flat tensor, with the step's sums at its end: one all-reduce carries everything.
 
-    A parameter that no token reached keeps a zero there, so nothing waits for its gradient. The sums are SUMS and the
-    stage's metrics, which are declared with their shapes: each has the same place in every process.
+    A parameter that no token reached has a zero gradient there, which no process waits for. The sums are SUMS and the
+    stage's metrics, declared with their shapes, so that each has the same position in every process.
     """
 
     # count: tokens or pairs in the loss; positions: with padding; stop: processes that a signal asked to stop
@@ -158,7 +158,7 @@ class GradientBuffer:
         self.metrics = list(metrics)
         self.shapes = dict.fromkeys(self.SUMS, ()) | metrics
         sizes = {name: math.prod(shape) for name, shape in self.shapes.items()}
-        self.spread = is_spread(parameters[0])  # then each process has a part of the gradients, of all their sum
+        self.spread = is_spread(parameters[0])  # then each process has a shard of the summed gradients
         total = sum(rows.numel() for rows in parts(parameters))
         self.flat = torch.zeros(total + sum(sizes.values()), device=parameters[0].device)
         self.gradients, self.sums = self.flat[:total], self.flat[total:]
@@ -176,7 +176,7 @@ class GradientBuffer:
     def add_sums(self, **sums: float | Tensor):
         """Adds to the sums of these names. KeyError for one that was not declared.
 
-        Numbers of the host stay there until the all-reduce: each copy to a card would be one to wait for.
+        Python numbers stay on the host until the all-reduce: each copy to the GPU would take its time.
         """
         for name, value in sums.items():
             where = self.slices[name]
@@ -186,9 +186,9 @@ class GradientBuffer:
                 self.host_sums[where] += value
 
     def all_reduce(self, machine: Machine, scale: float, unscale: Callable[[], None]) -> dict[str, float | np.ndarray]:
-        """Adds the gradients and sums of all processes, and makes the gradients those of the mean: multiplies them by
-        `scale` over the count, and calls unscale(). Returns the sums, and "grad_norm": for these numbers, and once a
-        step, the device is waited for.
+        """Sums gradients and sums over all processes, and divides the gradients by the count: multiplies them by
+        scale / count, and calls unscale(). Returns the sums, and "grad_norm"; for these numbers, once per step, the
+        host waits for the device.
         """
         self.sums += to_device(torch.from_numpy(self.host_sums.copy()), self.flat.device)
         self.host_sums[:] = 0
@@ -198,7 +198,7 @@ class GradientBuffer:
             count = count.double()
         self.gradients.mul_((scale / count.clamp(min=1)).float())
         unscale()
-        # In pieces: on a CPU the squares of 100 million numbers, added up one by one in float32, are 2 % short.
+        # In pieces: on a CPU the squares of 100 million numbers, summed one by one in float32, are 2% too small.
         squares = torch.stack(torch._foreach_norm(self.gradients.split(2**16))).square().sum()
         norm = (machine.all_reduce(squares) if self.spread else squares).sqrt()
         numbers = torch.cat((self.sums, norm[None])).cpu().numpy()

@@ -25,7 +25,7 @@ class Piece(NamedTuple):
     document: int
     input_ids: np.ndarray  # (n,)
     labels: np.ndarray  # (n,)
-    more: tuple[np.ndarray, ...] = ()  # what else a subclass of Batch has of each token, (n,) each
+    extra: tuple[np.ndarray, ...] = ()  # further tensors of a subclass of Batch, (n,) each
 
 
 @dataclass
@@ -35,29 +35,29 @@ class Batch:
     input_ids: Tensor  # (B, T) int64
     labels: Tensor  # (B, T) int64
     position_ids: Tensor  # (B, T) int64, from 0 in each document; the padding at a row's end counts as a document
-    document_index: Tensor  # (B, T) int64, the place in `documents` of the one that a token belongs to; -1: padding
-    documents: list[int]  # numbers of the documents in it; a pair's are neighbours
+    document_index: Tensor  # (B, T) int64, of a token's document in `documents`; -1: padding
+    documents: list[int]  # numbers of the documents in the batch; those of a pair are neighbours
     split: str  # "train" or "val"
     real_tokens: int  # tokens that are not padding
     attention_pairs: int  # query-key pairs inside documents, to count the work
-    # Labels that are not IGNORE: counted where the batch is made, for there no device has to be waited for.
+    # Labels that are not IGNORE, counted on the host: to count them on a GPU would make the host wait.
     scored: int | None = field(default=None, kw_only=True)
-    # A mask for Decoder.forward; None on a CPU, which needs none.
+    # Boundaries of documents for Decoder.forward on a GPU; None on a CPU, which does not need them.
     cu_seqlens: CuSeqlens | None = field(default=None, kw_only=True)
 
-    MORE: ClassVar[int] = 0  # how many tensors a subclass has of each token, (B, T) float32, after these fields
+    EXTRA: ClassVar[int] = 0  # further tensors of a subclass, (B, T) float32, after these fields
 
     @classmethod
     def of(cls, rows: list[list[Piece]], max_seq_len: int, split: str) -> "Batch":
-        """The pieces of each row, laid end to end."""
+        """The pieces of each row, one after the other."""
         shape = (len(rows), max_seq_len)
         input_ids, position_ids = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         labels, document_index = np.full(shape, IGNORE, np.int64), np.full(shape, -1, np.int64)
-        more = np.zeros((cls.MORE, *shape), np.float32)
+        more = np.zeros((cls.EXTRA, *shape), np.float32)
         documents = []
         real_tokens = attention_pairs = 0
         for b, pieces in enumerate(rows):
-            at = 0  # the place in the row
+            at = 0  # the position in the row
             for piece in pieces:
                 n = len(piece.input_ids)
                 here = slice(at, at + n)
@@ -65,7 +65,7 @@ class Batch:
                 labels[b, here] = piece.labels
                 position_ids[b, here] = np.arange(n)
                 document_index[b, here] = len(documents)
-                for row, values in zip(more[:, b], piece.more, strict=True):
+                for row, values in zip(more[:, b], piece.extra, strict=True):
                     row[here] = values
                 documents.append(piece.document)
                 attention_pairs += n * (n + 1) // 2
@@ -80,7 +80,7 @@ class Batch:
             self.scored = int((self.labels != IGNORE).sum())
 
     def to(self, device: torch.device) -> "Batch":
-        """On a device; nobody waits for it. What every batch has goes in one copy."""
+        """A copy on the device, made without waiting for it; the four tensors of every batch travel as one."""
         if device.type == "cpu":
             return self
         names = ("input_ids", "labels", "position_ids", "document_index")
@@ -89,7 +89,7 @@ class Batch:
         begins = self.position_ids == 0
         begins[:, 0] = True
         starts = begins.flatten().nonzero().flatten()
-        ends = torch.full((1 << len(starts).bit_length(),), B * T)  # as many as a power of two: few recompilations
+        ends = torch.full((1 << len(starts).bit_length(),), B * T)  # a power of two: few recompilations
         ends[: len(starts)] = starts
         flat = to_device(torch.cat([*(getattr(self, name).flatten() for name in names), ends]), device)
         tensors, offsets = flat[: -len(ends)].view(len(names), B, T), flat[-len(ends) :].int()
@@ -97,20 +97,20 @@ class Batch:
         return replace(self, **dict(zip(names, tensors)), **more, cu_seqlens=CuSeqlens(offsets, T))
 
     def scored_positions(self) -> Tensor:
-        """Where a label is not IGNORE, counted through all rows, (scored,)."""
+        """The positions of labels that are not IGNORE, of B * T, (scored,)."""
         return (self.labels != IGNORE).flatten().nonzero_static(size=self.scored)[:, 0]
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copies to a device without waiting for it: to a card from memory that stays in place (pinned)."""
+    """Copies to a device without waiting for it: to a GPU from pinned memory."""
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def pack(lengths: np.ndarray, capacity: int) -> np.ndarray:
     """Assigns each length to a row of `capacity` tokens, best fit decreasing; returns the row of each.
 
-    Whole documents are kept whole (arXiv 2404.10830). A bit of `open_spaces` says that a row with this much space
-    exists, so that the smallest space that is large enough is found in one shift: about 2 microseconds a document.
+    No document is split (arXiv 2404.10830). A bit of `open_spaces` says that a row with this much space exists, so that
+    the smallest space that is large enough is found in one shift: about 2 microseconds per document.
     """
     rows_by_space: list[list[int]] = [[] for _ in range(capacity + 1)]
     open_spaces, n_rows = 0, 0

@@ -33,33 +33,24 @@ def reference_log_probs(
     The model is freed at the end, so that training holds one model. cache: a folder for files that the next run reads.
     """
     model = place(load_model(reference), machine)
+
+    @torch.no_grad()
+    def compute(data: PackedDataset, rows: np.ndarray) -> Tensor:
+        """Of the documents in these rows, and 0 for the others."""
+        found = torch.zeros(data.n_documents, device=machine.device)
+        for own in machine.rank_rows(rows, batch_size):
+            batch = data.batch(own).to(machine.device)
+            with machine.autocast():
+                found[batch.documents] = call(log_probs, model, batch)
+        return machine.all_reduce(found).cpu()
+
     found = {}
     for data in datasets:
         key = [weights_fingerprint(reference), data.fingerprint, data.max_seq_len, str(machine.dtype)]
-        name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-        compute = partial(compute_log_probs, model, data, log_probs, machine, batch_size)
-        found[data.split] = cached_log_probs(
-            cache / f"{data.split}-{name}.safetensors", np.arange(data.n_rows.sum()), batch_size, compute, machine
-        )
+        name = f"{data.split}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.safetensors"
+        rows = np.arange(data.n_rows.sum())
+        found[data.split] = cached_log_probs(cache / name, rows, batch_size, partial(compute, data), machine)
     return found
-
-
-@torch.no_grad()
-def compute_log_probs(
-    model: CausalLM,
-    data: PackedDataset,
-    log_probs: LogProbFunction,
-    machine: Machine,
-    batch_size: int,
-    rows: np.ndarray,
-) -> Tensor:
-    """log_probs of the documents in these rows, and 0 for the others, (documents,)."""
-    found = torch.zeros(data.n_documents, device=machine.device)
-    for own in machine.rank_rows(rows, batch_size):
-        batch = data.batch(own).to(machine.device)
-        with machine.autocast():
-            found[batch.documents] = call(log_probs, model, batch)
-    return machine.all_reduce(found).cpu()
 
 
 def cached_log_probs(

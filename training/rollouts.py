@@ -136,9 +136,9 @@ class RolloutBatch(Batch):
     """Rows of prompts with answers; only tokens that the model chose have a label."""
 
     advantages: Tensor  # (B, T)
-    old_log_probs: Tensor  # (B, T): when they were written
+    old_log_probs: Tensor  # (B, T): at generation
 
-    MORE = 2
+    EXTRA = 2
 
 
 class RolloutGenerator:
@@ -229,14 +229,14 @@ class RolloutGenerator:
 
 
 def decoding_copy(model: CausalLM) -> CausalLM:
-    """The model as it is now, for an Engine: with its adapters merged, and on a CPU with layers laid out for it."""
-    generator = shared_copy(model).eval()
-    if has_lora(generator):
-        merge_lora(generator)  # its layers get matrices of their own
-    return pack_for_decoding(generator) if model.lm_head.weight.device.type == "cpu" else generator
+    """The model as it is now, for an Engine: with its adapters merged, and on a CPU packed for decoding."""
+    copy = shared_copy(model).eval()
+    if has_lora(copy):
+        merge_lora(copy)  # its layers get matrices of their own
+    return pack_for_decoding(copy) if model.lm_head.weight.device.type == "cpu" else copy
 
 
-# The sums of a step over its answers, which describe() makes means of.
+# The sums of a step over its answers, which rollout_metrics() turns into means.
 METRICS = (
     *("answers", "reward", "tokens", "ended", "thinks", "surprise", "groups", "solved", "all_right", "all_wrong"),
     *("calls", "steps", "sampling_seconds", "gap", "scored"),
@@ -244,7 +244,7 @@ METRICS = (
 
 
 def sums_of(groups: list[list[Rollout]]) -> dict[str, float]:
-    """What is counted of a step's answers: METRICS, but for those that learning adds."""
+    """METRICS of a step's answers, without those that the loss function adds."""
     sums = Counter(steps=1)  # one in each process
     for group in groups:
         rewards = [one.reward for one in group]
@@ -259,7 +259,7 @@ def sums_of(groups: list[list[Rollout]]) -> dict[str, float]:
 
 
 def rollout_metrics(window: Counter) -> dict[str, float]:
-    """A line of the log from sums over steps. The mean surprise of sampled tokens, -ln p, estimates the entropy."""
+    """A line of the log, from sums over steps. The mean surprise of sampled tokens, -ln p, estimates the entropy."""
     answers, groups = max(window["answers"], 1), max(window["groups"], 1)
     return {
         "reward": window["reward"] / answers,
@@ -287,7 +287,7 @@ def learning_batches(rollouts: list[Rollout], max_seq_len: int, batch_size: int)
 
 
 def _piece(one: Rollout) -> Piece:
-    """An answer after its prompt; what stands before the answer has no label."""
+    """An answer after its prompt; the prompt has no labels."""
     sequence = one.sequence
     ids = np.array(sequence.prompt + sequence.tokens)
     before = np.full(len(sequence.prompt) - 1, IGNORE)

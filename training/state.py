@@ -5,8 +5,8 @@
         training_state/state.safetensors                    weights, optimizer, position, random states
         run.json  metrics.jsonl  loss.png                   how it was made
 
-Each file is written beside its place and renamed into it, so a kill leaves the old or the new one, whole; the training
-state has its own copy of the weights, so that what a run resumes from always belongs together.
+Each file is written under another name and renamed, so that a kill leaves the old or the new file, never a part of one.
+The training state has its own copy of the weights, so that what a run resumes from always belongs together.
 """
 
 import contextlib
@@ -78,12 +78,12 @@ def should_resume(resume: str | None, out_dir: Path) -> bool:
 
 
 def resolve_out_dir(out_dir: Path) -> Path:
-    """out_dir, or what a link or "." stands for: it is renamed when another run takes its place. UserError where that
-    cannot be."""
+    """out_dir with links and "." resolved, since it is renamed when another run takes its place. UserError where that
+    is impossible."""
     try:
         if out_dir.is_symlink() or not out_dir.name:
             out_dir = out_dir.resolve()
-    except (OSError, RuntimeError) as error:  # links in a circle
+    except (OSError, RuntimeError) as error:  # links form a circle
         raise UserError(f"--out_dir {out_dir} leads nowhere ({error})") from None
     if os.path.ismount(out_dir):
         raise UserError(f"--out_dir {out_dir} is where a disk is mounted, and cannot be replaced; give a folder in it")
@@ -91,12 +91,12 @@ def resolve_out_dir(out_dir: Path) -> Path:
 
 
 def lock_run(out_dir: Path) -> filelock.BaseFileLock:
-    """Held until the process ends, also by a kill. UserError while another run has it: their files would mix."""
+    """A lock until the process ends, also by a kill. UserError while another run has it: their files would mix."""
     path = out_dir.with_name(f".{out_dir.name}.lock")
     lock = filelock.FileLock(path)
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=1)  # server/runs.py holds it for a moment, to see whether it is held
+        lock.acquire(timeout=1)  # server/runs.py takes it for a moment, to see whether it is free
     except filelock.Timeout:
         if not path.exists():  # such as in /proc
             raise UserError(f"--out_dir {out_dir} cannot be written (no file can be made beside it)") from None
@@ -116,7 +116,9 @@ def check_out_dir(out_dir: Path, flags: dict):
         if not directory.exists() or (directory / RUN_FILE).exists():
             continue
         if not directory.is_dir() or any(directory.iterdir()):
-            raise UserError(f"{directory} holds something else than a run; choose another --out_dir, or move it away")
+            raise UserError(
+                f"{directory} contains something else than a run; choose another --out_dir, or move it away"
+            )
 
 
 class Checkpointer:
@@ -167,7 +169,7 @@ class Checkpointer:
                 self.directory.mkdir(parents=True)  # a folder that cannot be written is found before the first step
 
     def check_others(self):
-        """UserError where another process, maybe on another machine, was started with other flags or data."""
+        """UserError where another process, perhaps on another machine, was started with other flags or data."""
         flags = {name: value for name, value in self.flags.items() if name not in OWN_FLAGS}
         here = self.must_agree | flags
         for rank, there in enumerate(self.machine.gather(here)):
@@ -191,7 +193,7 @@ class Checkpointer:
         if self.machine.rank == 0:
             info = {"progress": asdict(state), "must_agree": self.must_agree, "scaler": self.scaler.state_dict()}
             save_tensors(self.directory / STATE_FILE, tensors, info=json.dumps(info))
-        elif self.machine.shards:  # the first process can gather nothing alone
+        elif self.machine.shards:  # every process must take part in a gather
             for tensor in tensors.values():
                 whole(tensor)
         self.export_model()
@@ -213,15 +215,15 @@ class Checkpointer:
                 whole(tensor)
 
     def discard(self):
-        """When a run ends before its first save."""
+        """Deletes the hidden neighbour of a run that ends before its first save."""
         if self.directory != self.out_dir and self.machine.rank == 0:
             shutil.rmtree(self.directory, ignore_errors=True)
 
     def resume(self) -> TrainState:
-        """Takes weights, optimizer, position and random states from out_dir. UserError names what does not agree."""
+        """Restores weights, optimizer, position and random states from out_dir. UserError names what does not agree."""
         if not has_lora(self.model):
             check_same_config(load_config(self.out_dir), self.model.config, self.out_dir)
-        device = "cpu" if self.machine.shards else self.machine.device  # where a file is read as it is needed
+        device = "cpu" if self.machine.shards else self.machine.device  # there a file is read lazily
         path = state_file(self.out_dir)
         tensors, texts = load_tensors(path, device)
         try:
@@ -231,21 +233,21 @@ class Checkpointer:
         except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{path} is not the state of a run: its info is missing or damaged") from None
         for name, here in self.must_agree.items():
-            there = agreed.get(name, here)  # a run may be older than "mix"
+            there = agreed.get(name, here)  # older runs have no "mix"
             if there != here:
                 raise UserError(f"cannot resume {self.out_dir}: its {name} was {there}, and is {here} now")
         try:
             self.restore(tensors)
         except (KeyError, AttributeError, RuntimeError, TypeError) as error:
             raise UserError(f"{path} is not the state of this model and optimizer: {error}") from None
-        if self.scaler.is_enabled() and info.get("scaler"):  # of a run in another format there is none
+        if self.scaler.is_enabled() and info.get("scaler"):  # a run in another dtype has none
             self.scaler.load_state_dict(info["scaler"])
-        self.export_model()  # a kill may have come between the state and the model, in the last step of all
+        self.export_model()  # a kill may have come after the state was saved and before the model was
         self.saved_step = state.step
         return state
 
     def restore(self, tensors: dict[str, Tensor]):
-        """Puts what save() wrote where it was."""
+        """Puts the tensors that save() wrote back into model, optimizer and random states."""
         parameters = {name: parameter for parameter, name in self.names.items()}
         for key, tensor in tensors.items():
             kind, _, name = key.partition(".")
@@ -276,13 +278,13 @@ class Checkpointer:
 
 
 def adapter_summary(model: CausalLM) -> str:
-    """What its weights mean."""
+    """Rank, alpha and matrices: what its weights mean."""
     _, config = to_peft(model)
     return f"rank {config['r']}, alpha {config['lora_alpha']:g}, on {' '.join(config['target_modules'])}"
 
 
 def git_commit() -> str | None:
-    """Of this code; None where it is no git checkout, or the machine has no git."""
+    """Of this code; None outside a git checkout, or without git."""
     with contextlib.suppress(OSError):
         command = ["git", "rev-parse", "HEAD"]
         result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
@@ -296,4 +298,4 @@ def check_same_config(found: LMConfig, wanted: LMConfig, directory: Path):
     differing = [name for name in vars(wanted) if getattr(found, name) != getattr(wanted, name)]
     if differing:
         details = ", ".join(f"{name} {getattr(found, name)} there, {getattr(wanted, name)} here" for name in differing)
-        raise UserError(f"{directory} holds another model ({details}); use its --preset, or another --out_dir")
+        raise UserError(f"{directory} contains another model ({details}); use its --preset, or another --out_dir")

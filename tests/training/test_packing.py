@@ -9,6 +9,9 @@ import pytest
 from helpers import change_meta, make_documents, write_data
 
 from base.cli import UserError
+from model.LMConfig import PRESETS, LMConfig
+from model.model import CausalLM
+from training.loss import next_token_loss
 from training.packing import IGNORE, PackedDataset, pack
 
 
@@ -239,3 +242,16 @@ def test_a_split_without_documents_has_no_rows(tmp_path):
     data = write_data(tmp_path / "data", [[1, 2, 3]], [])
     assert len(PackedDataset(data, "val", 16)) == 0
     assert PackedDataset(data, "val", 16).real_fraction == 0
+
+
+@pytest.mark.parametrize("preset", ["tiny", "tiny-moe"])
+def test_a_batch_of_no_rows_is_padding_that_adds_nothing(preset, data):
+    """With --shard a process without a row takes part in the pass with such a batch."""
+    batch = PackedDataset(data, "train", 32).batch(np.arange(0))
+    assert (batch.documents, batch.real_tokens, batch.attention_pairs, batch.scored) == ([], 0, 0, 0)
+    model = CausalLM(LMConfig(**PRESETS[preset])).train()
+    loss_sum, count, metrics = next_token_loss(model, batch)
+    loss_sum.backward()
+    assert (loss_sum.item(), count) == (0, 0)
+    assert all(not metric.any() for metric in metrics.values())
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
