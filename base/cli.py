@@ -71,7 +71,7 @@ def _exit(message: str, status: int):
         raise
     rank = int(os.environ.get("RANK", 0))
     if rank:  # what is wrong in all processes one says, whose end ends the others: torchrun sees to it
-        time.sleep(3)
+        time.sleep(10)
         message = f"process {rank}: {message}"
     line = UNPRINTABLE.sub(" ", message)  # which may hold the words of a hostile file
     print(f"error: {line}", file=sys.stderr, flush=True)

@@ -83,7 +83,7 @@ class Log:
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self.bar = tqdm(total=100, unit="%", bar_format="{bar}|{postfix}", dynamic_ncols=True)
+            self.bar = tqdm(total=100, unit="%", bar_format="{desc} |{bar}|", dynamic_ncols=True)
         if settings.wandb != "disabled":
             import wandb
 
@@ -116,7 +116,7 @@ class Log:
         validated = any(name.startswith("val_") for name in record)
         if self.bar:
             self.bar.n = 100 * min(progress, 1)
-            self.bar.set_postfix_str(describe_record(record, progress, everything=False))
+            self.bar.set_description_str(describe_record(record, progress, everything=False))
         if not self.bar or validated:
             self.info(describe_record(record, progress, everything=validated))
         if record.get("sample"):

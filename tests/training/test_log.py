@@ -99,7 +99,7 @@ STAGES = {"sft": {}, "dpo": {"accuracy": 0.5, "margin": 0.1}, "grpo": {"reward":
 @pytest.mark.parametrize("more", STAGES.values(), ids=STAGES)
 def test_a_line_fits_and_shows_where_the_run_is(more):
     line = describe_record(RECORD | more, 0.12, everything=False)
-    assert len(line) <= COLUMNS - len("█|"), "there is room for the bar"
+    assert len(line) <= COLUMNS - len(" |█|"), "there is room for the bar"
     for shown in ("step 12,000/100,000", "loss 10.500", "123,457 tok/s", "6.7 h left"):
         assert shown in line
     assert ("reward 0.250" in line) == ("reward" in more)
