@@ -290,7 +290,8 @@ class PackedDataset:
         """The row numbers in the order of this epoch."""
         turns = self.turns(seed, epoch)
         rows = np.empty_like(turns)
-        for i, (n_rows, here) in enumerate(zip(self.n_rows, self.epoch_rows)):
+        for i in np.flatnonzero(self.n_rows):
+            n_rows, here = self.n_rows[i], self.epoch_rows[i]
             start = epoch * here  # so many of its rows have been read
             own_epochs = range(start // n_rows, -(-(start + here) // n_rows))
             own = np.concatenate([np.random.default_rng([seed, n]).permutation(n_rows) for n in own_epochs])
