@@ -95,7 +95,7 @@ def mixture_lines(seed: int, data: PackedDataset) -> list[str]:
     times = data.times_seen(seed, epoch=1, row=0)
     return [
         f"         {name}: {weight:.1%} of the tokens; its own {tokens:,} are read {times[name]:.2f} times an epoch"
-        for (name, weight), tokens in zip(data.weights.items(), data.source_tokens)
+        for (name, weight), tokens in zip(data.weights.items(), data.folder_tokens)
     ]
 
 
