@@ -136,6 +136,7 @@ class Log:
     def close(self):
         if self.bar:
             self.bar.close()
+            self.bar = None
         if self.wandb:
             self.wandb.finish()
         if self.tensorboard:

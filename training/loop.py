@@ -257,8 +257,8 @@ class Run:
         self.machine.gather(None)  # a process that ends badly ends all of them: not while the first one saves
         self.checkpointer.discard()
         stopped = self.progress() < 1
-        self.log.info(closing_message(self.settings, self.state, self.train_set, stopped))
         self.log.close()
+        self.log.info(closing_message(self.settings, self.state, self.train_set, stopped))
         if stopped:
             sys.exit(
                 128 + (self.machine.stop.number or signal.SIGTERM)
