@@ -78,7 +78,7 @@ def main():
         out_dir=Path("out/grpo"),
         epochs=100,
         max_steps=150,
-        batch_size=8,  # rows; a row holds several answers
+        batch_size=8,  # rows; a row contains several answers
         learning_rate=2e-4,
         warmup_steps=10,
         weight_decay=0.0,

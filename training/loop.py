@@ -1,10 +1,12 @@
 """A training run: what happens around the loop that each stage script contains.
 
-with run:                                        # saves at the end, also where a signal ends it
-    for rows in training.steps(rows_per_step):        # sets the learning rate
-        training.forward_backward(loss_fn, training.batches(rows))
-        run.update()                             # all-reduce, clip, optimizer step
-        run.log_step(validate)                   # counts the step; logs, validates and saves at intervals
+    with training:                                       # saves at the end, also where a signal ends it
+        for rows in training.steps(rows_per_step):       # sets the learning rate
+            training.forward_backward(loss_fn, training.batches(rows))
+            training.update()                            # all-reduce, clip, optimizer step
+            training.log_step(validate)                  # counts the step; logs, validates and saves at intervals
+
+`training` is a Run.
 """
 
 import math
