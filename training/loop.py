@@ -262,6 +262,5 @@ class Run:
         self.log.close()
         self.log.info(closing_message(self.settings, self.state, self.train_set, stopped))
         if stopped:
-            sys.exit(
-                128 + (self.machine.stop.number or signal.SIGTERM)
-            )  # a process that stops for another has no number
+            # A process that stops because another was asked to has no number.
+            sys.exit(128 + (self.machine.stop.number or signal.SIGTERM))
