@@ -58,6 +58,7 @@ class StopRequest:
         signal.signal(number, self.before[number])
 
     def __exit__(self, *exception):
+        self.made = False
         for number, handler in self.before.items():
             signal.signal(number, handler)
 

@@ -173,11 +173,6 @@ def truncate_chats(prepared: Prepared, max_seq_len: int) -> Pieces:
     return Pieces(np.flatnonzero(kept), starts[kept], length[kept], truncated, dropped)
 
 
-def first_of_each(sizes: list[int] | np.ndarray) -> np.ndarray:
-    """The number at which each of several neighbouring ranges of these sizes begins."""
-    return np.cumsum(sizes) - sizes
-
-
 class PackedDataset:
     """One split of one or several prepared folders, packed into rows of max_seq_len tokens.
 
@@ -220,7 +215,7 @@ class PackedDataset:
                 )
         n_documents = [len(one.offsets) - 1 for one in self.folders.values()]
         self.n_documents = sum(n_documents)
-        self.first_document = first_of_each(n_documents)  # of each folder
+        self.first_document = np.cumsum(n_documents) - n_documents  # of each folder
         self.place_pieces([self.pieces_of(one) for one in self.folders.values()])
         counts = self.folder_tokens if weights is None else np.array([weights[name] for name in self.folders])
         self.weights = dict(zip(self.folders, (counts / max(counts.sum(), 1e-9)).tolist()))  # they add up to 1
@@ -236,7 +231,7 @@ class PackedDataset:
         """Numbers the pieces and rows of all folders."""
         rows = [self.rows_of(pieces.length) for pieces in found]
         self.n_rows = np.array([row.max(initial=-1) + 1 for row in rows])  # of each folder
-        self.first_row = first_of_each(self.n_rows)
+        self.first_row = np.cumsum(self.n_rows) - self.n_rows
         self.piece_document = np.concatenate([n + one.document for n, one in zip(self.first_document, found)])
         self.piece_start = np.concatenate([pieces.start for pieces in found])
         self.piece_length = np.concatenate([pieces.length for pieces in found])
