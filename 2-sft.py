@@ -7,7 +7,7 @@ are, and do not see each other. (InstructGPT, arXiv 2203.02155, step 1.)
     python data_process.py sft YOUR_CHATS.jsonl      chats -> dataset/sft
     python data_process.py show dataset/sft          a chat, with the tokens marked that the loss counts
     python 2-sft.py                                  out/pretrain and dataset/sft -> out/sft
-    torchrun --nproc_per_node 2 2-sft.py             the same in two processes
+    python 2-sft.py --nproc_per_node 2               the same in two processes
     python eval.py                                   talk to it
 """
 

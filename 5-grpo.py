@@ -9,7 +9,7 @@ no reference model holds the model back (--beta 0), so there is no second model.
 
     python data_process.py rl QUESTIONS.jsonl                    {"prompt", "answer"} -> dataset/rl
     python 5-grpo.py                                             out/sft and dataset/rl -> out/grpo
-    torchrun --nproc_per_node 2 5-grpo.py                        the same in two processes
+    python 5-grpo.py --nproc_per_node 2                          the same in two processes
     python 5-grpo.py --reward my_rewards.py:score                a function of your own: score(reply, task) -> number
 """
 
@@ -78,7 +78,7 @@ def main():
         out_dir=Path("out/grpo"),
         epochs=100,
         max_steps=150,
-        batch_size=8,  # rows; a row holds several answers
+        batch_size=8,  # rows; a row contains several answers
         learning_rate=2e-4,
         warmup_steps=10,
         weight_decay=0.0,

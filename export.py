@@ -14,7 +14,7 @@ original, in log-probabilities, tokens and chat template, before it gets its nam
 gguf and ollama need: pip install -r requirements/export.txt -c constraints.txt
 """
 
-from base.cli import HelpFormatter, UserError, join_words, run  # first: it handles Ctrl-C while torch is loaded
+from base.cli import HelpFormatter, UserError, join_words, next_step, run  # first: handles Ctrl-C while torch loads
 
 # isort: split
 import argparse
@@ -51,7 +51,7 @@ def export_ollama(model: CausalLM, source: Path, output: Path, weight_type: str)
     path = export_gguf(model, source, output, weight_type)
     write_modelfile(output / "Modelfile", model, path)
     command = ["ollama", "create", source.resolve().name, "-f", str(output / "Modelfile")]
-    print(f"{output / 'Modelfile'}; next: {join_words(command)}")
+    print(f"{output / 'Modelfile'}\nnext: {join_words(command)}")
 
 
 def export_folder(
@@ -66,7 +66,7 @@ def export_folder(
         save_model(new, model, source, dtype=dtype)
         report = verify_folder(new, model, source, weight_type)
     size = sum(path.stat().st_size for path in output.iterdir())
-    print(f"{output}: {size / 1e6:,.1f} MB\nverified in {report}")
+    print(f"{output}: {size / 1e6:,.1f} MB\nverified in {report}\n{next_step('eval.py', '--model', output)}")
 
 
 EXPORTS = {

@@ -64,7 +64,7 @@ def _exit(message: str, status: int):
         raise
     rank = int(os.environ.get("RANK", 0))
     if rank:  # an error of all processes is printed by rank 0; torchrun then ends the others
-        time.sleep(3)
+        time.sleep(10)
         message = f"process {rank}: {message}"
     line = UNPRINTABLE.sub(" ", message)  # the message may quote a hostile file
     print(f"error: {line}", file=sys.stderr, flush=True)
@@ -148,13 +148,17 @@ def python_command() -> str:
 def command_line() -> str:
     """The command that started this script."""
     words = [python_command()]
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    launched = any(word.startswith("--nproc_per_node") for word in sys.argv)  # by the script itself, not by torchrun
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not launched:
         processes = ["--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"]]
-        if (
-            machines := os.environ.get("GROUP_WORLD_SIZE", "1")
-        ) != "1":  # to be run on each; with torchrun's other flags
+        if (machines := os.environ.get("GROUP_WORLD_SIZE", "1")) != "1":  # to be run on each, with its other flags
             processes = ["--nnodes", machines, *processes]
         words = ["torchrun", *processes]
         if python_command() != "python":  # then torchrun is not on the PATH either
             words = [python_command(), "-m", "torch.distributed.run", *processes]
     return join_words([*words, *sys.argv])
+
+
+def next_step(script: str, *words) -> str:
+    """The last line of a command, which says what to type after it: a script beside the one that runs."""
+    return "next: " + join_words([python_command(), str(Path(sys.argv[0]).with_name(script)), *map(str, words)])

@@ -44,6 +44,13 @@ MODEL_FILE = "model.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
 GENERATION_FILE = "generation_config.json"
 CONFIG_FILE, ADAPTER_CONFIG_FILE = "config.json", "adapter_config.json"
+STAGE_SCRIPTS = {
+    "sft": "2-sft.py",
+    "lora": "3-lora.py",
+    "dpo": "4-dpo.py",
+    "grpo": "5-grpo.py",
+    "distill": "6-distill.py",
+}
 SUMS_FILE = "sums.json"
 
 
@@ -233,7 +240,8 @@ def load_config(directory: Path) -> LMConfig:
     if not path.exists():
         if path.with_name(ADAPTER_CONFIG_FILE).exists():
             raise UserError(f"{directory} contains an adapter, not a model: give its base model")
-        raise UserError(f"no model in {directory}; train one with: python 1-pretrain.py")
+        script = STAGE_SCRIPTS.get(Path(directory).name, "1-pretrain.py")
+        raise UserError(f"no model in {directory}; train one with: python {script}")
     content = read_json(path)
     try:
         config = LMConfig.from_hf(content)

@@ -361,7 +361,7 @@ def generate_answers(
     """A folder of sft data in `cache`: the teacher's answers to the prompts.
 
     Its name depends on all that the answers depend on, so that a later run reads what an earlier one generated. The
-    teacher reads and writes with its own tokenizer. UserError for a teacher that the engine cannot run, or where no
+    teacher reads and generates with its own tokenizer. UserError for a teacher that the engine cannot run, or where no
     answer is left.
     """
     check_teacher(teacher)
@@ -445,6 +445,8 @@ def validate_answers(
     model.eval()
     sums = sum_batches(model, loss_fn, batches, generator.machine)
     model.train()
+    if sums["stopped"]:
+        return {}
     figures = {f"val_{name}": sums[name] / max(sums["scored"], 1) for name in ("loss", *METRICS)}
     return figures | (generator.validate(data, rows) if data.checked else {})
 

@@ -125,13 +125,16 @@ def evaluate(
     rows: int | None = None,
 ) -> dict[str, float]:
     """Over `rows` rows of each source, or all: mean loss a token (or pair) in nats; bits per byte, to compare between
-    tokenizers. Of several sources also the figures of each, and their mean counts each by its weight in the mixture."""
+    tokenizers. Of several sources also the figures of each, and their mean counts each by its weight in the mixture.
+    Nothing where a signal has asked a process to stop: the run has to be saved before it is killed."""
     model.eval()
     sums = {
         name: sum_up(model, loss_fn, data, chosen, machine, batch_size)
         for name, chosen in data.validation_rows(rows).items()
     }
     model.train()
+    if any(part["stopped"] for part in sums.values()):
+        return {}
     for name, part in sums.items():
         if not part["count"]:
             folder = data.folders[name].folder
@@ -165,14 +168,17 @@ def sum_up(
 def sum_batches(
     model: CausalLM, loss_fn: LossFunction, batches: Iterable[tuple[Batch, dict]], machine: Machine
 ) -> Counter:
-    """Loss, count, metrics, and the numbers given with each batch, summed over all processes."""
+    """Loss, count, metrics, and the numbers given with each batch, summed over all processes; "stopped" counts those
+    that a signal asked to stop, which leave batches out."""
     found = []  # of each batch: numbers of the device, which are asked for at the end
     for batch, more in batches:
+        if machine.leaves_early():
+            break
         batch = batch.to(machine.device)
         with machine.autocast():
             loss_sum, count, metrics = call(loss_fn, model, batch)
         found.append(metrics | {"loss": loss_sum, "count": count} | more)
-    sums = Counter()
+    sums = Counter(stopped=machine.leaves_early())
     for metrics in found:
         sums.update({name: float(value) for name, value in metrics.items()})
     return machine.sum_counters(sums)
@@ -183,5 +189,5 @@ def means(sums: Counter, group: int) -> dict[str, float]:
     result = {"val_loss": sums["loss"] / sums["count"]}
     if group == 1:  # the loss of a pair is not one of its text, and of a divergence it is cross_entropy
         result["val_bits_per_byte"] = sums.get("cross_entropy", sums["loss"]) / math.log(2) / sums["bytes"]
-    metrics = (name for name in sums if name not in ("loss", "count", "bytes"))
+    metrics = (name for name in sums if name not in ("loss", "count", "bytes", "stopped"))
     return result | {f"val_{name}": sums[name] / sums["count"] for name in metrics}

@@ -173,6 +173,8 @@ class RolloutGenerator:
             for sequence in sequences:
                 engine.submit(sequence)
         while engine.busy:
+            if self.machine.leaves_early():  # the step will be left out
+                return []
             engine.step()
         for group in groups:
             for one in group:
@@ -206,7 +208,10 @@ class RolloutGenerator:
         for group in sampled:
             rewards = [one.reward for one in group]
             sums.update(sampled=sum(rewards) / len(rewards), best=max(rewards))
+        sums.update(stopped=self.machine.leaves_early())
         total = self.machine.sum_counters(sums)
+        if total["stopped"]:
+            return {}
         names = ("accuracy", "sampled", "best", "length")
         return {f"val_{name}": total[name] / total["questions"] for name in names}
 

@@ -199,10 +199,11 @@ class Checkpointer:
         self.export_model()
         if self.machine.rank == 0:
             write_json(self.directory / RUN_FILE, self.run_record())
-            log.draw()
             if self.directory != self.out_dir:
                 replace_directory(self.out_dir, self.directory, keep_old=True)
         self.directory = log.directory = self.out_dir
+        if self.machine.rank == 0 and not self.machine.stop.made:  # torchrun kills 30 seconds after SIGTERM
+            log.draw()
         self.saved_step = state.step
 
     def export_model(self):

@@ -238,7 +238,7 @@ def test_the_estimate_falls_by_what_is_spread():
 
 def test_what_cannot_be_sharded_is_refused(data, run_here, tmp_path):
     flags = ["--data", data, "--out_dir", tmp_path / "out", "--shard"]
-    assert "torchrun --nproc_per_node" in run_here("1-pretrain.py", *flags).error_line(status=2)
+    assert "give --nproc_per_node" in run_here("1-pretrain.py", *flags).error_line(status=2)
     sharded = machine.Machine(0, 2, torch.device("cpu"), torch.float32, shards=True)
     with pytest.raises(UserError, match="this runs without --shard"):  # 5-grpo.py, and 6-distill.py where it generates
         RolloutGenerator(None, None, sharded, None)
