@@ -33,7 +33,7 @@ from training.loss import token_log_probs
 from training.machine import Machine, start_machine
 from training.packing import Batch, PackedDataset, open_data, send
 from training.reference import computed_once
-from training.shard import call, place
+from training.shard import shard_model
 
 METRICS = ("accuracy", "reward_margin", "reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected")
 
@@ -41,7 +41,7 @@ METRICS = ("accuracy", "reward_margin", "reward_chosen", "reward_rejected", "log
 def answer_log_probs(model: CausalLM, batch: Batch, routing: list | None = None) -> tuple[Tensor, Tensor]:
     """ln p(answer | prompt) of every chat and the answer's number of tokens, (C,) each; chosen and rejected in turn."""
     scored = batch.scored_places()  # (M,): of the answers' tokens
-    log_probs = token_log_probs(model, batch, scored, routing)  # (M,)
+    log_probs = token_log_probs(model, batch, routing)  # (M,)
     chat = batch.document_index.flatten()[scored]  # (M,)
     sums = log_probs.new_zeros(2, len(batch.documents))
     return sums[0].index_add(0, chat, log_probs), sums[1].index_add(0, chat, torch.ones_like(log_probs))
@@ -70,7 +70,7 @@ def reference_log_probs(
     for share, counts in machine.share(rows, args.batch_size):
         batch = data.batch(share).to(machine.device)
         with machine.autocast():
-            answers, _ = call(answer_log_probs, model, batch)
+            answers, _ = answer_log_probs(model, batch)
         if counts:
             log_probs[batch.documents] = answers
     return machine.sum(log_probs).cpu()
@@ -103,7 +103,7 @@ def main():
     )
     machine = start_machine(args)
     train_set, val_set = open_data(args, "dpo")
-    model = place(load_model(args.init_from), machine)
+    model = shard_model(load_model(args.init_from), machine)
     references = {}  # by split: ln p_ref of all its documents, those of the first source, then those of the second, …
     for data in (train_set, val_set):
         parts = [

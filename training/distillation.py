@@ -24,7 +24,7 @@ from model.checkpoint import MODEL_FILE, load_config, load_merged
 from model.model import CausalLM
 from model.operators import product_dtype
 from training.balance import expert_balance
-from training.loss import CARD_CHUNK, LOSS_CHUNK, LossFunction, sum_batches
+from training.loss import CARD_CHUNK, LOSS_CHUNK, LossFunction, apply_head, sum_batches
 from training.machine import Machine
 from training.packing import Batch, TrainingData
 from training.rollouts import Rollout, RolloutWriter, Tasks, describe_rollouts, learning_batches
@@ -315,11 +315,12 @@ def distillation_loss(
     model: CausalLM, batch: Batch, teacher: Teacher, how: Divergence
 ) -> tuple[Tensor, int, dict[str, Tensor], Tensor]:
     """next_token_loss with a teacher, who reads the same rows; and ln p of each scored token, (M,)."""
-    places, routing = batch.scored_places(), []  # (M,)
-    hidden = model.model(batch.input_ids, batch.position_ids, batch.documents_on_card, routing=routing)  # (B, T, H)
-    hidden, teacher_hidden = (x.flatten(0, 1)[places] for x in (hidden, teacher.hidden(batch)))
-    labels = batch.labels.flatten()[places]
-    loss_sum, figures = divergence_sum(hidden, model.lm_head.weight, teacher_hidden, teacher.weight, labels, how)
+    teacher_hidden, routing = teacher.hidden(batch).flatten(0, 1)[batch.scored_places()], []  # (M, H')
+
+    def head(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return divergence_sum(hidden, weight, teacher_hidden, teacher.weight, labels, how)
+
+    loss_sum, figures = apply_head(model, batch, head, routing)
     balance, metrics = expert_balance(model, batch, routing)
     return loss_sum + balance, batch.scored, metrics | dict(zip(METRICS, figures.sum(1))), -figures[1]
 

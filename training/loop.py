@@ -22,7 +22,7 @@ from training.loss import LossFunction, evaluate
 from training.machine import Machine, matmul_rate
 from training.optimizer import GradientBuffer, build_optimizer, learning_rate, optimizer_step
 from training.packing import Batch, Mixture, TrainingData
-from training.shard import call, place
+from training.shard import shard_model
 from training.state import Checkpointer, Progress
 
 MAX_SKIPPED_STEPS = 10  # in a row: then a run with non-finite numbers is stopped
@@ -106,7 +106,7 @@ class Run:
         check_data(args, model.config, train_set)
         if train_set.masked:
             model.stop_token_ids = [EOS, IM_END]  # chats teach to stop at the end of a turn
-        place(model, machine).train()
+        shard_model(model, machine).train()
         model.model.gradient_checkpointing = args.grad_checkpointing
         if args.fit_batch:
             args.batch_size, args.accumulation_steps = fit_batch(args, machine, model)
@@ -149,7 +149,7 @@ class Run:
         """Forward and backward of one micro-batch; gradients and sums go to the buffer, unless it does not count."""
         batch = batch.to(self.machine.device)
         with self.machine.autocast():
-            loss_sum, count, metrics = call(loss_fn, self.model, batch)
+            loss_sum, count, metrics = loss_fn(self.model, batch)
         self.scaler.scale(loss_sum / (self.scale if counts else math.inf)).backward()
         if not counts:
             return

@@ -48,7 +48,7 @@ class Machine:
     shards: bool = False  # whether the model is spread over the processes (training/shard.py)
 
     def making_model(self):
-        """A context: with --shard one process makes the weights, and sends the others their part (shard.place)."""
+        """A context: with --shard one process makes the weights, and sends the others their part (shard_model)."""
         return torch.device("meta") if self.shards and self.rank else contextlib.nullcontext()
 
     def autocast(self):

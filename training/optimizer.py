@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.checkpoint import whole
+from model.checkpoint import full_tensor
 from model.model import CausalLM
 from model.operators import card_capability
 from training.machine import Machine, all_reduce
 from training.packing import send
-from training.shard import cut, is_spread, join, part, parts
+from training.shard import as_dtensor, distribute_tensor, is_dtensor, local_shard, local_shards
 
 MUON_BATCH = 2**23  # numbers whose update is computed at a time: several copies of them exist then
 
@@ -62,7 +62,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            torch._foreach_mul_(parts(group["params"]), 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_mul_(local_shards(group["params"]), 1 - group["lr"] * group["weight_decay"])
             if group["matrices"]:
                 self._muon(group)
             else:
@@ -82,19 +82,19 @@ class Muon(torch.optim.Optimizer):
         for parameter in parameters:
             if "momentum" not in self.state[parameter]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)
-        gradients = parts(parameter.grad for parameter in parameters)
-        momenta = parts(self.state[parameter]["momentum"] for parameter in parameters)
+        gradients = local_shards(parameter.grad for parameter in parameters)
+        momenta = local_shards(self.state[parameter]["momentum"] for parameter in parameters)
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov
         size = -group["lr"] * 0.2 * max(parameters[0].shape) ** 0.5
         # An expert that no token visited stays: whatever is left of its momentum would give a whole update.
         visited = torch.stack([gradient.any() for gradient in gradients]).to(updates[0].dtype)
-        if is_spread(parameters[0]):
+        if is_dtensor(parameters[0]):
             dist.all_reduce(visited, dist.ReduceOp.MAX)
-            updates = [whole(join(update, parameter)) for update, parameter in zip(updates, parameters)]
+            updates = [full_tensor(as_dtensor(update, parameter)) for update, parameter in zip(updates, parameters)]
         updates = _orthogonalize_together(torch.stack(updates))
         for parameter, update, factor in zip(parameters, updates, visited):
-            part(parameter).addcmul_(part(cut(update, parameter)), factor, value=size)
+            local_shard(parameter).addcmul_(local_shard(distribute_tensor(update, parameter)), factor, value=size)
 
     def _adam(self, group: dict):
         """Of all parameters of the group at once: on a card a kernel for each operation, not for each parameter."""
@@ -109,15 +109,17 @@ class Muon(torch.optim.Optimizer):
                 }
             state["step"] = state["step"].cpu() + 1  # a resumed run finds it on the card, where asking for it waits
         n = self.state[parameters[0]]["step"].item()
-        gradients = parts(parameter.grad for parameter in parameters)
-        means, squares = (parts(self.state[parameter][name] for parameter in parameters) for name in ("mean", "square"))
+        gradients = local_shards(parameter.grad for parameter in parameters)
+        means, squares = (
+            local_shards(self.state[parameter][name] for parameter in parameters) for name in ("mean", "square")
+        )
         torch._foreach_lerp_(means, gradients, 1 - beta1)
         torch._foreach_mul_(squares, beta2)
         torch._foreach_addcmul_(squares, gradients, gradients, value=1 - beta2)
         scales = torch._foreach_div(squares, 1 - beta2**n)
         torch._foreach_sqrt_(scales)
         torch._foreach_add_(scales, group["eps"])
-        torch._foreach_addcdiv_(parts(parameters), means, scales, value=-group["lr"] / (1 - beta1**n))
+        torch._foreach_addcdiv_(local_shards(parameters), means, scales, value=-group["lr"] / (1 - beta1**n))
 
 
 def _kind(name: str, parameter: Tensor, tied: bool) -> str:
@@ -174,8 +176,8 @@ class GradientBuffer:
         self.metrics = list(metrics)
         self.shapes = dict.fromkeys(self.SUMS, ()) | metrics
         sizes = {name: math.prod(shape) for name, shape in self.shapes.items()}
-        self.spread = is_spread(parameters[0])  # then each process has a part of the gradients, of all their sum
-        total = sum(rows.numel() for rows in parts(parameters))
+        self.spread = is_dtensor(parameters[0])  # then each process has a part of the gradients, of all their sum
+        total = sum(rows.numel() for rows in local_shards(parameters))
         self.flat = torch.zeros(total + sum(sizes.values()), device=parameters[0].device)
         self.gradients, self.sums = self.flat[:total], self.flat[total:]
         self.slices = {}
@@ -185,8 +187,8 @@ class GradientBuffer:
             self.slices[name] = slice(at, at + size)
             at += size
         at = 0
-        for parameter, rows in zip(parameters, parts(parameters)):
-            parameter.grad = join(self.gradients[at : at + rows.numel()].view_as(rows), parameter)
+        for parameter, rows in zip(parameters, local_shards(parameters)):
+            parameter.grad = as_dtensor(self.gradients[at : at + rows.numel()].view_as(rows), parameter)
             at += rows.numel()
 
     def add(self, **sums: float | Tensor):
