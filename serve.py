@@ -42,7 +42,7 @@ def main():
     if args.api_key == "":
         raise UserError("the API key is empty, and would let everyone in: look at --api_key and JIEZI_API_KEY")
     for name in ("fastapi", "uvicorn", "prometheus_client"):
-        import_extra(name, "requirements-serve.txt")
+        import_extra(name, "requirements/serve.txt")
     import uvicorn
 
     from server.api import create_app, is_local

@@ -135,7 +135,7 @@ def fraction(text: str) -> float:
     return float(text)
 
 
-def import_extra(name: str, requirements: str = "requirements-export.txt") -> ModuleType:
+def import_extra(name: str, requirements: str = "requirements/export.txt") -> ModuleType:
     """A package of that requirements file. UserError, with the command, where it is missing."""
     try:
         return importlib.import_module(name)

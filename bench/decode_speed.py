@@ -7,7 +7,7 @@ All have the same weights, write greedily with a KV cache, and take turns, call 
 medians are printed, and "x transformers" is the median over the turns. A rate in GB/s is the bytes of weights that a
 token reads, times tokens a second. Shares are of a limit measured in the same run: for one text and for batches torch's
 product of as many vectors with an 8192 x 8192 matrix, the median; for a prompt the best plain matrix product.
-llama.cpp takes part where its wheel is: pip install -r requirements-export.txt -c constraints.txt
+llama.cpp takes part where its wheel is: pip install -r requirements/export.txt -c constraints.txt
 """
 
 import argparse
@@ -23,7 +23,7 @@ import torch
 
 from base.cli import HelpFormatter, positive, run
 from bench.contest import Contest, Turns, measure_each, ratio
-from engine.decoding import lay_out_for_decoding
+from engine.decoding import pack_for_decoding
 from engine.generation import generate
 from model.checkpoint import load_model
 from model.gguf import write_gguf
@@ -38,7 +38,7 @@ Writer = Callable[[list[list[int]], int], list[list[int]] | None]  # (prompts, t
 def jiezi(directory: Path, half_weights: bool = False) -> Writer:
     keep_freed_memory()  # as eval.py does
     model = load_model(directory, torch.device("cpu")).eval()
-    model = lay_out_for_decoding(model, half_weights)
+    model = pack_for_decoding(model, half_weights)
 
     def write(prompts, n):
         return [list(tokens) for tokens in zip(*generate(model, prompts, n, temperature=0))]
@@ -69,7 +69,7 @@ def llama_cpp(directory: Path) -> Writer:
         opened = LlamaCpp(path, model.config.max_position_embeddings, torch.get_num_threads())
 
     def write(prompts, n):
-        answer = opened.write(prompts[0], n, ignore_eos=True, cache_prompt=False)
+        answer = opened.generate(prompts[0], n, ignore_eos=True, cache_prompt=False)
         if answer["tokens_predicted"] != n or answer["tokens_evaluated"] != len(prompts[0]):
             raise RuntimeError(f"llama.cpp read or wrote another number of tokens than asked: {answer}")
 
@@ -152,7 +152,7 @@ def main():
     parser.add_argument("--rounds", type=positive, default=5, help="measured calls of each")
     args = parser.parse_args()
     if not importlib.util.find_spec("xllamacpp"):
-        print("llama.cpp does not take part: pip install -r requirements-export.txt -c constraints.txt")
+        print("llama.cpp does not take part: pip install -r requirements/export.txt -c constraints.txt")
     measure_each(args, measure)
 
 

@@ -69,7 +69,7 @@ def known_languages() -> set[str]:
         import pycld2
     except ImportError:
         raise UserError(
-            "--languages needs the package pycld2: pip install -r requirements-languages.txt -c constraints.txt"
+            "--languages needs the package pycld2: pip install -r requirements/languages.txt -c constraints.txt"
         ) from None
     return {code.partition("-")[0] for name, code in pycld2.LANGUAGES if name in pycld2.DETECTED_LANGUAGES}
 

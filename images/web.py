@@ -4,7 +4,7 @@ models.
     python quickstart.py --no-chat
     python -m images.web
 
-It takes Playwright (requirements-interop.txt) and a browser: Debian's chromium, or what `playwright install chromium`
+It takes Playwright (requirements/interop.txt) and a browser: Debian's chromium, or what `playwright install chromium`
 brings.
 """
 
@@ -66,7 +66,7 @@ SHOTS = {  # name -> page, language, light or dark, what is done there, whether 
 
 
 def take(address: str, output: Path):
-    with import_extra("playwright.sync_api", "requirements-interop.txt").sync_playwright() as playwright:
+    with import_extra("playwright.sync_api", "requirements/interop.txt").sync_playwright() as playwright:
         browser = launch(playwright)
         for name, (path, language, scheme, act, compare) in SHOTS.items():
             page = browser.new_page(viewport=SIZE, locale={"zh": "zh-CN", "en": "en-GB"}[language], color_scheme=scheme)

@@ -1,7 +1,7 @@
 """A model as llama.cpp, Ollama and LM Studio read it: one GGUF file with weights, tokenizer and chat template.
 
 The architectures are llama.cpp's own: llama, with QK-norm qwen3, with experts glm4moe, for both routers. llama_cpp.py
-reads such a file. The packages of both stand in requirements-export.txt.
+reads such a file. The packages of both stand in requirements/export.txt.
 """
 
 import copy

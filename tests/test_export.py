@@ -91,4 +91,4 @@ def test_a_missing_package_is_named_with_the_command(saved, run_here, monkeypatc
     monkeypatch.setitem(sys.modules, "gguf", None)
     line = run_here("export.py", saved, "--to", "gguf").error_line(2)
     assert "gguf" in line
-    assert "pip install -r requirements-export.txt -c constraints.txt" in line
+    assert "pip install -r requirements/export.txt -c constraints.txt" in line

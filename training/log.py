@@ -57,7 +57,7 @@ class Log:
 
             self.wandb = wandb.init(project="jiezi", name=args.out_dir.name, mode=args.wandb, config=vars(args))
         if args.tensorboard:  # beside out_dir, which is renamed as it is saved
-            writer = import_extra("torch.utils.tensorboard", "requirements-track.txt").SummaryWriter
+            writer = import_extra("torch.utils.tensorboard", "requirements/track.txt").SummaryWriter
             self.tensorboard = writer(args.out_dir.parent / "tensorboard" / args.out_dir.name, purge_step=step + 1)
 
     def _write_records(self, path: Path):

@@ -555,7 +555,7 @@ def test_languages_say_what_they_need(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pycld2", None)
     write_jsonl("a.jsonl", [{"text": text} for text in WANTED])
     run("pretrain", "a.jsonl", "--output", "out", "--languages", "zh", status=2)
-    assert "pip install -r requirements-languages.txt -c constraints.txt" in capsys.readouterr().err
+    assert "pip install -r requirements/languages.txt -c constraints.txt" in capsys.readouterr().err
 
 
 # ---- What is written ------------------------------------------------------------------------------------------------

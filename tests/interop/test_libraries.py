@@ -1,6 +1,6 @@
 """Other people's libraries take our folders as they are: transformers, PEFT, TRL, wandb; and what vLLM asks of them.
 
-transformers, PEFT and wandb are there in every environment for tests; TRL is of requirements-interop.txt.
+transformers, PEFT and wandb are there in every environment for tests; TRL is of requirements/interop.txt.
 """
 
 import json

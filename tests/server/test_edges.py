@@ -377,7 +377,7 @@ def test_help_does_not_tell_the_key(run_here, monkeypatch):
 def test_without_its_packages_it_names_the_command(monkeypatch, run_here):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     line = run_here("serve.py").error_line(status=2)
-    assert "pip install -r requirements-serve.txt -c constraints.txt" in line
+    assert "pip install -r requirements/serve.txt -c constraints.txt" in line
 
 
 def test_models_are_found_newest_first_and_without_the_broken(models, tmp_path, monkeypatch, capsys):

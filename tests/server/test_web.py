@@ -1,6 +1,6 @@
 """The pages of web/ in a browser without a window: what a visitor does, with a made-up server behind them.
 
-It takes Playwright (requirements-interop.txt) and a browser: Debian's chromium, or what `playwright install chromium`
+It takes Playwright (requirements/interop.txt) and a browser: Debian's chromium, or what `playwright install chromium`
 brings.
 """
 
