@@ -332,7 +332,7 @@ def load_weights(model: CausalLM, tensors: dict[str, Tensor], path: Path):
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str):
     """Writes a safetensors file with its checksum and further metadata. OSError if it cannot be written."""
-    contiguous = {name: whole(tensor).cpu().contiguous() for name, tensor in tensors.items()}
+    contiguous = {name: full_tensor(tensor).cpu().contiguous() for name, tensor in tensors.items()}
 
     def write(temporary: Path):
         try:
@@ -344,8 +344,8 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str):
     write_file(path, write)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """Of a tensor that is spread over processes (training/shard.py), all; every process must ask for it."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be sharded (training/shard.py). Collective: every process must call it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 

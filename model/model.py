@@ -7,6 +7,8 @@ token visits k.
 Module and parameter names are Hugging Face's: a state dict is a checkpoint.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -264,9 +266,21 @@ class CausalLM(nn.Module):
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(parameter, std=residual_std if residual else 0.02)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None, mask: Tensor | None = None, cache=None):
-        """Logits (B, T, V); the arguments are Decoder.forward's. Training uses the hidden states (next_token_loss)."""
-        return self.lm_head(self.model(input_ids, position_ids, mask, cache))
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        mask: Mask = None,
+        cache=None,
+        routing: list | None = None,
+        head: Callable | None = None,
+    ):
+        """Logits (B, T, V), or head(hidden (B, T, H), weight (V, H)): losses do not need all logits at once.
+
+        The other arguments are Decoder.forward's.
+        """
+        hidden = self.model(input_ids, position_ids, mask, cache, routing)
+        return self.lm_head(hidden) if head is None else head(hidden, self.lm_head.weight)
 
     @property
     def is_chat(self) -> bool:
