@@ -7,6 +7,7 @@ import ctypes
 import importlib
 import math
 import os
+import shutil
 import sys
 import time
 from collections import Counter
@@ -109,15 +110,10 @@ class Machine:
         return total
 
 
-NO_CARD = "computing on the CPU, many times slower; look at `nvidia-smi` and the driver's version, or give --device cpu"
-
-
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """UserError when torch does not know, or this machine does not have, the device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        if name == "cpu" and torch.version.cuda and local_rank == 0:
-            print(f"no card found, though this torch is made for CUDA {torch.version.cuda}: {NO_CARD}", file=sys.stderr)
     try:
         device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
         if device.type == "meta" or (device.type == "cpu" and device.index):
@@ -128,6 +124,22 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
     return device
+
+
+def warn_of_unused_gpu(requested: str, device: torch.device):
+    """One line on standard error if --device auto took the CPU where an NVIDIA driver is installed and torch has CUDA.
+
+    Call it when nothing can be refused any more. A command and all processes that it starts print it once.
+    """
+    has_driver = shutil.which("nvidia-smi") or os.path.exists("/proc/driver/nvidia")
+    unused = requested == "auto" and device.type == "cpu" and torch.version.cuda and has_driver
+    if unused and not os.environ.get("JIEZI_WARNED_OF_GPU"):
+        os.environ["JIEZI_WARNED_OF_GPU"] = "1"
+        print(
+            f"no GPU found, although torch is built for CUDA {torch.version.cuda}: computing on the CPU, which is many "
+            "times slower; check `nvidia-smi` and the driver's version, or give --device cpu",
+            file=sys.stderr,
+        )
 
 
 def keep_freed_memory():
@@ -189,14 +201,16 @@ def auto_dtype(card: str, capability: tuple[int, int]) -> torch.dtype:
     return torch.float32
 
 
-def matmul_rate(machine: Machine, size: int = 2048, seconds: float = 5.0) -> float:
-    """The machine's limit: floating-point operations a second of a plain square matrix product, best of ten.
+def matmul_rate(machine: Machine, size: int | None = None) -> float:
+    """The machine's peak: floating-point operations per second of a square matrix product, best of at most ten.
 
-    On a card twenty are queued at a time, so that the way to it is not measured. Ends after `seconds`: in a format that
-    a CPU emulates, one product takes that long.
+    A GPU queues twenty at a time, so that the launches are not measured, and starts slowly. A CPU gets a third of a
+    second: a smaller product reaches its peak.
     """
+    on_gpu = machine.device.type == "cuda"
+    size = size or (2048 if on_gpu else 1536)
+    queued, seconds = (20, 5.0) if on_gpu else (1, 0.3)
     a = b = torch.ones(size, size, device=machine.device, dtype=machine.dtype)  # no random number is drawn
-    queued = 20 if machine.device.type == "cuda" else 1
     best, end = math.inf, time.perf_counter() + seconds
     for _ in range(10):
         start = time.perf_counter()
