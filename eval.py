@@ -42,7 +42,7 @@ from model.chat import BOS, EOS, encode, load_tokenizer, tokenizer_fingerprint
 from model.checkpoint import load_model
 from model.model import CausalLM
 from training.loss import evaluate, next_token_loss
-from training.machine import Machine, choose_device, keep_freed_memory
+from training.machine import Machine, choose_device, keep_freed_memory, warn_of_unused_gpu
 from training.packing import Mixture, open_sources
 
 STAGES = ("pretrain", "sft", "dpo", "grpo", "distill")
@@ -322,6 +322,7 @@ def main():
         printer.print_answer([*system, {"role": "user", "content": as_utf8(args.prompt)}])
     else:
         print(f"{directory}: {n_parameters:,} parameters")
+        warn_of_unused_gpu(args.device, device)
         converse(printer, system)
     if figures:
         for name, value in figures.items():

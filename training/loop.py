@@ -19,7 +19,7 @@ from training.balance import expert_metrics, move_router_bias
 from training.cost import fit_batch, memory_estimate, memory_of_machine, step_flops
 from training.log import Log, Meter
 from training.loss import LossFunction, evaluate
-from training.machine import Machine, matmul_rate
+from training.machine import Machine, matmul_rate, warn_of_unused_gpu
 from training.optimizer import GradientBuffer, build_optimizer, learning_rate, optimizer_step
 from training.packing import Batch, Mixture, TrainingData
 from training.shard import call, place
@@ -122,6 +122,8 @@ class Run:
         peak = matmul_rate(machine)  # measured by all processes at once
         self.meter = Meter(peak * machine.world_size, self.share_done())
         self.log.say(describe(args, machine, model, train_set, peak))
+        if machine.rank == 0:
+            warn_of_unused_gpu(args.device, machine.device)
         if args.compile:
             model.model.compile()
 

@@ -23,11 +23,11 @@ from base.cli import UserError
 from bench.train_speed import made_up_batch
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
-from training import loss
+from training import loss, machine
 from training.balance import count_each
 from training.flags import parse_flags
 from training.loss import CARD_CHUNK, TokenLosses, cross_entropy_sum, next_token_loss, token_losses
-from training.machine import Machine, auto_dtype, choose_device
+from training.machine import Machine, auto_dtype, choose_device, warn_of_unused_gpu
 from training.optimizer import GradientBuffer, build_optimizer, optimizer_step
 from training.packing import IGNORE, PackedDataset
 from training.rollouts import RolloutBatch
@@ -112,7 +112,7 @@ class Transfers(TorchDispatchMode):
 def test_a_step_copies_a_batch_once_and_waits_once(monkeypatch):
     """On tensors without values; any other question to the device raises. (AdamW is torch's, in one kernel.)"""
     monkeypatch.setattr("sys.argv", ["test", "--optimizer", "muon"])
-    machine, device = Machine(0, 1, torch.device("meta"), torch.float32), torch.device("meta")
+    here, device = Machine(0, 1, torch.device("meta"), torch.float32), torch.device("meta")
     with device:
         model = CausalLM(LMConfig(**PRESETS["tiny"])).train()
     buffer = GradientBuffer(list(model.parameters()), metrics={})
@@ -125,7 +125,7 @@ def test_a_step_copies_a_batch_once_and_waits_once(monkeypatch):
         loss_sum.backward()
         buffer.add(loss=loss_sum.detach(), count=count, real_tokens=batch.real_tokens, flops=1e9)
         assert (transfers.to_device, transfers.to_host) == (1, 0)
-        sums = buffer.all_reduce(machine, 1.0, lambda: None)
+        sums = buffer.all_reduce(here, 1.0, lambda: None)
         assert (transfers.to_device, transfers.to_host) == (2, 1)
         optimizer_step(optimizer, buffer, scaler, sums | {"grad_norm": 2.0}, grad_clip=1.0)
     assert (transfers.to_device, transfers.to_host) == (2, 1)
@@ -200,15 +200,27 @@ def test_an_overflow_halves_the_scale_and_is_not_taken_for_broken_data(data, tmp
 # ----------------------------------------------------------------------------------------------------------- the device
 
 
-def test_a_torch_for_cards_that_finds_none_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
+def test_a_machine_without_a_gpu_computes_on_its_cpu(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert choose_device("auto").type == "cpu"
-    assert "no card found" in capsys.readouterr().err
-    choose_device("cpu")
-    assert not capsys.readouterr().err
     with pytest.raises(UserError, match="--device cuda"):
         choose_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("requested", "cuda", "driver", "lines"),
+    [("auto", "13.0", True, 1), ("auto", "13.0", False, 0), ("auto", None, True, 0), ("cpu", "13.0", True, 0)],
+)
+def test_an_unused_gpu_is_reported_once_where_a_driver_is_installed(
+    requested, cuda, driver, lines, monkeypatch, capsys
+):
+    monkeypatch.delenv("JIEZI_WARNED_OF_GPU")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(machine.shutil, "which", lambda name: name if driver else None)
+    monkeypatch.setattr(machine.os.path, "exists", lambda path: False)
+    for _ in range(2):
+        warn_of_unused_gpu(requested, torch.device("cpu"))
+    assert capsys.readouterr().err.count("no GPU found, although torch is built for CUDA 13.0") == lines
 
 
 def test_the_first_lines_say_how_it_attends(data, tmp_path, capsys):
@@ -228,10 +240,10 @@ def test_sums_of_the_host_and_of_the_device_add_up():
 
 
 def test_random_numbers_are_taken_up_again_also_from_a_run_on_a_card():
-    machine = Machine(0, 1, torch.device("cpu"), torch.float32)
-    state = machine.random_state()
+    here = Machine(0, 1, torch.device("cpu"), torch.float32)
+    state = here.random_state()
     drawn = torch.rand(3)
-    machine.set_random_state(torch.cat((state, torch.zeros(16, dtype=torch.uint8))))  # the card's stands behind
+    here.set_random_state(torch.cat((state, torch.zeros(16, dtype=torch.uint8))))  # the card's stands behind
     assert torch.rand(3).equal(drawn)
 
 
