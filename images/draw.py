@@ -1,5 +1,6 @@
 """Draws the structure of the model and of this project, in Chinese and English: LLM-structure.png and
-LLM-structure-moe.png from real models, packages.png from the real imports, token-path.png from functions that exist.
+LLM-structure-moe.png from real models, packages.png from the real imports, token-path.png from functions that exist,
+loss-annotated.png from the table of docs/loss.md.
 
     python -m images.draw
 
@@ -10,6 +11,7 @@ pictures (NAME_en.png) are drawn.
 import argparse
 import ast
 import pkgutil
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,6 +69,22 @@ PATH_OF_A_TOKEN = {  # script -> what it reads, then (function, what it returns)
         ("engine.generation.TextStream.put", "完整的字符|whole characters"),
     ),
 }
+
+LOSS_NOTES = (  # (step, loss) of a point, (step, loss) of its text, the text
+    (
+        (0, 8.80),
+        (60, 8.75),
+        "① 第 0 步：8.80 ≈ ln 6400，模型一无所知|① step 0: 8.80 ≈ ln 6400, no knowledge yet",
+    ),
+    (
+        (20, 7.35),
+        (150, 7.55),
+        "② 约 15 步：学会哪些 token 常见（7.52）|② ~15 steps: which tokens are common (7.52)",
+    ),
+    ((200, 5.81), (290, 6.35), "③ 200 步：学会哪些 token 常相邻|③ 200 steps: which tokens follow which"),
+    ((800, 4.99), (620, 5.75), "④ 缓降：每 200 步的收获递减|④ the slow part: each 200 steps gain less"),
+    ((1400, 4.563), (700, 4.25), "⑤ 验证损失与训练损失接近：没有过拟合|⑤ validation close to training: no overfitting"),
+)
 
 WEIGHTS, PLAIN, DATA, PICKED = "#9ecae1", "#fdd0a2", "#e6e6e6", "#fb9a7a"  # parameters, none, data, chosen experts
 COLORS = dict(zip(ABOUT, "#d9d9d9 #fbb4ae #fddaec #fdd0a2 #decbe4 #ccebc5 #9ecae1 #ffffcc".split()))
@@ -279,6 +297,22 @@ def draw_token_path(language: str, path: Path):
     canvas.save(path)
 
 
+def draw_loss(language: str, path: Path):
+    """The losses of `mini` in docs/loss.md, with notes."""
+    table = next(part for part in (ROOT / "docs/loss.md").read_text("utf-8").split("\n\n") if "| 1,436 |" in part)
+    rows = re.findall(r"^\| ([\d,]+) \| [^|]+ \| ([\d.]*) ?\| ([\d.]*)", table, re.MULTILINE)
+    canvas = Canvas(100, 56, language)
+    axes = canvas.figure.add_axes((0.08, 0.1, 0.9, 0.87), xlim=(-20, 1460), ylim=(4, 9.1))
+    axes.set(xlabel=canvas.words("步|step"), ylabel=canvas.words("损失（−ln p）|loss (−ln p)"))
+    for column, name in ((1, "训练|training"), (2, "验证|validation")):
+        points = [(int(row[0].replace(",", "")), float(row[column])) for row in rows if row[column]]
+        axes.plot(*zip(*points), marker=".", label=canvas.words(name))
+    for point, place, text in LOSS_NOTES:
+        axes.annotate(canvas.words(text), point, place, va="center", arrowprops=dict(arrowstyle="->", color=LINE))
+    axes.legend(loc="upper right", bbox_to_anchor=(1, 0.85))
+    canvas.save(path)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="small", help="a dense size; its -moe form is drawn too")
@@ -295,6 +329,7 @@ def main():
             draw_structure(f"{args.preset}-moe", language, args.output / f"LLM-structure-moe{suffix}")
             draw_packages(language, args.output / f"packages{suffix}")
             draw_token_path(language, args.output / f"token-path{suffix}")
+            draw_loss(language, args.output / f"loss-annotated{suffix}")
 
 
 if __name__ == "__main__":

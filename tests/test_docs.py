@@ -70,7 +70,7 @@ def test_pictures_of_the_structure_can_be_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["draw", "--preset", "tiny", "--output", str(tmp_path)])
     monkeypatch.setattr(draw, "chinese_font", lambda: None)  # the machine may have none
     draw.main()
-    names = ("LLM-structure", "LLM-structure-moe", "packages", "token-path")
+    names = ("LLM-structure", "LLM-structure-moe", "packages", "token-path", "loss-annotated")
     assert {path.name for path in tmp_path.iterdir()} == {f"{name}_en.png" for name in names}
 
 
