@@ -17,7 +17,11 @@ from pathlib import Path
 
 from base.cli import HelpFormatter, UserError, above_zero, import_extra, natural, positive, run
 from engine.tools import load_tools
+<<<<<<< HEAD
 from training.machine import choose_device, keep_freed_memory, warn_of_unused_gpu
+=======
+from model.device import choose_device, keep_freed_memory
+>>>>>>> main
 
 GRACE = 5  # seconds in which answers may end when the server is told to leave
 
