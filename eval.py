@@ -40,16 +40,11 @@ from engine.session import ReplyStream, Session, read_tokens
 from engine.tools import load_tools
 from model.chat import BOS, EOS, encode, load_tokenizer, tokenizer_fingerprint
 from model.checkpoint import load_model
-from model.device import choose_device, keep_freed_memory
+from model.device import choose_device, keep_freed_memory, note_unused_gpu
 from model.model import CausalLM
 from training.loss import evaluate, next_token_loss
-<<<<<<< HEAD
-from training.machine import Machine, choose_device, keep_freed_memory, warn_of_unused_gpu
-from training.packing import Mixture, open_sources
-=======
 from training.machine import Machine
 from training.packing import PackedDataset
->>>>>>> main
 
 STAGES = ("pretrain", "sft", "dpo", "grpo", "distill")
 THINK_CHOICES = ("show", "hide", "off")
@@ -326,7 +321,7 @@ def main():
         printer.print_answer([*system, {"role": "user", "content": as_utf8(args.prompt)}])
     else:
         print(f"{directory}: {n_parameters:,} parameters")
-        warn_of_unused_gpu(args.device, device)
+        note_unused_gpu()
         converse(printer, system)
     if figures:
         for name, value in figures.items():

@@ -28,13 +28,8 @@ from base.cli import above_zero, available_cores, join_words, python_command, ru
 from base.files import STATE_FILE, read_json, write_file, write_json
 from demo.picture import plot
 from demo.questions import NAMES, NEW_NAMES, is_brief, is_right
-from model.device import choose_device
+from model.device import choose_device, note_unused_gpu
 from training.log import read_metrics
-<<<<<<< HEAD
-from training.machine import choose_device, warn_of_unused_gpu
-from training.state import STATE_FILE
-=======
->>>>>>> main
 
 OUT = Path("out/quickstart")
 DATA, CORPUS = OUT / "data", OUT / "corpus"
@@ -76,9 +71,9 @@ class Tour:
     def __init__(self, minutes: float, file: Path = OUT / "tour.json"):
         self.minutes, self.file = minutes, file
         self.done = read_json(self.file) if self.file.exists() else {}
-        cores, device = available_cores(), choose_device("auto")
-        warn_of_unused_gpu("auto", device)  # here, for all stages
-        self.processes = {"cpu": min(cores, 2), "cuda": torch.cuda.device_count()}.get(device.type, 1)
+        cores, device = available_cores(), choose_device("auto").type
+        note_unused_gpu()  # here, for all stages
+        self.processes = {"cpu": min(cores, 2), "cuda": torch.cuda.device_count()}.get(device, 1)
         # In UTF-8 also where the system's encoding is another; torchrun warns if no one has set the threads.
         self.environment = {"OMP_NUM_THREADS": str(max(1, cores // self.processes)), **os.environ, "PYTHONUTF8": "1"}
         if platform.system() == "Windows":

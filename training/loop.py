@@ -18,24 +18,18 @@ import numpy as np
 from torch import Tensor
 
 from model.chat import EOS, IM_END
+from model.device import note_unused_gpu
 from model.model import CausalLM
 from training.balance import expert_metrics, move_router_bias
 from training.cost import fit_batch, step_flops
 from training.flags import RunSettings
 from training.log import Log, Meter
-<<<<<<< HEAD
-from training.loss import LossFunction, evaluate
-from training.machine import Machine, matmul_rate, warn_of_unused_gpu
-from training.optimizer import GradientBuffer, build_optimizer, learning_rate, optimizer_step
-from training.packing import Batch, Mixture, TrainingData
-=======
 from training.loss import LossFunction
 from training.machine import Machine, matmul_rate
 from training.optimizer import GradientBuffer, build_optimizer, optimizer_step
 from training.packing import Batch, PackedDataset
 from training.report import check_compatible, check_first_loss, closing_message, run_report
 from training.schedule import TrainState
->>>>>>> main
 from training.shard import call, place
 from training.state import Checkpointer
 
@@ -82,13 +76,6 @@ class Run:
         checkpointer = self.checkpointer
         self.log = Log(settings.log, flags, machine.rank, checkpointer.out_dir, checkpointer.directory, self.state.step)
         peak = matmul_rate(machine)  # measured by all processes at once
-<<<<<<< HEAD
-        self.meter = Meter(peak * machine.world_size, self.share_done())
-        self.log.say(describe(args, machine, model, train_set, peak))
-        if machine.rank == 0:
-            warn_of_unused_gpu(args.device, machine.device)
-        if args.compile:
-=======
         self.meter = Meter(peak * machine.world_size, self.progress())
         self.stop = StopRequest()
         self.ahead: tuple[np.ndarray, Batch] | None = None  # the next step's first batch, and its rows
@@ -99,8 +86,9 @@ class Run:
         self.sums = Counter()  # of its updates, over all processes
         self.grad_norm = 0.0  # of its last update; NaN where a number was not finite
         self.log.info(run_report(settings, self.step_settings, machine, model, train_set, peak))
+        if machine.rank == 0:
+            note_unused_gpu()
         if settings.compile:
->>>>>>> main
             model.model.compile()
 
     def progress(self) -> float:

@@ -5,11 +5,6 @@ import contextlib
 import importlib
 import math
 import os
-<<<<<<< HEAD
-import shutil
-import sys
-=======
->>>>>>> main
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -112,60 +107,8 @@ class Machine:
         return total
 
 
-<<<<<<< HEAD
-def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """UserError when torch does not know, or this machine does not have, the device."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
-        if device.type == "meta" or (device.type == "cpu" and device.index):
-            raise RuntimeError("there is no such device")
-        torch.empty(1, device=device)
-        if device.type == "cuda":
-            torch.backends.cuda.enable_cudnn_sdp(False)  # its masked backward can give NaN (pytorch issue 196678)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    return device
-
-
-def warn_of_unused_gpu(requested: str, device: torch.device):
-    """One line on standard error if --device auto took the CPU where an NVIDIA driver is installed and torch has CUDA.
-
-    Call it when nothing can be refused any more. A command and all processes that it starts print it once.
-    """
-    has_driver = shutil.which("nvidia-smi") or os.path.exists("/proc/driver/nvidia")
-    unused = requested == "auto" and device.type == "cpu" and torch.version.cuda and has_driver
-    if unused and not os.environ.get("JIEZI_WARNED_OF_GPU"):
-        os.environ["JIEZI_WARNED_OF_GPU"] = "1"
-        print(
-            f"no GPU found, although torch is built for CUDA {torch.version.cuda}: computing on the CPU, which is many "
-            "times slower; check `nvidia-smi` and the driver's version, or give --device cpu",
-            file=sys.stderr,
-        )
-
-
-def keep_freed_memory():
-    """Has glibc keep freed memory for the next step, which wants the same sizes: to give it back to the system and get
-    it anew, page by page, takes a tenth of a CPU's training step."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation has a mapping of its own
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
-
-
-def return_freed_memory():
-    """Has glibc give freed memory back. With --shard layers come and go, of which one seldom fits in the gaps that
-    another left: a process would grow as large as one that holds the whole model."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-3, 2**20)  # M_MMAP_THRESHOLD: what is larger has a mapping of its own, always
-
-
-def start_machine(args: argparse.Namespace) -> Machine:
-    """Joins the other processes when torchrun started this one, and chooses device and number format."""
-=======
 def start_machine(device: str, dtype: str, seed: int, shard: bool = False, compile: bool = False) -> Machine:
     """Joins the other processes if torchrun started this one, and chooses device and precision, as the flags say."""
->>>>>>> main
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if shard and world_size == 1:
         raise UserError("--shard shards a model over several processes: torchrun --nproc_per_node N SCRIPT --shard")
@@ -208,19 +151,11 @@ def auto_dtype(card: str, capability: tuple[int, int]) -> torch.dtype:
     return torch.float32
 
 
-<<<<<<< HEAD
 def matmul_rate(machine: Machine, size: int | None = None) -> float:
-    """The machine's peak: floating-point operations per second of a square matrix product, best of at most ten.
+    """Peak FLOP/s: floating-point operations per second of a plain square matrix product, best of at most ten.
 
-    A GPU queues twenty at a time, so that the launches are not measured, and starts slowly. A CPU gets a third of a
-    second: a smaller product reaches its peak.
-=======
-def matmul_rate(machine: Machine, size: int = 2048, seconds: float = 5.0) -> float:
-    """Peak FLOP/s: floating-point operations per second of a plain square matrix product, best of ten.
-
-    On a GPU twenty are queued at a time, so that the latency of a call is not measured. Ends after `seconds`: one
-    product takes that long in a dtype that a CPU emulates.
->>>>>>> main
+    On a GPU twenty are queued at a time, so that the latency of a call is not measured. A CPU gets a third of a second:
+    a smaller product reaches its peak.
     """
     on_gpu = machine.device.type == "cuda"
     size = size or (2048 if on_gpu else 1536)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -21,19 +22,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from base.cli import UserError
 from bench.train_speed import made_up_batch
-from model.device import choose_device
+from model import device as devices
+from model.device import choose_device, note_unused_gpu
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
-from training import loss, machine
+from training import loss
 from training.balance import count_each
 from training.loss import CARD_CHUNK, TokenLosses, cross_entropy_sum, next_token_loss, token_losses
-<<<<<<< HEAD
-from training.machine import Machine, auto_dtype, choose_device, warn_of_unused_gpu
-from training.optimizer import GradientBuffer, build_optimizer, optimizer_step
-=======
 from training.machine import Machine, auto_dtype
 from training.optimizer import GradientBuffer, OptimizerSettings, build_optimizer, optimizer_step
->>>>>>> main
 from training.packing import IGNORE, PackedDataset
 from training.rollouts import RolloutBatch
 
@@ -115,16 +112,10 @@ class Transfers(TorchDispatchMode):
 
 
 def test_a_step_copies_a_batch_once_and_waits_once(monkeypatch):
-<<<<<<< HEAD
-    """On tensors without values; any other question to the device raises. (AdamW is torch's, in one kernel.)"""
-    monkeypatch.setattr("sys.argv", ["test", "--optimizer", "muon"])
-    here, device = Machine(0, 1, torch.device("meta"), torch.float32), torch.device("meta")
-=======
     """On tensors without values, of which torch's AdamW has no fused kernel; any other question to them raises."""
     adamw = torch.optim.AdamW
     monkeypatch.setattr(torch.optim, "AdamW", lambda groups, fused, **options: adamw(groups, **options))
     machine, device = Machine(0, 1, torch.device("meta"), torch.float32), torch.device("meta")
->>>>>>> main
     with device:
         model = CausalLM(LMConfig(**PRESETS["tiny"])).train()
     buffer = GradientBuffer(list(model.parameters()), metrics={})
@@ -137,7 +128,7 @@ def test_a_step_copies_a_batch_once_and_waits_once(monkeypatch):
         loss_sum.backward()
         buffer.add_sums(loss=loss_sum.detach(), count=count, real_tokens=batch.real_tokens, flops=1e9)
         assert (transfers.to_device, transfers.to_host) == (1, 0)
-        sums = buffer.all_reduce(here, 1.0, lambda: None)
+        sums = buffer.all_reduce(machine, 1.0, lambda: None)
         assert (transfers.to_device, transfers.to_host) == (2, 1)
         optimizer_step(optimizer, buffer, scaler, sums | {"grad_norm": 2.0}, grad_clip=1.0)
     assert (transfers.to_device, transfers.to_host) == (2, 1)
@@ -226,12 +217,16 @@ def test_a_machine_without_a_gpu_computes_on_its_cpu(monkeypatch):
 def test_an_unused_gpu_is_reported_once_where_a_driver_is_installed(
     requested, cuda, driver, lines, monkeypatch, capsys
 ):
-    monkeypatch.delenv("JIEZI_WARNED_OF_GPU")
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    del os.environ[devices.GPU_NOTE]
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    monkeypatch.setattr(machine.shutil, "which", lambda name: name if driver else None)
-    monkeypatch.setattr(machine.os.path, "exists", lambda path: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(devices.shutil, "which", lambda name: name if driver else None)
+    monkeypatch.setattr(devices.os.path, "exists", lambda path: False)
+    choose_device(requested)
+    assert capsys.readouterr().err == ""
     for _ in range(2):
-        warn_of_unused_gpu(requested, torch.device("cpu"))
+        note_unused_gpu()
     assert capsys.readouterr().err.count("no GPU found, although torch is built for CUDA 13.0") == lines
 
 
@@ -252,10 +247,10 @@ def test_sums_of_the_host_and_of_the_device_add_up():
 
 
 def test_random_numbers_are_taken_up_again_also_from_a_run_on_a_card():
-    here = Machine(0, 1, torch.device("cpu"), torch.float32)
-    state = here.random_state()
+    machine = Machine(0, 1, torch.device("cpu"), torch.float32)
+    state = machine.random_state()
     drawn = torch.rand(3)
-    here.set_random_state(torch.cat((state, torch.zeros(16, dtype=torch.uint8))))  # the card's stands behind
+    machine.set_random_state(torch.cat((state, torch.zeros(16, dtype=torch.uint8))))  # the card's stands behind
     assert torch.rand(3).equal(drawn)
 
 
