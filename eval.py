@@ -40,7 +40,7 @@ from engine.session import ReplyStream, Session, read_tokens
 from engine.tools import load_tools
 from model.chat import BOS, EOS, encode, load_tokenizer, tokenizer_fingerprint
 from model.checkpoint import load_model
-from model.device import choose_device, keep_freed_memory
+from model.device import choose_device, keep_freed_memory, note_unused_gpu
 from model.model import CausalLM
 from training.loss import evaluate, next_token_loss
 from training.machine import Machine
@@ -321,6 +321,7 @@ def main():
         printer.print_answer([*system, {"role": "user", "content": as_utf8(args.prompt)}])
     else:
         print(f"{directory}: {n_parameters:,} parameters")
+        note_unused_gpu()
         converse(printer, system)
     if figures:
         for name, value in figures.items():

@@ -291,7 +291,7 @@ def test(pytest_arguments):
         ["pip", "--disable-pip-version-check", "check"],
         ["ruff", "check", "."],
         ["ruff", "format", "--check", "."],
-        ["pytest", *pytest_arguments],
+        ["pytest", "-n", "auto", "--dist", "loadfile", *pytest_arguments],  # tests/conftest.py: "auto"
     ):
         status, _ = run([python, "-m", *command])
         if status:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from base.cli import HelpFormatter, UserError, above_zero, import_extra, natural, positive, run
 from engine.tools import load_tools
-from model.device import choose_device, keep_freed_memory
+from model.device import choose_device, keep_freed_memory, note_unused_gpu
 
 GRACE = 5  # seconds in which answers may end when the server is told to leave
 
@@ -66,6 +66,7 @@ def main():
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(args.host, args.host)
     url = f"http://{host}:{listening.getsockname()[1]}"
     print(f"{url}  {', '.join(models)}", flush=True)
+    note_unused_gpu()
     if args.open:
         threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
     options = dict(http=Impatient, ws="none", log_level="warning", server_header=False, timeout_graceful_shutdown=GRACE)

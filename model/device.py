@@ -1,21 +1,24 @@
 """What a model computes on: the device that --device names, and the memory that a CPU keeps."""
 
 import ctypes
+import os
+import shutil
 import sys
 
 import torch
 
 from base.cli import UserError
 
-NO_CARD = "computing on the CPU, many times slower; look at `nvidia-smi` and the driver's version, or give --device cpu"
+GPU_NOTE = "JIEZI_GPU_NOTE"  # in the environment, for all processes of a command: "due" or "given"
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """UserError when torch does not know, or this machine does not have, the device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        if name == "cpu" and torch.version.cuda and local_rank == 0:
-            print(f"no card found, though this torch is made for CUDA {torch.version.cuda}: {NO_CARD}", file=sys.stderr)
+        has_driver = shutil.which("nvidia-smi") or os.path.exists("/proc/driver/nvidia")
+        if name == "cpu" and torch.version.cuda and has_driver:
+            os.environ.setdefault(GPU_NOTE, "due")
     try:
         device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
         if device.type == "meta" or (device.type == "cpu" and device.index):
@@ -26,6 +29,20 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
     return device
+
+
+def note_unused_gpu():
+    """Prints one line, once per command, if choose_device took the CPU although torch and a driver are for a GPU.
+
+    For when nothing can be refused any more: an error is the first line of its output.
+    """
+    if os.environ.get(GPU_NOTE) == "due":
+        os.environ[GPU_NOTE] = "given"
+        print(
+            f"no GPU found, although torch is built for CUDA {torch.version.cuda}: computing on the CPU, which is many "
+            "times slower; check `nvidia-smi` and the driver's version, or give --device cpu",
+            file=sys.stderr,
+        )
 
 
 def keep_freed_memory():

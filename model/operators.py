@@ -60,8 +60,9 @@ def without_autocast(device_type: str):
 
 
 def exact_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x weight^T in float32, also where other products in float32 are rounded to TF32 (not so under torch.compile)."""
-    x, weight = x.float(), weight.float()
+    """x weight^T in float32 at least, also where other products are rounded to TF32 (not so under torch.compile)."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    x, weight = x.to(dtype), weight.to(dtype)
     if x.device.type != "cuda" or torch.compiler.is_compiling():
         return F.linear(x, weight)
     precision = torch.get_float32_matmul_precision()
@@ -83,8 +84,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def rope_tables(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every position's angles (RoFormer, arXiv 2104.09864, eq. 15), each (B, T, 1, D/2) in fp32."""
-    exponents = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim  # (D/2,)
-    angles = position_ids[..., None, None].float() * theta**-exponents
+    exponents = torch.arange(0, head_dim, 2, device=position_ids.device) / head_dim  # (D/2,)
+    angles = position_ids[..., None, None] * theta**-exponents
     return angles.cos(), angles.sin()
 
 

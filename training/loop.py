@@ -20,6 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from model.chat import EOS, IM_END
+from model.device import note_unused_gpu
 from model.model import CausalLM
 from training.balance import expert_metrics, move_router_bias
 from training.cost import fit_batch, step_flops
@@ -87,6 +88,8 @@ class Run:
         self.sums = Counter()  # of its updates, over all processes
         self.grad_norm = 0.0  # of its last update; NaN where a number was not finite
         self.log.info(run_report(settings, self.step_settings, machine, model, train_set, peak))
+        if machine.rank == 0:
+            note_unused_gpu()
         if settings.compile:
             model.model.compile()
 

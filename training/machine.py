@@ -151,14 +151,16 @@ def auto_dtype(card: str, capability: tuple[int, int]) -> torch.dtype:
     return torch.float32
 
 
-def matmul_rate(machine: Machine, size: int = 2048, seconds: float = 5.0) -> float:
-    """Peak FLOP/s: floating-point operations per second of a plain square matrix product, best of ten.
+def matmul_rate(machine: Machine, size: int | None = None) -> float:
+    """Peak FLOP/s: floating-point operations per second of a plain square matrix product, best of at most ten.
 
-    On a GPU twenty are queued at a time, so that the latency of a call is not measured. Ends after `seconds`: one
-    product takes that long in a dtype that a CPU emulates.
+    On a GPU twenty are queued at a time, so that the latency of a call is not measured. A CPU gets a third of a second:
+    a smaller product reaches its peak.
     """
+    on_gpu = machine.device.type == "cuda"
+    size = size or (2048 if on_gpu else 1536)
+    queued, seconds = (20, 5.0) if on_gpu else (1, 0.3)
     a = b = torch.ones(size, size, device=machine.device, dtype=machine.dtype)  # no random number is drawn
-    queued = 20 if machine.device.type == "cuda" else 1
     best, end = math.inf, time.perf_counter() + seconds
     for _ in range(10):
         start = time.perf_counter()
