@@ -34,9 +34,8 @@ def assistant_loss(model: CausalLM, batch: Batch):
 
     two tokens have a label, "2" and the <|im_end|> after it, and the rest is only read.
     """
-    assistant = batch.scored_positions()  # (M,): where in the B * T positions the M tokens with a label are
     routing = []  # of a mixture of experts
-    log_probs = token_log_probs(model, batch, assistant, routing)  # (M,)
+    log_probs = token_log_probs(model, batch, routing)  # (M,): of the M tokens with a label
     balance, metrics = expert_balance(model, batch, routing)  # 0 for a dense model
     return balance - log_probs.sum(), batch.scored, metrics
 

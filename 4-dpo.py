@@ -38,7 +38,7 @@ METRICS = ("accuracy", "reward_margin", "reward_chosen", "reward_rejected", "log
 def answer_log_probs(model: CausalLM, batch: Batch, routing: list | None = None) -> tuple[Tensor, Tensor]:
     """ln p(answer | prompt) of every chat and the answer's number of tokens, (C,) each; chosen and rejected in turn."""
     scored = batch.scored_positions()  # (M,): of the answers' tokens
-    log_probs = token_log_probs(model, batch, scored, routing)  # (M,)
+    log_probs = token_log_probs(model, batch, routing)  # (M,)
     chat = batch.document_index.flatten()[scored]  # (M,)
     sums = log_probs.new_zeros(2, len(batch.documents))
     return sums[0].index_add(0, chat, log_probs), sums[1].index_add(0, chat, torch.ones_like(log_probs))

@@ -109,12 +109,12 @@ def main():
     def grpo_loss(model: CausalLM, batch: RolloutBatch) -> tuple[Tensor, int, dict[str, Tensor]]:
         scored = batch.scored_positions()  # (M,): of the tokens that the model chose
         old = batch.old_log_probs.flatten()[scored]
-        log_probs = token_log_probs(model, batch, scored)
+        log_probs = token_log_probs(model, batch)
         advantages = batch.advantages.flatten()[scored]
         losses = policy_loss(log_probs, old, advantages, args.clip_low, args.clip_high)
         if reference is not None:  # k3, an estimate of the distance that is never negative: 2402.03300, eq. 4
             with torch.no_grad():
-                reference_log_probs = token_log_probs(reference, batch, scored)
+                reference_log_probs = token_log_probs(reference, batch)
             difference = reference_log_probs - log_probs
             losses = losses + args.beta * (difference.exp() - difference - 1)
         if args.loss == "grpo":  # the mean of each answer

@@ -32,7 +32,7 @@ from training.optimizer import GradientBuffer, build_optimizer, optimizer_step
 from training.packing import Batch, PackedDataset
 from training.report import check_compatible, check_first_loss, closing_message, run_report
 from training.schedule import TrainState
-from training.shard import call, place
+from training.shard import shard_model
 from training.state import Checkpointer
 
 EARLY_VALIDATIONS = (20, 50)  # steps: the loss falls fastest at the start, where plots compare it with training's
@@ -63,7 +63,7 @@ class Run:
         check_compatible(settings, model.config, train_set)
         if train_set.masked:
             model.stop_token_ids = [EOS, IM_END]  # chats teach to stop at the end of a turn
-        place(model, machine).train()
+        shard_model(model, machine).train()
         model.model.gradient_checkpointing = settings.step.grad_checkpointing
         self.step_settings = fit_batch(settings.step, machine, model) if settings.fit_batch else settings.step
         self.batch_size = self.step_settings.batch_size
@@ -164,7 +164,7 @@ class Run:
                 break
             batch = batch.to(self.machine.device)
             with self.machine.autocast():
-                loss_sum, counted, metrics = call(loss_fn, self.model, batch)
+                loss_sum, counted, metrics = loss_fn(self.model, batch)
             self.scaler.scale(loss_sum / self.scale).backward()
             self.losses.append((loss_sum.detach(), batch.documents))
             self.buffer.add_sums(
