@@ -13,7 +13,7 @@ GPU_NOTE = "JIEZI_GPU_NOTE"  # in the environment, for all processes of a comman
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """UserError when torch does not know, or this machine does not have, the device."""
+    """The torch device of --device. UserError if torch or this machine does not have it."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         has_driver = shutil.which("nvidia-smi") or os.path.exists("/proc/driver/nvidia")
@@ -46,15 +46,15 @@ def note_unused_gpu():
 
 
 def keep_freed_memory():
-    """Has glibc keep freed memory for the next step, which wants the same sizes: to give it back to the system and get
-    it anew, page by page, takes a tenth of a CPU's training step."""
+    """Makes glibc keep freed memory for the next step, which allocates the same sizes: returning it to the system and
+    getting it again, page by page, takes a tenth of a CPU's training step."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation has a mapping of its own
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
 
 
 def return_freed_memory():
-    """Has glibc give freed memory back. With --shard layers come and go, of which one seldom fits in the gaps that
-    another left: a process would grow as large as one that holds the whole model."""
+    """Makes glibc return freed memory to the system. With --shard, layers are allocated and freed in turn and seldom
+    fit into each other's gaps: a process would grow as large as one with the whole model."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-3, 2**20)  # M_MMAP_THRESHOLD: what is larger has a mapping of its own, always
+        libc.mallopt(-3, 2**20)  # M_MMAP_THRESHOLD: what is larger always has a mapping of its own
