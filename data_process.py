@@ -19,6 +19,7 @@ describes the files.
 """
 
 import argparse
+import codecs
 import gzip
 import json
 import os
@@ -47,9 +48,9 @@ from corpus.cleaning import known_languages
 from corpus.exams import load_exams
 from corpus.fetch import HUBS, choose_files, fetch_files, fetch_part, find_entry, open_hub, read_catalogue
 from corpus.figures import draw
-from corpus.files import SUFFIXES, find_files, suffix_of
+from corpus.files import SUFFIXES, ReadOptions, find_files, suffix_of
 from corpus.kinds import KINDS, load_encoder
-from corpus.look import READINGS, SHOWN, describe, examine, first_look, some
+from corpus.look import READINGS, SHOWN, describe, examine, first_look, show_tokens, some
 from corpus.pipeline import Report, read_documents
 from corpus.prepared import META, SPLITS, Prepared, check_prepared, writing_prepared
 from corpus.records import each_record, map_fields, parse, text_of
@@ -64,8 +65,8 @@ def prepare(args: argparse.Namespace):
     kind, report = KINDS[args.command], Report(args)
     load_encoder(args.tokenizer)  # here first: a mistake is found before the workers start
     tokenizer_dir = Path(args.tokenizer)
-    shape = dict(masked=kind.masked, group=len(kind.titles), noted=kind.noted)
-    with writing_prepared(args.output, args.command, tokenizer_dir, **shape) as writer:
+    layout = dict(masked=kind.masked, group=len(kind.titles), noted=kind.noted)
+    with writing_prepared(args.output, args.command, tokenizer_dir, **layout) as writer:
         if args.val:  # first, so that what it holds is dropped from the training documents
             for document in read_documents(args, args.val, report):
                 writer.add("val", document.parts, document.size, document.note)
@@ -86,7 +87,7 @@ def prepare(args: argparse.Namespace):
 
 def clean_files(args: argparse.Namespace):
     """The command clean: the records again, as JSON lines, with the texts cleaned and without those that rules drop."""
-    if suffix_of(args.output) != ".jsonl" or args.output.is_dir():
+    if args.output.name.removesuffix(".gz")[-6:] != ".jsonl" or args.output.is_dir():
         raise UserError(f"{args.output}: --output must be a file with a name that ends in .jsonl or .jsonl.gz")
     report = Report(args)
 
@@ -114,7 +115,7 @@ def train_tokenizer(args: argparse.Namespace):
     print(f"{args.output}: {tokenizer.get_vocab_size():,} pieces, from {sum(map(len, texts)):,} characters")
     for path in find_files(args.val):
         characters = tokens = 0
-        for text in each_record(path, args.text_field, lambda record: text_of(record, args.text_field)):
+        for text in each_record(path, args.options, lambda record: text_of(record, args.text_field)):
             characters += len(text)
             tokens += len(chat.encode(tokenizer, text))
         print(f"{path}: {characters / tokens:.3f} characters a token")
@@ -128,14 +129,10 @@ def show(args: argparse.Namespace):
             f"{args.folder}: {args.split} has {len(data)} documents: --index must be from 0 to {len(data) - 1}"
         )
     tokenizer = chat.load_tokenizer(data.tokenizer_dir)
-    before, after = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[[", "]]")
     for title, (ids, mask) in zip(KINDS[data.kind].titles, data.record(args.index), strict=True):
         print(f"--- {title} {args.index} of {args.split}: {len(ids)} tokens, {mask.sum()} trained")
-        for trained, stretch in groupby(zip(ids.tolist(), mask.tolist(), strict=True), key=lambda pair: pair[1]):
-            text = printable(tokenizer.decode([token_id for token_id, _ in stretch], skip_special_tokens=False))
-            marked = trained and data.mask is not None
-            print(f"{before}{text}{after}" if marked else text, end="")
-        print()
+        marked = None if data.mask is None else mask.tolist()
+        print(show_tokens(ids.tolist(), marked, tokenizer, sys.stdout.isatty()))
     if KINDS[data.kind].noted:
         print(f"--- answer to check: {data.notes()[args.index]['answer']}")
 
@@ -194,25 +191,29 @@ def fetch(args: argparse.Namespace):
 def look(args: argparse.Namespace):
     """The command look: what files hold, and the command to go on with."""
     check_parts(args.fields, {part: None for reading in READINGS for part in reading.fields})
-    seen = first_look(args.inputs, args.records, args.fields)
+    options = ReadOptions("text", args.encoding or "", args.speaker, args.redact)
+    seen = first_look(args.inputs, args.records, args.fields, options)
     about = f" of about {seen.records / seen.share:,.0f}" if seen.share < 1 else ""
     names = printable(", ".join(seen.names))
     print(f"{', '.join(args.inputs)}: the first {seen.records:,}{about} records, with the fields {names}")
     if seen.reading is None:
         raise UserError(
-            f"{args.inputs[0]}: the records are of no known shape: say which field is which with --fields, such as "
+            f"{args.inputs[0]}: the records are of no known format: say which field is which with --fields, such as "
             "question=NAME,answer=NAME or text=NAME"
         )
     print(f"taken for: {seen.reading.what}")
     flags = ["--fields", ",".join(map("=".join, args.fields.items()))] if args.fields else []
+    for name in ("encoding", "speaker"):
+        flags += [f"--{name}", getattr(args, name)] if getattr(args, name) else []
+    flags += ["--redact"] if args.redact else []
     if args.tokenizer != DEFAULT_TOKENIZER:
         flags += ["--tokenizer", args.tokenizer]
     command = [seen.reading.command, *args.inputs, *flags]
     if seen.reading.command in KINDS:
         settled = parse_arguments(command)
         settled.max_bad_fraction = 1
-        report, documents = examine(seen, settled)
-        print(printable("\n".join(describe(report, documents, args.tokenizer))))
+        report, documents, changed = examine(seen, settled)
+        print("\n".join(describe(report, documents, changed, args.tokenizer, sys.stdout.isatty())))
         draw(report.figures.as_dict(), args.picture)
         print(f"picture: {args.picture}")
     else:
@@ -241,10 +242,17 @@ if not Path(DEFAULT_TOKENIZER).exists():  # started from another folder
 STAGES = ("pretrain", "sft", "dpo", "rl", "exam")  # of the catalogue
 
 
-def share(text: str) -> float:
+def fraction_below_one(text: str) -> float:
     if not 0 <= float(text) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 0 and below 1, not {text}")
     return float(text)
+
+
+def encoding(name: str) -> str:
+    try:
+        return codecs.lookup(name).name
+    except LookupError:
+        raise argparse.ArgumentTypeError(f"no encoding is called {name}") from None
 
 
 def mapping(text: str) -> dict[str, str]:
@@ -265,14 +273,24 @@ def add_flags(name: str, command: argparse.ArgumentParser):
     add("--exclude", nargs="+", default=(), metavar="FILE", help="drop what holds a question of these exams")
     add("--languages", nargs="+", default=(), metavar="CODE", help="drop what is in none of these, such as zh en")
     add("--fields", type=mapping, default={}, metavar="PART=NAME,…", help=f"parts are {', '.join(kind.fields)}")
-    add("--text_field", default="text", help="where a record keeps its text; as --fields text=NAME")
+    add("--text_field", default="text", help="the field with the text of a record; the same as --fields text=NAME")
+    add(
+        "--encoding",
+        type=encoding,
+        default=None,
+        help="of text, such as gb18030; UTF-8 and UTF-16 are recognized",
+    )
     add("--max_bad_fraction", type=fraction, default=0.1, help="stop if more of the records cannot be read")
     add("--workers", type=positive, default=available_cores(), help="processes")
     if kind.titles:
         add("--output", type=Path, default=Path("dataset") / name, help="folder")
         add("--tokenizer", default=DEFAULT_TOKENIZER, help="folder")
-        add("--val_fraction", type=share, default=0.01, help="share of the documents for validation")
+        add("--val_fraction", type=fraction_below_one, default=0.01, help="fraction of the documents for validation")
         add("--val", nargs="+", default=[], metavar="FILE", help="validate on these instead")
+    if name == "sft":
+        add("--speaker", default="", metavar="NAME", help="of a chat export: whose messages are the answers")
+        add("--redact", action="store_true", help="of a chat export: replace names, numbers and addresses")
+    command.set_defaults(speaker="", redact=False)
     if kind.masked or kind.noted:
         add("--max_tokens", type=natural, default=0, help="drop chats that are longer; 0: keep all")
     if name == "clean":
@@ -305,6 +323,9 @@ def settle(args: argparse.Namespace):
         args.text_field = args.fields.get("text", args.text_field)
         known = {"text": (args.text_field, *known["text"])}
     args.names = map_fields(known, args.fields)
+    if args.redact and not args.speaker:
+        raise UserError("--redact is for a chat export: name the assistant of it with --speaker")
+    args.options = ReadOptions(args.text_field, args.encoding or "", args.speaker, args.redact)
     if args.languages and (unknown := set(args.languages) - (languages := known_languages())):
         raise UserError(f"--languages: {', '.join(sorted(unknown))} is none of {', '.join(sorted(languages))}")
     args.exclude = tuple(args.exclude)
@@ -350,6 +371,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("inputs", nargs="+", metavar="FILE", help="files, or folders of files")
     add("--records", type=positive, default=5000, help="look at so many of the first")
     add("--fields", type=mapping, default={}, metavar="PART=NAME,…", help="which field is which")
+    add("--encoding", type=encoding, default=None, help="of text files, such as gb18030")
+    add("--speaker", default="", metavar="NAME", help="of a chat export: whose messages are the answers")
+    add("--redact", action="store_true", help="of a chat export: replace names, numbers and addresses")
     add("--tokenizer", default=DEFAULT_TOKENIZER, help="folder")
     add("--picture", type=Path, default=Path("out/look.png"), help="file for the histograms")
     command = commands.add_parser("demo", help="questions and answers that can be checked, for every stage")

@@ -6,8 +6,9 @@ from functools import cache
 import numpy as np
 
 from corpus.duplicates import window_hashes
+from corpus.errors import BadRecord
 from corpus.files import find_files, read_batches
-from corpus.records import PROMPT_FIELDS, BadRecord, parse, prompt_of
+from corpus.records import PROMPT_FIELDS, parse, prompt_of
 
 # Of letters and digits alone, in small letters: 13 of them are a clause of Chinese and two or three English words. One
 # window may be anyone's; a question stands in a text if the text has this share of its windows.

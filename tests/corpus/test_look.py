@@ -65,17 +65,18 @@ def test_samples_are_shown_as_they_are_trained(capsys):
     write("a.jsonl", [{"question": "问二", "answer": "答二", "history": history}])
     run("look", "a.jsonl")
     turns = [("user", history[0][0]), ("assistant", history[0][1]), ("user", "问二"), ("assistant", "答二")]
-    chat = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
-    assert f"--- record 1\n<|begin_of_text|>{chat}picture" in capsys.readouterr().out
+    words = [content.join(("[[", "⟦im_end⟧]]")) if role == "assistant" else f"{content}⟦im_end⟧" for role, content in turns]
+    chat = "".join(f"⟦im_start⟧{role}\n{said}\n" for (role, _), said in zip(turns, words))
+    assert f"--- record 1\n⟦begin_of_text⟧{chat}picture" in capsys.readouterr().out
     write("b.jsonl", [{"question": "问", "answer": "2\n#### 2"}])
     run("look", "b.jsonl")
-    assert "问<|im_end|>\n<|im_start|>assistant\n--- answer to check: 2\n" in capsys.readouterr().out
+    assert "问⟦im_end⟧\n⟦im_start⟧assistant\n--- answer to check: 2\n" in capsys.readouterr().out
     text = han(3000)
     write("c.jsonl", [{"text": text}])
     run("look", "c.jsonl")
     beginning, end = capsys.readouterr().out.partition("--- record 1\n")[2].partition("\npicture")[0].split(" […] ")
-    assert beginning.startswith(f"<|begin_of_text|>{text[:100]}")
-    assert end.endswith(f"{text[-100:]}<|end_of_text|>")
+    assert beginning.startswith(f"⟦begin_of_text⟧{text[:100]}")
+    assert end.endswith(f"{text[-100:]}⟦end_of_text⟧")
 
 
 def test_files_without_a_record_that_can_be_read_are_one_line(capsys):
@@ -110,7 +111,7 @@ def test_what_would_be_dropped_and_the_figures_and_samples(capsys):
         "         64 to 127                 2 ####",
         "1 dropped by near_duplicate",
         "(reference: Chinese, 1.22)",
-        f"--- record 1\n<|begin_of_text|>{texts[0]}<|end_of_text|>\n",
+        f"--- record 1\n⟦begin_of_text⟧{texts[0]}⟦end_of_text⟧\n",
     ):
         assert line in out
     assert Path("out/look.png").stat().st_size > 5000
