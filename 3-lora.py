@@ -14,7 +14,7 @@ many adapters. B starts at zero: step 0 is the base model exactly (arXiv 2106.09
 from pathlib import Path
 
 from base.cli import run
-from model.checkpoint import load_model, load_with_adapter, replacing_model, save_model
+from model.checkpoint import load_model, replacing_model, save_model
 from model.lora import apply_lora
 from training.flags import LORA_FLAGS, parse_flags
 from training.loop import train
@@ -39,7 +39,7 @@ def main():
         lora_rank=8,
     )
     if args.merge:
-        model = load_with_adapter(args.init_from, args.out_dir)
+        model = load_model(args.init_from, adapter=args.out_dir)
         with replacing_model(args.merge, [args.init_from, args.out_dir], "--merge") as new:
             save_model(new, model, args.init_from)
         print(f"{args.init_from} with the adapter of {args.out_dir}, merged -> {args.merge}")

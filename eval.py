@@ -34,12 +34,12 @@ from tokenizers import Tokenizer
 
 from base.files import finish_replacing
 from corpus.records import BadRecord, each_record, prompt_of, text_of
-from engine.decoding import lay_out_for_decoding
+from engine.decoding import pack_for_decoding
 from engine.generation import Engine
 from engine.session import ReplyStream, Session, read_tokens
 from engine.tools import load_tools
 from model.chat import BOS, EOS, encode, load_tokenizer, tokenizer_fingerprint
-from model.checkpoint import load_model, load_with_adapter
+from model.checkpoint import load_model
 from model.model import CausalLM
 from training.loss import evaluate, next_token_loss
 from training.machine import Machine, choose_device, keep_freed_memory
@@ -56,23 +56,23 @@ HELP = """/clear           forget the conversation
 /exit            leave (or Ctrl-D); Ctrl-C stops an answer"""
 
 
-class Writer:
+class ChatPrinter:
     """Writes answers of one session as they come, with reasoning dimmed or hidden, and what tools say marked."""
 
     def __init__(self, session: Session, args: argparse.Namespace):
         self.session, self.args = session, args
 
-    def write(self, messages: list[dict]) -> str:
+    def print_answer(self, messages: list[dict]) -> str:
         """Prints the answer as it comes, and its speed; returns it. Ctrl-C ends it early."""
         stream = ReplyStream(self.session.tokenizer)
         sequence = self.session.sequence(self.session.prompt_ids(messages), self.args.seed)
         engine = Engine(self.session.model, max_rows=1)
-        engine.add(sequence)
+        engine.submit(sequence)
         start = time.perf_counter()
         try:
             while engine.busy:
                 engine.step()
-                self.show(*stream.add(sequence.tokens[-1]))
+                self.show(*stream.put(sequence.tokens[-1]))
         except KeyboardInterrupt:
             print(" …", end="")
         self.show(*stream.end())
@@ -87,9 +87,9 @@ class Writer:
             print(f"\033[2m{text}\033[0m" if dim else text, end="", flush=True)
 
 
-def converse(writer: Writer, messages: list[dict]):
+def converse(printer: ChatPrinter, messages: list[dict]):
     """Reads lines and answers until /exit or Ctrl-D; a base model continues each line instead."""
-    is_chat = writer.session.model.is_chat
+    is_chat = printer.session.model.is_chat
     print("Type, or /help." if is_chat else "A base model continues texts: type the beginning of one, or /help.")
     while True:
         try:
@@ -107,9 +107,9 @@ def converse(writer: Writer, messages: list[dict]):
             elif command == "/system":
                 messages = [{"role": "system", "content": rest}] if rest else []
             elif command == "/temperature":
-                writer.args.temperature = not_negative(rest)
+                printer.args.temperature = not_negative(rest)
             elif command == "/think" and rest in THINK_CHOICES:
-                writer.args.think = rest
+                printer.args.think = rest
             elif command == "/save":
                 text = json.dumps({"messages": messages}, ensure_ascii=False)
                 Path(rest or "chat.jsonl").write_text(text + "\n", "utf-8")  # as data_process.py sft reads it
@@ -120,7 +120,7 @@ def converse(writer: Writer, messages: list[dict]):
                 if not is_chat:
                     print(line, end="")
                 question = [*messages, {"role": "user", "content": line}]
-                messages = [*question, {"role": "assistant", "content": writer.write(question)}]
+                messages = [*question, {"role": "assistant", "content": printer.print_answer(question)}]
         except (ValueError, OSError, argparse.ArgumentTypeError) as error:
             print(f"error: {error}")
 
@@ -139,7 +139,7 @@ def answer_batch(session: Session, args: argparse.Namespace, system: list[dict])
             messages = [*system, *messages]
         seed = None if args.seed is None else f"{args.seed}/{len(unprinted)}"
         sequence = session.sequence(session.prompt_ids(messages, tools), seed)
-        engine.add(sequence)
+        engine.submit(sequence)
         unprinted.append((record, sequence))
 
     engine = Engine(session.model, args.batch_size)
@@ -298,14 +298,14 @@ def main():
         keep_freed_memory()
     if args.half_weights and (device.type != "cpu" or args.data):
         raise UserError("--half_weights is for writing on a CPU: give --device cpu, and not --data")
-    model = load_with_adapter(directory, args.lora, device) if args.lora else load_model(directory, device)
+    model = load_model(directory, device, args.lora)
     model.eval()
     n_parameters = model.num_parameters()
     if device.type == "cpu" and not args.data:  # whose loss needs the layers as they were trained
-        model = lay_out_for_decoding(model, args.half_weights)
+        model = pack_for_decoding(model, args.half_weights)
     tokenizer = load_tokenizer(directory)
     session = Session(model, tokenizer, args, load_tools(args.tools))
-    writer = Writer(session, args)
+    printer = ChatPrinter(session, args)
     system = [{"role": "system", "content": as_utf8(args.system)}] if args.system else []
     figures = None
     if args.perplexity:
@@ -319,10 +319,10 @@ def main():
     elif args.prompt is not None:
         if not model.is_chat:
             print(args.prompt, end="")
-        writer.write([*system, {"role": "user", "content": as_utf8(args.prompt)}])
+        printer.print_answer([*system, {"role": "user", "content": as_utf8(args.prompt)}])
     else:
         print(f"{directory}: {n_parameters:,} parameters")
-        converse(writer, system)
+        converse(printer, system)
     if figures:
         for name, value in figures.items():
             if isinstance(value, dict):

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from base.files import write_file
-from model.checkpoint import load_model, load_with_adapter, replacing_model, save_model
+from model.checkpoint import load_model, replacing_model, save_model
 from model.gguf import WEIGHT_TYPES, write_gguf, write_modelfile
 from model.model import CausalLM
 from model.verify import verify_folder, verify_gguf
@@ -89,7 +89,7 @@ def main():
         raise UserError("--to merged needs the adapter: add --lora DIR")
     if not args.model.resolve().name.isprintable():  # a line of it could say something in a Modelfile
         raise UserError(f"the name {args.model.resolve().name!r} cannot be shown: rename the folder")
-    model = load_with_adapter(args.model, args.lora) if args.lora else load_model(args.model)
+    model = load_model(args.model, adapter=args.lora)
     model.eval()
     default = args.model.parent / f"{args.model.resolve().name}-{args.to}"
     EXPORTS[args.to](model, args, args.output or default)

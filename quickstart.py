@@ -14,6 +14,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
+import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -21,7 +23,16 @@ OLDEST, NEWEST = (3, 10), (3, 13)
 CORE, TEST, CONSTRAINTS = "requirements.txt", "requirements/test.txt", "constraints.txt"
 # For the tests that are marked extra.
 EXTRA = [f"requirements/{name}.txt" for name in ("export", "track", "languages", "interop")]
-NO_CONNECTION = ("connection broken by", "Could not fetch URL", "ConnectionError", "Timeout", "ProxyError", "SSLError")
+TORCH_INDEX = "https://download.pytorch.org/whl/"  # with a folder for each build: cpu, cu126, cu130
+NO_INDEX = "pip could not reach a package index: check the network, proxy or PIP_INDEX_URL, then run this again"
+FULL = "the disk is full: free some space, then run this again"
+REASONS = {  # what pip writes when it fails, and what to tell the user
+    **dict.fromkeys(("connection broken by", "Could not fetch URL", "ConnectionError", "Timeout"), NO_INDEX),
+    **dict.fromkeys(("ProxyError", "SSLError"), NO_INDEX),
+    **dict.fromkeys(("No space left on device", "Disk quota exceeded"), FULL),
+    "MemoryError": "memory ran out: close other programs, then run this again",
+    "Operation cancelled by user": "interrupted; the same command continues the installation",
+}
 
 HELP = """usage: python quickstart.py [--minutes N] [--clean] [--no-chat]
        python quickstart.py COMMAND
@@ -59,15 +70,15 @@ def check_python(version):
         )
 
 
-def run(command, watch=None):
-    """Print and run a command. Return (exit status, whether its standard error held one of the strings in `watch`)."""
+def run(command, watch=()):
+    """Print and run a command. Return its exit status and which string of `watch` its standard error had last."""
     line = subprocess.list2cmdline(command) if os.name == "nt" else " ".join(shlex.quote(word) for word in command)
     print("\n$ " + line, flush=True)
     environment = dict(os.environ)
     if environment.get("CI", "").lower() not in ("", "0", "false"):
         environment.update(NO_COLOR="1", PIP_NO_INPUT="1", PIP_PROGRESS_BAR="off")
         environment.pop("FORCE_COLOR", None)
-    found = False
+    found = None
     # Standard output stays the terminal's own, so that progress bars work.
     with subprocess.Popen(
         command, env=environment, stderr=subprocess.PIPE if watch else None, universal_newlines=True, errors="replace"
@@ -75,7 +86,7 @@ def run(command, watch=None):
         while True:
             try:
                 for text in process.stderr or ():
-                    found = found or any(words in text for words in watch)
+                    found = next((words for words in watch if words in text), found)
                     sys.stderr.write(text)
                     sys.stderr.flush()
                 status = process.wait()
@@ -83,6 +94,16 @@ def run(command, watch=None):
             except KeyboardInterrupt:
                 continue  # Ctrl-C reaches the command too: let it end in its own way
     return (128 - status if status < 0 else status), found
+
+
+def give_up(what, status, found=None):
+    """End after a command of an installation has failed, with the reason where it is known."""
+    if found:
+        fail(REASONS[found])
+    if shutil.disk_usage(str(ROOT)).free < 5e7:
+        fail(FULL)
+    killed = " was killed, most likely because memory ran out;" if status == 137 else " failed (see above);"
+    fail(what + killed + " the same command continues it")
 
 
 def answers(python, *arguments):
@@ -126,8 +147,9 @@ def find_environment(names):
         )
     # What stands there has no Python that runs, say because an upgrade has removed the one it was made from.
     clear = ["--clear"] if own.exists() else []
-    if run([sys.executable, "-m", "venv", *clear, str(own)])[0]:
-        fail("could not make the virtual environment {} (see above)".format(own))
+    status, _ = run([sys.executable, "-m", "venv", *clear, str(own)])
+    if status:
+        give_up("making the virtual environment {}".format(own), status)
     return str(python), own
 
 
@@ -138,11 +160,61 @@ def stamp(prefix, name):
     return path, hashlib.sha256("".join(parts).encode()).hexdigest() + "\n"
 
 
+def torch_build():
+    """The folder of TORCH_INDEX whose torch suits this machine, or None if the one that PyPI has does.
+
+    PyPI has a CUDA build for Linux and a CPU build for Windows. CUDA 13 needs version 580 of the driver.
+    """
+    if not shutil.which("nvidia-smi"):
+        return "cpu" if sys.platform == "linux" else None
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = int(subprocess.check_output(query, timeout=20).partition(b".")[0])
+    except (OSError, subprocess.SubprocessError, ValueError):  # a driver that does not answer
+        return None
+    return "cu126" if driver < 580 else "cu130" if os.name == "nt" else None
+
+
+def reaches(url, seconds=3):
+    """Whether a page can be read within so many seconds, the look-up of its name and a proxy included."""
+    pages = []
+
+    def fetch():
+        try:
+            with urllib.request.urlopen(url, timeout=seconds) as page:
+                pages.append(page.read())
+        except (OSError, ValueError):
+            pass
+
+    thread = threading.Thread(target=fetch, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return bool(pages)
+
+
+def choose_torch(python):
+    """Where to install torch from before everything else (None: wherever pip finds it), and how much is downloaded.
+
+    An index in pip's settings is the user's choice, and is not overridden.
+    """
+    build = torch_build()
+    usual = "about {} GB to download".format(3 if sys.platform == "linux" else 0.3)
+    if not build:
+        return None, usual
+    settings = subprocess.run([python, "-m", "pip", "config", "list"], stdout=subprocess.PIPE).stdout.decode()
+    if any(word in settings for word in ("index-url", "find-links", "no-index")):
+        return None, "{}, unless the index in pip's settings has another torch than PyPI".format(usual)
+    url = TORCH_INDEX + build
+    if not reaches(url + "/torch/"):
+        return None, "{}, as {} cannot be reached for a torch that suits this machine better".format(usual, url)
+    return url, "about {} GB to download".format({"cpu": 0.4, "cu126": 3, "cu130": 2}[build])
+
+
 def install(python, prefix, names):
     """Bring an environment to the tested versions, unless its stamps say that it holds them.
 
-    An environment of the user's own is left as it is if its packages satisfy the requirements: a torch that was chosen
-    for a machine is not replaced.
+    An environment of the user's own is left as it is if its packages satisfy the requirements, and keeps its torch,
+    which was chosen for a machine, if others are missing.
     """
     stamps = [stamp(prefix, name) for name in names]
     ours = prefix.resolve() == (ROOT / ".venv").resolve()
@@ -151,23 +223,35 @@ def install(python, prefix, names):
     if not ours and has_packages(python, names):
         return
     # uv makes environments without pip, and so does venv if it is interrupted.
-    if not answers(python, "-m", "pip", "--version") and run([python, "-m", "ensurepip", "--default-pip"])[0]:
-        fail("could not put pip into the environment of {} (see above)".format(python))
+    if not answers(python, "-m", "pip", "--version"):
+        status, _ = run([python, "-m", "ensurepip", "--default-pip"])
+        if status:
+            give_up("putting pip into the environment of {}".format(python), status)
     for path in prefix.glob("jiezi-*.sha256"):
-        path.unlink()  # first, so that an installation that breaks off is taken up again by the next run
+        path.unlink()  # first, so that the next run continues an installation that is interrupted
     if ours:
         # pip writes RECORD last: without it a package was cut off, yet pip would take it for installed.
         for folder in prefix.glob("**/site-packages/*.dist-info"):
             if not (folder / "RECORD").exists():
                 shutil.rmtree(str(folder))
-    print("\nFirst the packages, some hundred MB into {}; pip says what it does:".format(prefix), flush=True)
     command = [python, "-m", "pip", "install", "--disable-pip-version-check"]
-    files = [word for name in names for word in ("-r", name)]
-    status, disconnected = run([*command, *files, "-c", CONSTRAINTS], watch=NO_CONNECTION)
-    if status and disconnected:
-        fail("pip could not reach a package index: check the network, proxy or PIP_INDEX_URL, then run this again")
+    pins = ["-c", CONSTRAINTS]
+    has_torch = ["-m", "pip", "install", "--dry-run", "--no-index", "--no-deps", "torch"]
+    if not ours and answers(python, *has_torch):
+        pins = []
+    url, size = None, "torch is installed already, about 0.2 GB to download"
+    if pins and not answers(python, *has_torch, *pins):
+        url, size = choose_torch(python)
+    print("\nInstalling packages into {}: {}".format(prefix, size), flush=True)
+    if url:
+        status, found = run([*command, "--retries", "1", "--no-deps", "--index-url", url, "torch", *pins], REASONS)
+        if status and REASONS.get(found, NO_INDEX) != NO_INDEX:
+            give_up("the installation", status, found)
+        if status:
+            print("\nContinuing with the torch that pip finds elsewhere", flush=True)
+    status, found = run([*command, *(word for name in names for word in ("-r", name)), *pins], watch=REASONS)
     if status:
-        fail("the installation broke off (see above); the same command takes it up again")
+        give_up("the installation", status, found)
     for path, content in stamps:
         path.write_text(content)
 

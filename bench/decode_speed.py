@@ -23,7 +23,7 @@ import torch
 
 from base.cli import HelpFormatter, positive, run
 from bench.contest import Contest, Turns, measure_each, ratio
-from engine.decoding import lay_out_for_decoding
+from engine.decoding import pack_for_decoding
 from engine.generation import generate
 from model.checkpoint import load_model
 from model.gguf import write_gguf
@@ -38,7 +38,7 @@ Writer = Callable[[list[list[int]], int], list[list[int]] | None]  # (prompts, t
 def jiezi(directory: Path, half_weights: bool = False) -> Writer:
     keep_freed_memory()  # as eval.py does
     model = load_model(directory, torch.device("cpu")).eval()
-    model = lay_out_for_decoding(model, half_weights)
+    model = pack_for_decoding(model, half_weights)
 
     def write(prompts, n):
         return [list(tokens) for tokens in zip(*generate(model, prompts, n, temperature=0))]
@@ -69,7 +69,7 @@ def llama_cpp(directory: Path) -> Writer:
         opened = LlamaCpp(path, model.config.max_position_embeddings, torch.get_num_threads())
 
     def write(prompts, n):
-        answer = opened.write(prompts[0], n, ignore_eos=True, cache_prompt=False)
+        answer = opened.generate(prompts[0], n, ignore_eos=True, cache_prompt=False)
         if answer["tokens_predicted"] != n or answer["tokens_evaluated"] != len(prompts[0]):
             raise RuntimeError(f"llama.cpp read or wrote another number of tokens than asked: {answer}")
 

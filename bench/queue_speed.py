@@ -16,7 +16,7 @@ import torch
 
 from base.cli import HelpFormatter, positive, run
 from bench.contest import cpu_machine
-from engine.decoding import lay_out_for_decoding
+from engine.decoding import pack_for_decoding
 from engine.generation import Engine, Sampling, Sequence
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
@@ -37,7 +37,7 @@ def write(engine: Engine, queue: list[Sequence]) -> float:
     """Seconds until all are written."""
     start = time.perf_counter()
     for sequence in queue:
-        engine.add(sequence)
+        engine.submit(sequence)
     while engine.busy:
         engine.step()
     return time.perf_counter() - start
@@ -59,7 +59,7 @@ def main():
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.batch_size} rows", flush=True)
     for preset in args.preset:
         config = LMConfig(**PRESETS[preset])
-        model = lay_out_for_decoding(CausalLM(config).eval())
+        model = pack_for_decoding(CausalLM(config).eval())
         engine = Engine(model, args.batch_size)
         speeds = {"with refill": [], "in groups": [], "steady": []}
         for _ in range(args.rounds + 1):  # the first warms up

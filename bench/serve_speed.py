@@ -26,7 +26,7 @@ import torch
 
 from base.cli import HelpFormatter, positive, run
 from bench.contest import Contest, measure_each, ratio
-from engine.decoding import lay_out_for_decoding
+from engine.decoding import pack_for_decoding
 from engine.generation import Engine, Sampling, Sequence
 from model.checkpoint import load_model
 from model.gguf import write_gguf
@@ -69,11 +69,11 @@ def serve(directory: Path, rows: int) -> Writer:
 
 def engine(directory: Path, rows: int) -> Writer:
     keep_freed_memory()
-    engine = Engine(lay_out_for_decoding(load_model(directory).eval()), rows)
+    engine = Engine(pack_for_decoding(load_model(directory).eval()), rows)
 
     def write(prompts, n):
         for prompt in prompts:
-            engine.add(Sequence(prompt, n, sampling=Sampling(temperature=0)))
+            engine.submit(Sequence(prompt, n, sampling=Sampling(temperature=0)))
         while engine.busy:
             engine.step()
 

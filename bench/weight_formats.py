@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from base.cli import HelpFormatter, positive, run
 from data_process import each_record, text_of
-from engine.decoding import lay_out_for_decoding
+from engine.decoding import pack_for_decoding
 from engine.generation import generate
 from model.chat import BOS, EOS, IM_END, encode, encode_chat, load_tokenizer
 from model.checkpoint import load_model
@@ -47,7 +47,7 @@ def rounded(model: CausalLM, to_format: Callable[[Tensor], Tensor]) -> CausalLM:
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.weight.copy_(to_format(module.weight))
-    return lay_out_for_decoding(model)
+    return pack_for_decoding(model)
 
 
 def main():

@@ -111,7 +111,7 @@ def shared_copy(model: CausalLM) -> CausalLM:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
 
 
-def lay_out_for_decoding(model: CausalLM, half_weights: bool = False) -> CausalLM:
+def pack_for_decoding(model: CausalLM, half_weights: bool = False) -> CausalLM:
     """The same model with faster layers, for generate(); it cannot be trained or saved. `model` stays as it is.
 
     For a float32 model on a CPU, without adapters. half_weights keeps matrices in float16; UserError where torch has
@@ -120,13 +120,13 @@ def lay_out_for_decoding(model: CausalLM, half_weights: bool = False) -> CausalL
     if half_weights and "fbgemm" not in torch.backends.quantized.supported_engines:
         raise UserError("this build of torch has no product with float16 weights (FBGEMM)")
     product = HalfProduct if half_weights else Product
-    laid_out = shared_copy(model)
+    packed = shared_copy(model)
     for name, module in model.named_modules():
         if isinstance(module, Attention):
-            laid_out.set_submodule(name, DecodingAttention(module, product))
+            packed.set_submodule(name, DecodingAttention(module, product))
         elif isinstance(module, FeedForward):
-            laid_out.set_submodule(name, DecodingFeedForward(module, product))
+            packed.set_submodule(name, DecodingFeedForward(module, product))
         elif isinstance(module, RMSNorm) and not name.endswith(("q_norm", "k_norm")):
-            laid_out.set_submodule(name, DecodingNorm(module.weight, module.eps))
-    laid_out.lm_head = product(model.lm_head)
-    return laid_out
+            packed.set_submodule(name, DecodingNorm(module.weight, module.eps))
+    packed.lm_head = product(model.lm_head)
+    return packed

@@ -40,8 +40,8 @@ class Sequence:
     stop_ids: frozenset[int] = frozenset()
     sampling: Sampling = Sampling()
     seed: int | str | None = None  # the same seed writes the same text, whatever else is being written
-    banned: frozenset[int] = frozenset()  # tokens that are never chosen
-    after: Callable[["Sequence"], Iterable[int]] | None = None  # asked after each token: what is forced to follow it
+    suppress_tokens: frozenset[int] = frozenset()  # tokens that are never chosen
+    on_token: Callable[["Sequence"], Iterable[int]] | None = None  # asked after each token: what is forced to follow it
     forced: deque[int] = field(default_factory=deque)  # tokens that come next whatever the model says
     tokens: list[int] = field(default_factory=list)  # a stop token is the last of them
     chosen: list[bool] = field(default_factory=list)  # of each token: by the model, not forced
@@ -62,7 +62,7 @@ class Engine:
     its row has its own length, its own stop tokens and its own random numbers.
 
         engine = Engine(model, max_rows=64)
-        engine.add(Sequence(prompt, max_new_tokens=100))
+        engine.submit(Sequence(prompt, max_new_tokens=100))
         while engine.busy:
             for sequence in engine.step():
                 print(sequence.tokens[-1])
@@ -80,7 +80,7 @@ class Engine:
     def busy(self) -> bool:
         return bool(self.rows or self.waiting)
 
-    def add(self, sequence: Sequence):
+    def submit(self, sequence: Sequence):
         """Puts it at the end of the queue. UserError when its prompt leaves no room in the context."""
         length = len(sequence.prompt)
         if length == 0:
@@ -107,9 +107,9 @@ class Engine:
         """Writes one token to every row, those that enter now included; returns them. Some of them have ended."""
         hidden = []  # of each row's last token, (·, H)
         if self.rows:
-            hidden.append(self._next_of_rows())
+            hidden.append(self._decode())
         while entering := self._entering():
-            hidden.append(self._read_prompts(entering))
+            hidden.append(self._prefill(entering))
         if not hidden:
             return []
         logits = self.model.lm_head(torch.cat(hidden))  # (B, V)
@@ -118,8 +118,8 @@ class Engine:
         written = list(self.rows)
         for sequence, token in zip(written, self._choose(logits)):
             sequence.tokens.append(token)
-            if sequence.after:
-                sequence.forced.extend(sequence.after(sequence))
+            if sequence.on_token:
+                sequence.forced.extend(sequence.on_token(sequence))
             if token in sequence.stop_ids and not sequence.forced:
                 sequence.finish_reason = "stop"
             elif len(sequence.tokens) >= sequence.max_new_tokens:
@@ -129,7 +129,7 @@ class Engine:
                 self.remove(sequence)
         return written
 
-    def _next_of_rows(self) -> Tensor:
+    def _decode(self) -> Tensor:
         input_ids = torch.tensor([[sequence.tokens[-1]] for sequence in self.rows], device=self.device)  # (B, 1)
         position_ids = self.cache.ends[1][:, None]
         return self.model.model(input_ids, position_ids, self.cache.mask(), self.cache)[:, 0]  # (B, H)
@@ -145,7 +145,7 @@ class Engine:
             entering.append(self.waiting.popleft())
         return entering
 
-    def _read_prompts(self, entering: list[Sequence]) -> Tensor:
+    def _prefill(self, entering: list[Sequence]) -> Tensor:
         """Puts the sequences into new rows; returns the hidden states of their prompts' last tokens, (·, H)."""
         room = max(len(sequence.prompt) + sequence.max_new_tokens for sequence in entering)
         rows = len(self.rows) + len(entering)
@@ -174,9 +174,9 @@ class Engine:
             if sampling.repetition_penalty != 1:
                 part = penalize_repetition(part, self._seen(rows), sampling.repetition_penalty)
             for i, row in enumerate(rows):
-                if self.rows[row].banned:
+                if self.rows[row].suppress_tokens:
                     part = part.clone() if part is logits else part
-                    part[i, list(self.rows[row].banned)] = -torch.inf
+                    part[i, list(self.rows[row].suppress_tokens)] = -torch.inf
             uniforms = [self.rows[row].random.random() for row in rows]
             drawn = sample(part, uniforms, *sampling[:4]).tolist()
             for row, token in zip(rows, drawn):
@@ -237,7 +237,7 @@ def generate(
     for i, prompt in enumerate(prompts):
         own_seed = None if seed is None else f"{seed}/{i}"
         sequences.append(Sequence(prompt, max_new_tokens, frozenset(stop_ids), Sampling(**sampling), own_seed))
-        engine.add(sequences[-1])
+        engine.submit(sequences[-1])
     while engine.busy and max_new_tokens:
         written = set(map(id, engine.step()))
         yield [sequence.tokens[-1] if id(sequence) in written else None for sequence in sequences]
@@ -289,7 +289,7 @@ class TextStream:
         self.pieces = token_pieces(tokenizer)
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
-    def add(self, token_id: int) -> str:
+    def put(self, token_id: int) -> str:
         return self.decoder.decode(self.pieces[token_id])
 
     def end(self) -> str:

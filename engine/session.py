@@ -35,14 +35,14 @@ class ReplyStream:
         self.part = "content"
         self.pieces: list[tuple[str, str]] = []  # part, text; a new entry where a part begins
 
-    def add(self, token_id: int) -> tuple[str, str]:
+    def put(self, token_id: int) -> tuple[str, str]:
         if token_id in PARTS:
             self._open(PARTS[token_id])
         elif token_id - 1 in PARTS:
             self._open("content")
         elif token_id in (IM_END, IM_START):
             self.part = "between" if token_id == IM_END else "header"
-        text = self.stream.add(token_id)
+        text = self.stream.put(token_id)
         if self.part == "header" and "\n" in text:
             self._open("content")
             return "content", ""
@@ -84,7 +84,7 @@ def last_turn(tokens: list[int]) -> list[int]:
 def read_tokens(tokens: list[int], tokenizer: Tokenizer) -> Reply:
     stream = ReplyStream(tokenizer)
     for token in tokens:
-        stream.add(token)
+        stream.put(token)
     stream.end()
     return stream.reply()
 
@@ -130,9 +130,9 @@ class Session:
         """The answer to a prompt, for an Engine."""
         args = self.args
         sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
-        banned = frozenset([THINK] if args.think == "off" else [])
+        suppress_tokens = frozenset([THINK] if args.think == "off" else [])
         stop_ids = frozenset([EOS, IM_END])
-        return Sequence(prompt, args.max_new_tokens, stop_ids, sampling, seed, banned, self._what_follows)
+        return Sequence(prompt, args.max_new_tokens, stop_ids, sampling, seed, suppress_tokens, self._what_follows)
 
     def _what_follows(self, sequence: Sequence) -> list[int]:
         """Tokens that the model does not choose: the end of a thought that is too long, the answers of tools."""

@@ -231,36 +231,39 @@ def load_outline(directory: Path) -> CausalLM:
     return model
 
 
-def load_model(directory: Path, device: torch.device | str = "cpu") -> CausalLM:
-    model = load_outline(directory)
-    path = Path(directory) / MODEL_FILE
-    tensors, _ = load_tensors(path, device)
-    load_weights(model, from_disk(model.config, tensors), path)
-    _check_sums(directory)
-    return model.to(device)
+def load_model(directory: Path, device: torch.device | str = "cpu", adapter: Path | None = None) -> CausalLM:
+    """The model in `directory`, with the adapter in the folder `adapter` merged into its weights.
 
-
-def load_with_adapter(base_dir: Path, adapter_dir: Path, device: torch.device | str = "cpu") -> CausalLM:
-    """The model in base_dir, with the adapter in adapter_dir merged into its weights."""
-    model = load_model(base_dir, device)
-    load_adapter(model, adapter_dir, base_dir)
-    merge_lora(model)
+    If `directory` itself contains an adapter, its base model is loaded and the adapter merged.
+    """
+    base = base_of(directory)
+    if base != Path(directory):
+        if adapter:
+            raise UserError(f"{directory} contains an adapter: to merge {adapter} instead, give the base model {base}")
+        adapter = directory
+    model = load_outline(base)
+    tensors, _ = load_tensors(base / MODEL_FILE, device)
+    load_weights(model, from_disk(model.config, tensors), base / MODEL_FILE)
+    _check_sums(base)
+    model = model.to(device)
+    if adapter:
+        load_adapter(model, adapter, base)
+        merge_lora(model)
     return model
 
 
-def load_merged(directory: Path, device: torch.device | str = "cpu") -> CausalLM:
-    """The model in `directory`; where that holds an adapter, the model that it names as its base, merged with it."""
-    adapter = Path(directory) / ADAPTER_CONFIG_FILE
-    if (Path(directory) / CONFIG_FILE).exists() or not adapter.exists():
-        return load_model(directory, device)
-    return load_with_adapter(base_of(directory), directory, device)
+def base_of(directory: Path) -> Path:
+    """The folder of the model itself: `directory`, or the base model's if it contains an adapter.
 
-
-def base_of(adapter_dir: Path) -> Path:
-    """The folder that an adapter names as its base. UserError where it names none."""
-    base = read_json(Path(adapter_dir) / ADAPTER_CONFIG_FILE).get("base_model_name_or_path")
+    UserError if the adapter does not name its base model.
+    """
+    finish_replacing(Path(directory))
+    path = Path(directory) / ADAPTER_CONFIG_FILE
+    if path.with_name(CONFIG_FILE).exists() or not path.exists():
+        return Path(directory)
+    base = read_json(path).get("base_model_name_or_path")
     if not isinstance(base, str) or not base or not base.isprintable():
-        raise UserError(f"{Path(adapter_dir) / ADAPTER_CONFIG_FILE} names no folder as base_model_name_or_path")
+        raise UserError(f"{path} does not name the folder of its base model in base_model_name_or_path")
     return Path(base)
 
 

@@ -38,6 +38,6 @@ class LlamaCpp:
         chat = {"messages": messages} | ({"tools": tools} if tools else {})
         return self.encode(self.ask("apply-template", **chat)["prompt"], parse_special=True)
 
-    def write(self, prompt: list[int], n: int, **options) -> dict:
+    def generate(self, prompt: list[int], n: int, **options) -> dict:
         """The answer of its completion endpoint: up to n tokens, each the most probable."""
         return self.ask("completion", prompt=prompt, n_predict=n, temperature=0, return_tokens=True, **options)

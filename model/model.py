@@ -233,7 +233,7 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     def attention_kind(self) -> str:
-        """How packed rows attend here and now: "by hand", "flash" or "masked" (operators.attention_kind)."""
+        """How packed rows attend here and now: "manual", "flash" or "masked" (operators.attention_kind)."""
         weight = self.embed_tokens.weight
         dtype = product_dtype(weight.device.type, weight.dtype)
         return attention_here(weight.device, dtype, self.config.head_dim)

@@ -23,15 +23,15 @@ class DocumentLengths:
 
 
 @dataclass
-class DocumentOffsets:
+class CuSeqlens:
     """The same for FlashAttention, on the card: nothing there waits for a number of the host."""
 
-    offsets: Tensor  # int32, (documents + 1 or more,): where each begins; then B * T, repeated
-    longest: int  # no document has more tokens
+    cu_seqlens: Tensor  # int32, (documents + 1 or more,): where each begins; then B * T, repeated
+    max_seqlen: int  # no document has more tokens
 
 
 # A tensor is boolean, (B, 1, T, S), True where a query may look; None: causal.
-Mask = DocumentLengths | DocumentOffsets | Tensor | None
+Mask = DocumentLengths | CuSeqlens | Tensor | None
 
 
 def card_capability(device: torch.device) -> tuple[int, int]:
@@ -42,7 +42,7 @@ def card_capability(device: torch.device) -> tuple[int, int]:
     return card.major, card.minor
 
 
-def by_hand(x: Tensor) -> bool:
+def use_manual(x: Tensor) -> bool:
     """Whether the passes of model/cpu.py are the fast ones, and exact: not where sums would be kept in 16 bits."""
     return x.device.type == "cpu" and x.dtype.itemsize > 2 and not torch.compiler.is_compiling()
 
@@ -74,7 +74,7 @@ def exact_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension (arXiv 1910.07467, eq. 4)."""
-    if by_hand(x):
+    if use_manual(x):
         return cpu.Norm.apply(x, weight, eps)
     if not (x.device.type == "cuda" and torch.is_autocast_enabled("cuda")):  # which computes a norm in float32 anyway
         weight = weight.to(x.dtype)  # of one type: the fused kernel
@@ -90,16 +90,16 @@ def rope_tables(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tens
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns each pair (x[i], x[i + D/2]) by its angle. x: (B, T, heads, D)."""
-    if by_hand(x):
+    if use_manual(x):
         return cpu.Rotation.apply(x, cos, sin)
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
 def attention_kind(device: torch.device, dtype: torch.dtype, head_dim: int, capability=(0, 0)) -> str:
-    """How packed rows attend: "by hand", "flash" or "masked". dtype: of products; capability: of the card."""
+    """How packed rows attend: "manual", "flash" or "masked". dtype: of products; capability: of the card."""
     if device.type == "cpu" and not torch.compiler.is_compiling():
-        return "by hand"
+        return "manual"
     if device.type == "cuda" and capability >= (8, 0) and dtype.itemsize == 2 and head_dim % 8 == 0 and head_dim <= 256:
         return "flash"
     return "masked"
@@ -110,7 +110,7 @@ def attention_here(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
     return attention_kind(device, dtype, head_dim, card_capability(device))
 
 
-def document_mask(position_ids: Tensor, kind: str, documents: DocumentOffsets | None = None) -> Mask:
+def document_mask(position_ids: Tensor, kind: str, documents: CuSeqlens | None = None) -> Mask:
     """What keeps attention inside each document of packed rows; a document begins wherever position_ids (B, T) is 0.
 
     kind: whose, of attention_kind. By hand, the documents' lengths: then no masked pair is multiplied at all, which
@@ -127,7 +127,7 @@ def document_mask(position_ids: Tensor, kind: str, documents: DocumentOffsets | 
     begins[:, 0] = True
     starts = begins.flatten().nonzero().flatten().tolist()
     if kind == "flash":
-        return DocumentOffsets(torch.tensor([*starts, B * T], dtype=torch.int32, device=position_ids.device), T)
+        return CuSeqlens(torch.tensor([*starts, B * T], dtype=torch.int32, device=position_ids.device), T)
     ends = [*starts[1:], B * T]
     return DocumentLengths([end - start for start, end in zip(starts, ends)])
 
@@ -140,7 +140,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     return ATTENTION_OF_MASK.get(type(mask), attend_masked)(q, k, v, mask)
 
 
-def attend_by_hand(q: Tensor, k: Tensor, v: Tensor, mask: DocumentLengths) -> Tensor:
+def attend_manual(q: Tensor, k: Tensor, v: Tensor, mask: DocumentLengths) -> Tensor:
     """On a CPU, document by document."""
     B, N, T, D = q.shape
     K = k.shape[1]
@@ -152,16 +152,16 @@ def attend_by_hand(q: Tensor, k: Tensor, v: Tensor, mask: DocumentLengths) -> Te
     return out.permute(1, 0, 3, 2, 4).flatten(1, 2)  # (B, N, T, D)
 
 
-def attend_flash(q: Tensor, k: Tensor, v: Tensor, mask: DocumentOffsets) -> Tensor:
+def attend_flash(q: Tensor, k: Tensor, v: Tensor, mask: CuSeqlens) -> Tensor:
     """FlashAttention-2 (arXiv 2307.08691), which skips pairs of different documents block by block.
 
     It knows no autocast, and its kernel checks nothing: q and k, which come from their norms in float32, take v's type.
     """
-    assert (v.dtype.itemsize, mask.offsets.dtype) == (2, torch.int32)
+    assert (v.dtype.itemsize, mask.cu_seqlens.dtype) == (2, torch.int32)
     B, N, T, D = q.shape
     # The heads of a token lie beside each other already: (B, T, heads, D) before attention's transpose.
     q, k, v = (x.transpose(1, 2).flatten(0, 1).to(v.dtype) for x in (q, k, v))  # (B * T, N or K, D)
-    at, longest = mask.offsets, mask.longest
+    at, longest = mask.cu_seqlens, mask.max_seqlen
     from torch.nn.attention.varlen import varlen_attn  # two seconds, which a CPU need not wait
 
     out = varlen_attn(q, k, v, at, at, longest, longest, window_size=(-1, 0), enable_gqa=True)  # (-1, 0): causal
@@ -183,4 +183,4 @@ def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tenso
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
 
 
-ATTENTION_OF_MASK = {DocumentLengths: attend_by_hand, DocumentOffsets: attend_flash}
+ATTENTION_OF_MASK = {DocumentLengths: attend_manual, CuSeqlens: attend_flash}

@@ -55,11 +55,11 @@ def verify_gguf(path: Path, model: CausalLM, tokenizer_dir: Path, weight_type: s
         _check(their_ids == ids, "the tokens of a chat with tools")
     prompts = _prompts(model, tokenizer_dir)
     stop = IM_END if model.is_chat else EOS
-    stopped = llama_cpp.write(prompts[0], 2, logit_bias=[[stop, 1000.0]])["stop_type"] == "eos"
+    stopped = llama_cpp.generate(prompts[0], 2, logit_bias=[[stop, 1000.0]])["stop_type"] == "eos"
     _check(stopped, f"the end of a text at token {stop}")
     in_file, compared = rounded(model, weight_type), []
     for prompt in prompts:
-        ids, theirs = _write_in_llama_cpp(llama_cpp, prompt, n=8, vocab_size=model.config.vocab_size)
+        ids, theirs = _generate_with_llama_cpp(llama_cpp, prompt, n=8, vocab_size=model.config.vocab_size)
         with torch.no_grad():
             ours, meant = (network(ids)[0, len(prompt) - 1 :] for network in (model, in_file))
         compared.append((*_compare(ours, theirs), _compare(meant, theirs)[1]))
@@ -114,9 +114,9 @@ def _prompts(model: CausalLM, tokenizer_dir: Path) -> list[list[int]]:
     return [encode_chat(tokenizer, messages, tools, add_generation_prompt=True)[0] for messages, tools in chats]
 
 
-def _write_in_llama_cpp(llama_cpp: LlamaCpp, prompt: list[int], n: int, vocab_size: int) -> tuple[Tensor, Tensor]:
+def _generate_with_llama_cpp(llama_cpp: LlamaCpp, prompt: list[int], n: int, vocab_size: int) -> tuple[Tensor, Tensor]:
     """llama.cpp writes n tokens or less. What gave them, (1, T), and the log-probabilities of all tokens, (n, V)."""
-    steps = llama_cpp.write(prompt, n, n_probs=vocab_size)["completion_probabilities"]
+    steps = llama_cpp.generate(prompt, n, n_probs=vocab_size)["completion_probabilities"]
     log_probs = torch.full((len(steps), vocab_size), -torch.inf)
     for row, step in zip(log_probs, steps):
         for choice in step["top_logprobs"]:

@@ -17,7 +17,7 @@ class Newlines:
     def __init__(self):
         self.held, self.begun = "", False
 
-    def add(self, text: str, drop_first: bool) -> str:
+    def put(self, text: str, drop_first: bool) -> str:
         text = self.held + text
         if drop_first and not self.begun:
             text = text.lstrip("\n")
@@ -33,7 +33,7 @@ class StopStrings:
     def __init__(self, stops: list[str]):
         self.stops, self.held, self.found = stops, "", False
 
-    def add(self, text: str) -> str:
+    def put(self, text: str) -> str:
         """What can be told of the text. Once a stop string is `found`, all before it has been told."""
         self.held += text
         places = [place for place in map(self.held.find, self.stops) if place >= 0]
@@ -63,7 +63,7 @@ class Answer:
         self.sequence.n_top = request.n_top
         self.is_chat = isinstance(request, ChatRequest)  # else prompt and answer are one text, without parts
         if self.is_chat and not (self.tools or request.offered_tools):
-            self.sequence.banned |= {TOOL_CALL}  # nobody could answer it
+            self.sequence.suppress_tokens |= {TOOL_CALL}  # nobody could answer it
         self.stream = ReplyStream(session.tokenizer) if self.is_chat else TextStream(session.tokenizer)
         self.pieces = token_pieces(session.tokenizer)
         self.stops, self.content, self.thought = StopStrings(request.stop), Newlines(), Newlines()
@@ -77,7 +77,7 @@ class Answer:
         self.log_probs: list[tuple[int, dict]] = []  # untold: where in the content a token begins, what is said of it
         self.finish_reason: str | None = None
 
-    def add(self, token: int, finish_reason: str | None) -> dict:
+    def put(self, token: int, finish_reason: str | None) -> dict:
         """The piece that the next token of self.sequence makes, perhaps {}. finish_reason: the engine's.
 
         Where that leaves calls in to_run, the answer goes on with run_tools().
@@ -92,7 +92,7 @@ class Answer:
                 self.log_probs.append((start, self._log_probs_of(token, start)))
         elif part == "reasoning":
             text = "\n" + text if token == THINK else text  # between two thoughts, as ReplyStream.reply joins them
-            tell(piece, "reasoning_content", self.thought.add(text, drop_first=True))
+            tell(piece, "reasoning_content", self.thought.put(text, drop_first=True))
         if self.is_chat:
             self._find_calls(piece, is_open=part == "tool_call")
         if self.tools and finish_reason == "stop" and token == IM_END and not self.stops.found:
@@ -111,7 +111,7 @@ class Answer:
         results = run_calls(self.tools, calls)
         ids = self.session.answer_ids(results)
         for token in ids:
-            self.stream.add(token)
+            self.stream.put(token)
         old = self.sequence
         room = old.max_new_tokens - len(old.tokens) - len(ids)
         if room > 0:
@@ -123,16 +123,16 @@ class Answer:
         return {"tool_runs": [dict(call, result=result) for call, result in zip(calls, results)]}
 
     def _read(self, token: int) -> tuple[str, str]:
-        return self.stream.add(token) if self.is_chat else ("content", self.stream.add(token))
+        return self.stream.put(token) if self.is_chat else ("content", self.stream.put(token))
 
     def _say(self, piece: dict, text: str):
         self.length += len(text)
         if not self.stops.found:
-            self._say_at_once(piece, self.stops.add(text))
+            self._say_at_once(piece, self.stops.put(text))
 
     def _say_at_once(self, piece: dict, text: str):
         has_thought = self.is_chat and any(part == "reasoning" for part, _ in self.stream.pieces)
-        tell(piece, "content", self.content.add(text, drop_first=has_thought))
+        tell(piece, "content", self.content.put(text, drop_first=has_thought))
 
     def _find_calls(self, piece: dict, is_open: bool):
         """Calls that have ended; what is none goes to the content as it was written."""

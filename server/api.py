@@ -83,7 +83,7 @@ def as_json(data: dict) -> bytes:
 
 async def respond(service: Service, request: Request, http: HTTPRequest) -> Response:
     served, answers = await service.answers(request)
-    shape, pieces = Shape(served, request), service.write(served, answers)
+    shape, pieces = Shape(served, request), service.generate(served, answers)
     await anext(pieces)  # before the response begins, so that it may still be a refusal
     if request.stream:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}

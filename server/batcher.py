@@ -23,9 +23,9 @@ class Batcher:
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.thread.start()
 
-    def add(self, sequence: Sequence, receive: Receive):
+    def submit(self, sequence: Sequence, receive: Receive):
         self.receivers[sequence] = receive
-        self.orders.put(lambda: self.engine.add(sequence))
+        self.orders.put(lambda: self.engine.submit(sequence))
 
     def remove(self, sequence: Sequence):
         """Ends it, if it is still being written: its row is free at the next step, and nothing more is received."""

@@ -7,14 +7,13 @@ from pathlib import Path
 import torch
 
 from base.cli import UserError
-from engine.decoding import lay_out_for_decoding
+from engine.decoding import pack_for_decoding
 from model.chat import load_tokenizer
 from model.checkpoint import (
-    ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
     MODEL_FILE,
     base_of,
-    load_merged,
+    load_model,
     load_outline,
     load_stop_ids,
 )
@@ -33,9 +32,8 @@ class Served:
         self.directory, self.name = directory, name or directory.resolve().name
         if not self.name.isprintable():  # bytes that are no text, a new line: no one could ask for it
             raise UserError(f"the name {self.name!r} cannot be shown: rename the folder")
-        self.base, weights = directory, directory / MODEL_FILE
-        if (directory / ADAPTER_CONFIG_FILE).exists():
-            self.base, weights = base_of(directory), directory / ADAPTER_FILE
+        self.base = base_of(directory)
+        weights = directory / (MODEL_FILE if self.base == directory else ADAPTER_FILE)
         outline = load_outline(self.base)
         load_stop_ids(directory, outline)
         if not weights.exists():
@@ -55,9 +53,9 @@ class Served:
                 self.batcher = Batcher(model, max_rows)
 
     def _load(self, device: torch.device, half_weights: bool):
-        model = load_merged(self.directory, device).eval()
+        model = load_model(self.directory, device).eval()
         if device.type == "cpu":
-            model = lay_out_for_decoding(model, half_weights)
+            model = pack_for_decoding(model, half_weights)
         return model, load_tokenizer(self.base)
 
 

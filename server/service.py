@@ -98,7 +98,7 @@ class Service:
         prompts = [ids for ids in given for _ in range(request.n)]
         return [Answer(index, session, request, ids, tools) for index, ids in enumerate(prompts)]
 
-    async def write(self, served: Served, answers: list[Answer]) -> AsyncGenerator[tuple[Answer, dict], None]:
+    async def generate(self, served: Served, answers: list[Answer]) -> AsyncGenerator[tuple[Answer, dict], None]:
         """The pieces of the answers as they come, each with its answer; before them an empty one: all have places.
 
         Refusal where there are none left, and for what fails or takes too long.
@@ -110,7 +110,7 @@ class Service:
         start, end, has_begun = time.perf_counter(), "left", False
 
         def begin(answer: Answer):
-            served.batcher.add(answer.sequence, lambda *token: came.put_nowait((answer, *token)))
+            served.batcher.submit(answer.sequence, lambda *token: came.put_nowait((answer, *token)))
 
         loop = asyncio.get_running_loop()
         timer = loop.call_later(self.args.request_timeout, came.put_nowait, (None, TimeoutError(), None))
@@ -129,7 +129,7 @@ class Service:
                 if not has_begun:
                     has_begun = True
                     self.metrics.first.labels(served.name).observe(time.perf_counter() - start)
-                yield answer, answer.add(token, finish_reason)
+                yield answer, answer.put(token, finish_reason)
                 if answer.to_run:
                     yield answer, await loop.run_in_executor(self.tool_threads, answer.run_tools)
                     if not answer.finish_reason:

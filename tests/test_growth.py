@@ -52,7 +52,7 @@ def test_estimate_counts_what_the_optimizer_keeps():
 def estimates(preset: str, **changes) -> dict[str, int]:
     args = (make_model(preset), settings(batch_size=8, **changes))
     return {
-        "by hand": memory_estimate(*args),
+        "manual": memory_estimate(*args),
         "flash": memory_estimate(*args, bytes_per_number=2, attention="flash"),
         "masked": memory_estimate(*args, bytes_per_number=2, attention="masked"),
         "float32": memory_estimate(*args, attention="masked"),

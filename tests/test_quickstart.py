@@ -1,11 +1,20 @@
 """The first command: the pins are complete, the environment is renewed when it must be, errors are one clear line."""
 
 import ast
+import http.server
+import importlib.util
+import os
 import re
+import shutil
+import socket
 import subprocess
 import sys
+import threading
+import urllib.request
+import zipfile
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from packaging.markers import default_environment
@@ -86,7 +95,7 @@ def project(tmp_path, monkeypatch):
     commands = []
     monkeypatch.setattr(quickstart, "ROOT", tmp_path)
     monkeypatch.setattr(quickstart, "answers", lambda python, *arguments: True)
-    monkeypatch.setattr(quickstart, "run", lambda command, watch=None: commands.append(command) or (0, False))
+    monkeypatch.setattr(quickstart, "run", lambda command, watch=(): commands.append(command) or (0, None))
     return tmp_path, commands
 
 
@@ -122,13 +131,22 @@ def test_packages_are_installed_once_until_a_requirement_file_changes(project):
         assert len(commands) == count, f"a change of {name} went unnoticed"
 
 
-@pytest.mark.parametrize(("disconnected", "words"), [(True, "network"), (False, "takes it up again")])
-def test_an_installation_that_breaks_off_is_said_and_taken_up_again(project, monkeypatch, capsys, disconnected, words):
+@pytest.mark.parametrize(
+    ("status", "found", "words"),
+    [
+        (1, "SSLError", "check the network"),
+        (1, "No space left on device", "the disk is full"),
+        (1, "Operation cancelled by user", "interrupted"),
+        (137, None, "memory ran out"),
+        (1, None, "the same command continues"),
+    ],
+)
+def test_an_installation_that_fails_is_one_line_and_is_continued(project, monkeypatch, capsys, status, found, words):
     root, commands = project
     quickstart.install("python", root / ".venv", FILES[:2])
     (root / "constraints.txt").write_text("torch==2\n")
     with monkeypatch.context() as patch:
-        patch.setattr(quickstart, "run", lambda command, watch=None: (1, disconnected))
+        patch.setattr(quickstart, "run", lambda command, watch=(): (status, found))
         with pytest.raises(SystemExit) as stop:
             quickstart.install("python", root / ".venv", FILES[:2])
     assert stop.value.code == 1
@@ -156,6 +174,7 @@ def test_an_environment_of_the_users_own_is_left_alone_if_it_has_all_packages(pr
     quickstart.install("python", root / "elsewhere", FILES[:2])
     assert commands == []
     monkeypatch.setattr(quickstart, "answers", lambda python, *arguments: "install" not in arguments)
+    monkeypatch.setattr(quickstart, "choose_torch", lambda python: (None, "about 3 GB to download"))
     quickstart.install("python", root / "elsewhere", FILES[:2])
     assert len(commands) == 1
 
@@ -175,9 +194,9 @@ def test_the_first_check_that_fails_gives_the_exit_status(project, monkeypatch, 
     root, _ = project
     tools = []
 
-    def run(command, watch=None):
+    def run(command, watch=()):
         tools.append(command[2])
-        return (3 if command[2] == failing else 0), False
+        return (3 if command[2] == failing else 0), None
 
     monkeypatch.setattr(quickstart, "find_environment", lambda names: ("python", root / ".venv"))
     monkeypatch.setattr(quickstart, "install", lambda python, prefix, names: None)
@@ -187,15 +206,144 @@ def test_the_first_check_that_fails_gives_the_exit_status(project, monkeypatch, 
     assert tools == (order[: order.index(failing) + 1] if failing else order)
 
 
-def test_a_connection_that_breaks_is_told_from_other_failures(capfd):
-    refused = "import sys; sys.exit('WARNING: Retrying after connection broken by NewConnectionError(...)')"
-    assert quickstart.run([sys.executable, "-c", refused], watch=quickstart.NO_CONNECTION) == (1, True)
-    missing = "import sys; print('x'); sys.exit('ERROR: No matching distribution found for torch')"
-    assert quickstart.run([sys.executable, "-c", missing], watch=quickstart.NO_CONNECTION) == (1, False)
-    output, errors = capfd.readouterr()
-    assert "\nx\n" in output
+def test_the_last_reason_that_pip_writes_is_found(capfd):
+    def reason(text):
+        return quickstart.run([sys.executable, "-c", f"import sys; sys.exit({text!r})"], watch=quickstart.REASONS)
+
+    refused = "WARNING: Retrying after connection broken by NewConnectionError(...)"
+    assert reason(refused) == (1, "connection broken by")
+    assert reason(refused + "\nOSError: [Errno 28] No space left on device") == (1, "No space left on device")
+    assert reason("ERROR: No matching distribution found for torch") == (1, None)
+    _, errors = capfd.readouterr()
     assert "connection broken" in errors
     assert "No matching distribution" in errors
+
+
+def test_a_disk_that_is_full_is_named_without_a_word_from_the_command(project, monkeypatch, capsys):
+    monkeypatch.setattr(quickstart.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    with pytest.raises(SystemExit):
+        quickstart.give_up("making the virtual environment", 1)
+    assert "the disk is full" in capsys.readouterr().err
+
+
+WHEEL = "torch-2.13.0+cpu-py3-none-any.whl"
+
+
+@pytest.fixture
+def torch_index(tmp_path, monkeypatch):
+    """A package index over HTTP with a torch of its own; `pages` are those that were asked for."""
+    folder, info = tmp_path / "index" / "cpu" / "torch", "torch-2.13.0+cpu.dist-info"
+    folder.mkdir(parents=True)
+    (folder / "index.html").write_text(f'<a href="{WHEEL}">{WHEEL}</a>')
+    with zipfile.ZipFile(folder / WHEEL, "w") as wheel:
+        wheel.writestr("torch.py", "")
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: torch\nVersion: 2.13.0+cpu\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        pages = []
+
+        def __init__(self, *args):
+            super().__init__(*args, directory=tmp_path / "index")
+
+        def log_request(self, *args):
+            self.pages.append(self.path)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(quickstart, "TORCH_INDEX", f"http://127.0.0.1:{server.server_port}/")
+        monkeypatch.setattr(sys, "platform", "linux")
+        monkeypatch.setattr(quickstart.shutil, "which", lambda name: None)
+        monkeypatch.setattr(urllib.request, "_opener", None)  # which remembers the proxies of the first request
+        monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+        for name in list(os.environ):
+            if name.lower().endswith("_proxy") or name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS"):
+                monkeypatch.delenv(name)
+        yield Handler.pages
+        server.shutdown()
+
+
+def test_without_a_gpu_torchs_cpu_build_is_installed(torch_index, tmp_path, monkeypatch, capfd):
+    """In a real environment, with the pip that it has; the other packages are found installed."""
+    root, prefix = tmp_path / "project", tmp_path / "project" / ".venv"
+    (root / "requirements").mkdir(parents=True)
+    for name in FILES:
+        (root / name).write_text("torch==2.13.0\n")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", prefix], check=True)
+    packages = next(prefix.glob("**/site-packages"))
+    shutil.copytree(Path(importlib.util.find_spec("pip").origin).parent, packages / "pip")  # quicker than ensurepip
+    monkeypatch.setattr(quickstart, "ROOT", root)
+    monkeypatch.chdir(root)
+    python = str(prefix / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
+    quickstart.install(python, prefix, FILES[:1])
+    shown = subprocess.run([python, "-m", "pip", "list"], capture_output=True, text=True).stdout
+    assert re.search(r"torch +2\.13\.0\+cpu", shown)
+    output = capfd.readouterr().out
+    assert output.index("about 0.4 GB") < output.index("-m pip install")
+    # An update of another package leaves it alone, and says what that takes.
+    asked = len(torch_index)
+    (root / quickstart.CORE).write_text("torch>=2.13\n")
+    quickstart.install(python, prefix, FILES[:1])
+    assert len(torch_index) == asked
+    assert "torch is installed already" in capfd.readouterr().out
+
+
+def test_pip_chooses_torch_where_its_index_is_not_reached_in_time(torch_index, monkeypatch):
+    assert quickstart.choose_torch(sys.executable) == (quickstart.TORCH_INDEX + "cpu", "about 0.4 GB to download")
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and never answers
+        monkeypatch.setattr(quickstart, "TORCH_INDEX", f"http://127.0.0.1:{silent.getsockname()[1]}/")
+        monkeypatch.setattr(quickstart.reaches, "__defaults__", (0.2,))
+        url, size = quickstart.choose_torch(sys.executable)
+        assert url is None
+        assert "about 3 GB" in size
+
+
+@pytest.mark.parametrize("name", ["PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS"])
+def test_an_index_that_the_user_chose_is_kept(torch_index, monkeypatch, name):
+    monkeypatch.setenv(name, "http://mirror.invalid/simple")
+    url, size = quickstart.choose_torch(sys.executable)
+    assert url is None
+    assert "pip's settings" in size
+    assert torch_index == []
+
+
+def test_an_index_is_asked_through_the_users_proxy(torch_index, monkeypatch):
+    proxy, url = quickstart.TORCH_INDEX.rstrip("/"), "http://torch.invalid/cpu/torch/"
+    monkeypatch.setenv("http_proxy", proxy)
+    quickstart.reaches(url)
+    assert torch_index == [url]
+
+
+@pytest.mark.parametrize(
+    ("platform", "driver", "build"),
+    [
+        ("linux", None, "cpu"),
+        ("linux", "610.43\n", None),
+        ("linux", "535.1\n", "cu126"),
+        ("linux", "Failed to initialize NVML\n", None),
+        ("darwin", None, None),
+        ("win32", None, None),
+        ("win32", "581.10\n581.10\n", "cu130"),
+        ("win32", "566.36\n", "cu126"),
+    ],
+)
+def test_the_build_of_torch_suits_the_machine(monkeypatch, platform, driver, build):
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(quickstart.os, "name", "nt" if platform == "win32" else "posix")
+    monkeypatch.setattr(quickstart.shutil, "which", lambda name: driver and name)
+    monkeypatch.setattr(quickstart.subprocess, "check_output", lambda *args, **options: driver.encode())
+    assert quickstart.torch_build() == build
+
+
+def test_an_environment_with_a_torch_of_the_users_own_keeps_it(project, monkeypatch, capsys):
+    root, commands = project
+    (root / "elsewhere").mkdir()
+    monkeypatch.setattr(quickstart, "has_packages", lambda python, names: False)
+    quickstart.install("python", root / "elsewhere", FILES[:1])
+    (command,) = commands
+    assert "-c" not in command
+    assert "torch is installed already" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("version", [(2, 7, 18), (3, 9, 18), (3, 14, 0)])

@@ -43,16 +43,16 @@ def step_flops(model: CausalLM, tokens: int, attention_pairs: int) -> float:
 
 
 def memory_estimate(
-    model: CausalLM, args: argparse.Namespace, bytes_per_number: int = 4, attention: str = "by hand", processes: int = 1
+    model: CausalLM, args: argparse.Namespace, bytes_per_number: int = 4, attention: str = "manual", processes: int = 1
 ) -> int:
     """Bytes at the peak of a training step, from what it holds at once; bench/memory.py measures the same.
 
     bytes_per_number: of what products read. Weights, gradients and optimizer are float32; autocast also keeps cast
-    weights. attention: Decoder.attention_kind; all but "by hand" are a card's.
+    weights. attention: Decoder.attention_kind; all but "manual" are a card's.
     processes: over how many --shard spreads weights, gradients and optimizer.
     """
     config = model.config
-    on_card = attention != "by hand"
+    on_card = attention != "manual"
     tokens = args.batch_size * args.max_seq_len
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     weights = model.num_parameters()

@@ -20,7 +20,7 @@ from base.cli import UserError, fraction, not_negative, positive
 from base.files import sha256
 from corpus.prepared import META, SPLITS, writing_prepared
 from model.chat import tokenizer_fingerprint, translate
-from model.checkpoint import MODEL_FILE, load_config, load_merged
+from model.checkpoint import MODEL_FILE, load_config, load_model
 from model.model import CausalLM
 from model.operators import product_dtype
 from training.balance import expert_balance
@@ -215,7 +215,7 @@ def load_teacher(args: argparse.Namespace, machine: Machine, data: TrainingData)
         )
     dtype = machine.dtype if args.teacher_dtype == "auto" else getattr(torch, args.teacher_dtype)
     if is_ours(directory):
-        model = load_merged(directory, machine.device)
+        model = load_model(directory, machine.device)
         context = model.config.max_position_embeddings
         teacher = own_teacher(model.to(dtype))
     else:
@@ -348,7 +348,7 @@ def write_answers(args: argparse.Namespace, machine: Machine) -> Path:
     folder = args.out_dir.parent / "distill-text" / key
     if (folder / META).exists():
         return folder
-    model = load_merged(args.teacher, machine.device)
+    model = load_model(args.teacher, machine.device)
     writer = RolloutWriter(model, args, machine, args.teacher)
     if machine.rank == 0:
         folder.parent.mkdir(parents=True, exist_ok=True)

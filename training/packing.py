@@ -13,7 +13,7 @@ from torch import Tensor
 from base.cli import UserError, above_zero
 from base.files import read_json
 from corpus.prepared import Prepared
-from model.operators import DocumentOffsets
+from model.operators import CuSeqlens
 
 IGNORE = -100  # the label of a token that is not scored
 
@@ -42,7 +42,7 @@ class Batch:
     # Labels that are not IGNORE: counted where the batch is made, for there no device has to be waited for.
     scored: int | None = field(default=None, kw_only=True)
     # A mask for Decoder.forward; None on a CPU, which needs none.
-    documents_on_card: DocumentOffsets | None = field(default=None, kw_only=True)
+    documents_on_card: CuSeqlens | None = field(default=None, kw_only=True)
 
     MORE: ClassVar[int] = 0  # how many tensors a subclass has of each token, (B, T) float32, after these fields
 
@@ -93,7 +93,7 @@ class Batch:
         flat = send(torch.cat([*(getattr(self, name).flatten() for name in names), ends]), device)
         tensors, offsets = flat[: -len(ends)].view(len(names), B, T), flat[-len(ends) :].int()
         more = {name: send(tensor, device) for name, tensor in more.items()}
-        return replace(self, **dict(zip(names, tensors)), **more, documents_on_card=DocumentOffsets(offsets, T))
+        return replace(self, **dict(zip(names, tensors)), **more, documents_on_card=CuSeqlens(offsets, T))
 
     def scored_places(self) -> Tensor:
         """Where a label is not IGNORE, counted through all rows, (scored,)."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from base.cli import UserError, one_line, positive
 from corpus.prepared import Prepared
-from engine.decoding import lay_out_for_decoding, shared_copy
+from engine.decoding import pack_for_decoding, shared_copy
 from engine.generation import Engine, Sampling, Sequence
 from engine.session import Reply, Session
 from engine.tools import load_tools
@@ -149,7 +149,7 @@ class RolloutWriter:
             sequences = [session.sequence(prompt, f"{seed}/{question}/{i}") for i in range(answers)]
             groups.append((int(question), sequences))
             for sequence in sequences:
-                engine.add(sequence)
+                engine.submit(sequence)
         while engine.busy:
             engine.step()
         return [[self._rewarded(question, tasks, one) for one in sequences] for question, sequences in groups]
@@ -197,7 +197,7 @@ def decoding_copy(model: CausalLM) -> CausalLM:
     writer = shared_copy(model).eval()
     if has_lora(writer):
         merge_lora(writer)  # its layers get matrices of their own
-    return lay_out_for_decoding(writer) if model.lm_head.weight.device.type == "cpu" else writer
+    return pack_for_decoding(writer) if model.lm_head.weight.device.type == "cpu" else writer
 
 
 # The sums of a step over its answers, which describe() makes means of.

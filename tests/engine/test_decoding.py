@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import TOKENIZER, greedy, prompt, sharp_model
 
-from engine.decoding import FEW_ROWS, HalfProduct, Product, lay_out_for_decoding
+from engine.decoding import FEW_ROWS, HalfProduct, Product, pack_for_decoding
 from model.checkpoint import save_model
 from model.LMConfig import PRESETS, LMConfig
 
@@ -30,22 +30,22 @@ def models(name: str, half_weights: bool = False):
         for parameter_name, parameter in model.named_parameters():
             if "norm" in parameter_name:
                 parameter.uniform_(0.5, 1.5)
-    return model, lay_out_for_decoding(model, half_weights)
+    return model, pack_for_decoding(model, half_weights)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_layout_changes_no_logit_and_no_text(name):
-    model, laid_out = models(name)
+    model, packed = models(name)
     for rows, length in ((1, 1), (3, 4), (2, FEW_ROWS)):
         ids = torch.tensor([prompt(length, seed) for seed in range(rows)])
         expected = model(ids)
-        torch.testing.assert_close(laid_out(ids), expected, atol=1e-4 * expected.std().item(), rtol=1e-4)
+        torch.testing.assert_close(packed(ids), expected, atol=1e-4 * expected.std().item(), rtol=1e-4)
     prompts = [prompt(length, seed=length) for length in (5, 12, 1)]
     expected = greedy(model, prompts, 20)
     assert len({*sum(expected, [])}) > 6, "too dull to tell anything"
-    assert greedy(laid_out, prompts, 20) == expected
-    assert [greedy(laid_out, [one], 20)[0] for one in prompts] == expected
+    assert greedy(packed, prompts, 20) == expected
+    assert [greedy(packed, [one], 20)[0] for one in prompts] == expected
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 5), (1, FEW_ROWS), (1, FEW_ROWS + 1), (0, 1)], ids=str)
@@ -79,7 +79,7 @@ def test_half_weights_are_those_of_float16_and_nothing_else_is(name):
 def test_half_weights_without_the_product_for_them_are_refused(monkeypatch):
     monkeypatch.setattr(torch.backends, "quantized", SimpleNamespace(supported_engines=["qnnpack"]))
     with pytest.raises(ValueError, match="no product with float16 weights"):
-        lay_out_for_decoding(sharp_model(LMConfig(**CONFIGS["llama"])), half_weights=True)
+        pack_for_decoding(sharp_model(LMConfig(**CONFIGS["llama"])), half_weights=True)
 
 
 @needs_fbgemm

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import prompt, sharp_model
 
-from engine.decoding import lay_out_for_decoding
+from engine.decoding import pack_for_decoding
 from engine.generation import Engine, Sampling, Sequence
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
@@ -22,13 +22,13 @@ LIMITS = [12, 3, 20, 7, 1, 15, 9, 30, 4, 11]
 def model(request) -> CausalLM:
     config = LMConfig(**PRESETS["tiny-moe" if request.param == "experts" else "tiny"] | SIZES)
     model = sharp_model(config)
-    return lay_out_for_decoding(model) if request.param == "laid out for decoding" else model
+    return pack_for_decoding(model) if request.param == "laid out for decoding" else model
 
 
 def write(model: CausalLM, sequences: list[Sequence], max_rows: int, **options) -> Engine:
     engine = Engine(model, max_rows, **options)
     for sequence in sequences:
-        engine.add(sequence)
+        engine.submit(sequence)
     while engine.busy:
         engine.step()
     return engine
@@ -53,10 +53,10 @@ def test_rows_that_enter_and_leave_write_what_they_write_alone(model, max_rows):
 def test_one_that_comes_later_enters_at_once(model):
     engine = Engine(model, max_rows=2)
     first, second = sequences(sampling=GREEDY)[:2]
-    engine.add(first)
+    engine.submit(first)
     engine.step()
     engine.step()
-    engine.add(second)
+    engine.submit(second)
     assert set(map(id, engine.step())) == {id(first), id(second)}
     while engine.busy:
         engine.step()
@@ -136,8 +136,8 @@ def test_unlike_ways_of_sampling_share_a_batch(model):
 def test_forced_tokens_come_next_and_what_follows_has_read_them(model):
     forced = Sequence(PROMPTS[0], 9, sampling=GREEDY)
     engine = Engine(model, max_rows=2)
-    engine.add(forced)
-    engine.add(Sequence(PROMPTS[1], 30, sampling=GREEDY))
+    engine.submit(forced)
+    engine.submit(Sequence(PROMPTS[1], 30, sampling=GREEDY))
     engine.step()
     forced.forced = deque([100, 200, 300])
     while forced.finish_reason is None:
@@ -156,7 +156,7 @@ def test_one_that_is_taken_out_leaves_the_others_as_they_were(model):
         some = sequences(sampling=GREEDY)
         engine = Engine(model, max_rows=6)
         for sequence in some:
-            engine.add(sequence)
+            engine.submit(sequence)
         leaving = rng.sample(some, 4)
         while engine.busy:
             engine.step()

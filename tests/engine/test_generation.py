@@ -241,14 +241,14 @@ TEXTS = {
 def test_pieces_join_to_the_text_with_no_broken_character_on_the_way(name, tokenizer):
     stream, so_far = TextStream(tokenizer), ""
     for token_id in encode(tokenizer, TEXTS[name]):
-        so_far += stream.add(token_id)
+        so_far += stream.put(token_id)
         assert TEXTS[name].startswith(so_far)
     assert so_far + stream.end() == TEXTS[name]
 
 
 def test_a_character_appears_as_soon_as_it_is_whole(tokenizer):
     stream = TextStream(tokenizer)
-    pieces = [stream.add(token_id) for token_id in encode(tokenizer, "𠮷a")]
+    pieces = [stream.put(token_id) for token_id in encode(tokenizer, "𠮷a")]
     assert pieces == ["", "", "", "𠮷", "a"]  # four bytes, then a letter
 
 
@@ -257,19 +257,19 @@ def test_bytes_that_are_no_character_are_marked_and_do_not_crash(tokenizer):
         return tokenizer.token_to_id(f"<0x{value:02X}>")
 
     stream = TextStream(tokenizer)
-    text = "".join(stream.add(token_id) for token_id in [byte(0xFF), byte(0xE4), *encode(tokenizer, "好"), byte(0xE4)])
+    text = "".join(stream.put(token_id) for token_id in [byte(0xFF), byte(0xE4), *encode(tokenizer, "好"), byte(0xE4)])
     assert text == "\ufffd\ufffd好"
     assert stream.end() == "\ufffd"
 
 
 def test_control_tokens_are_not_shown(tokenizer):
     stream = TextStream(tokenizer)
-    assert "".join(map(stream.add, [1, *encode(tokenizer, "好"), IM_END, 2])) + stream.end() == "好"
+    assert "".join(map(stream.put, [1, *encode(tokenizer, "好"), IM_END, 2])) + stream.end() == "好"
 
 
 def test_every_token_can_be_streamed(tokenizer):
     stream = TextStream(tokenizer)
-    assert all(isinstance(stream.add(token_id), str) for token_id in range(tokenizer.get_vocab_size()))
+    assert all(isinstance(stream.put(token_id), str) for token_id in range(tokenizer.get_vocab_size()))
 
 
 def test_the_cache_is_no_larger_than_the_text_needs(model, monkeypatch):

@@ -37,7 +37,7 @@ def write(session: Session, messages: list[dict], say: list[int]) -> list[int]:
     """The tokens of an answer of which the model would begin with `say`."""
     sequence = session.sequence(session.prompt_ids(messages))
     engine = Engine(session.model, max_rows=1)
-    engine.add(sequence)
+    engine.submit(sequence)
     said = list(say)
     original = engine._choose
 
@@ -64,7 +64,7 @@ def test_a_call_is_answered_as_encode_chat_writes_it(model, tokenizer):
     tokens = write(talk, [QUESTION], [TOOL_CALL, *call, TOOL_CALL + 1, IM_END, *answer, IM_END])
     assert prompt + tokens == [*expected, *answer, IM_END]
     stream = ReplyStream(tokenizer)
-    pieces = [stream.add(token) for token in tokens]
+    pieces = [stream.put(token) for token in tokens]
     assert "".join(text for part, text in pieces if part == "tool_response") == "\n42\n"
     reply = stream.reply()
     assert reply.tool_calls == [CALL]
@@ -99,7 +99,7 @@ def test_a_thought_is_ended_when_it_is_too_long(model, tokenizer):
     assert tokens[end + 1 : end + 3] == encode(tokenizer, "\n\n")
     stream = ReplyStream(tokenizer)
     for token in tokens:
-        stream.add(token)
+        stream.put(token)
     assert stream.reply().reasoning == "一" * 19
 
 
@@ -111,7 +111,7 @@ def test_off_keeps_it_from_thinking(model, tokenizer):
         likes = [session(model, tokenizer, max_new_tokens=30).sequence(ids), talk.sequence(ids)]
         for sequence in likes:
             engine = Engine(model, max_rows=1)
-            engine.add(sequence)
+            engine.submit(sequence)
             while engine.busy:
                 engine.step()
     finally:
@@ -127,6 +127,6 @@ def test_reasoning_and_answer_stand_apart(tokenizer):
     stream = ReplyStream(tokenizer)
     for token, trained in zip(ids, mask):
         if trained:
-            stream.add(token)
+            stream.put(token)
     stream.end()
     assert stream.reply()[:2] == ("42。", "六七四十二\n对")

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 import export
 from base.cli import UserError
 from model.chat import EOS, IM_END, SPECIAL_TOKENS
-from model.checkpoint import check_model, load_merged, load_model, load_outline, save_model
+from model.checkpoint import check_model, load_model, load_outline, save_model
 from model.gguf import write_modelfile
 from model.lora import apply_lora
 
@@ -155,7 +155,7 @@ def test_a_strangers_adapter_is_refused_in_words(field, value, world):
     before = psutil.Process().memory_info().rss
     change(world / "lora/adapter_config.json", **{field: value})
     with pytest.raises((UserError, OSError)) as error:
-        load_merged(world / "lora")
+        load_model(world / "lora")
     assert "\n" not in str(error.value)
     assert psutil.Process().memory_info().rss < before + MEMORY
 

@@ -448,7 +448,7 @@ def test_a_text_becomes_tokens_and_comes_back(relatives, number):
         assert not control(ids)
         assert shown(ids) == ENCODER.tokenizer.decode(ids, skip_special_tokens=False) == text
         stream = TextStream(ENCODER.tokenizer)
-        assert "".join([stream.add(token) for token in ids]) == text
+        assert "".join([stream.put(token) for token in ids]) == text
         assert stream.end() == ""
 
 

@@ -43,7 +43,7 @@ def test_every_architecture_writes_what_the_engine_writes(name, tmp_path):
     gguf.write_gguf(tmp_path / "model.gguf", model, TOKENIZER, "f32")
     assert "log-probabilities differ" in verify_gguf(tmp_path / "model.gguf", model, TOKENIZER, "f32")
     llama_cpp = LlamaCpp(tmp_path / "model.gguf", 256, threads=1, exact=True)
-    assert llama_cpp.write(prompt(40), 24)["tokens"] == greedy(model, [prompt(40)], 24)[0]
+    assert llama_cpp.generate(prompt(40), 24)["tokens"] == greedy(model, [prompt(40)], 24)[0]
 
 
 @pytest.mark.parametrize("weight_type", gguf.WEIGHT_TYPES)
@@ -71,7 +71,7 @@ def test_eval_answers_the_same(question, tmp_path, run_here):
     assert llama_cpp.encode_chat(messages) == ids
     flags = "--temperature 0 --repetition_penalty 1 --max_new_tokens 32 --device cpu".split()
     answer = run_here("eval.py", "--model", tmp_path / "sft", "--prompt", question, *flags)
-    assert llama_cpp.write(ids, 32)["content"] == answer.out.removesuffix("\n") != ""
+    assert llama_cpp.generate(ids, 32)["content"] == answer.out.removesuffix("\n") != ""
     modelfile = (tmp_path / "sft-ollama" / "Modelfile").read_text("utf-8")
     assert modelfile.startswith("FROM ./sft-f32.gguf\nTEMPLATE")
     assert re.findall(r"PARAMETER stop (.*)", modelfile) == ['"<|end_of_text|>"', '"<|im_end|>"']

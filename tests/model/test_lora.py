@@ -154,7 +154,23 @@ def test_an_adapter_with_fields_that_cannot_be_is_refused_by_name(changes, adapt
         load_adapter(load_model(base_dir), tmp_path, base_dir)
 
 
-def test_an_adapter_that_is_given_for_a_model_is_told(adapted, base_dir, tmp_path):
+@torch.no_grad()
+def test_load_model_follows_an_adapter_to_its_base(adapted, base_dir, tmp_path):
+    save_model(tmp_path / "adapter", adapted, base_dir, base_dir=base_dir)
+    expected = adapted(IDS)
+    for merged in (load_model(tmp_path / "adapter"), load_model(base_dir, adapter=tmp_path / "adapter")):
+        torch.testing.assert_close(merged.eval()(IDS), expected, atol=1e-4, rtol=0)
+
+
+def test_an_adapter_is_not_merged_twice(adapted, base_dir, tmp_path):
+    save_model(tmp_path / "adapter", adapted, base_dir, base_dir=base_dir)
+    with pytest.raises(UserError, match="give the base model"):
+        load_model(tmp_path / "adapter", adapter=tmp_path / "adapter")
+
+
+def test_the_base_of_an_adapter_is_a_model_and_no_adapter(adapted, base_dir, tmp_path):
     save_model(tmp_path, adapted, base_dir, base_dir=base_dir)
-    with pytest.raises(UserError, match="holds an adapter, not a model"):
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(tmp_path)}))
+    with pytest.raises(UserError, match="adapter, not a model"):
         load_model(tmp_path)

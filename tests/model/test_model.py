@@ -147,7 +147,7 @@ def test_documents_of_a_row_do_not_see_each_other(path, qk_norm, monkeypatch):
 
 def test_the_ways_to_mask_say_the_same():
     positions = packed([torch.ones(n, dtype=torch.int64) for n in DOCUMENTS], 26)[1]
-    assert document_mask(positions, "by hand") == DocumentLengths([*DOCUMENTS, 3])
+    assert document_mask(positions, "manual") == DocumentLengths([*DOCUMENTS, 3])
     mask = document_mask(positions, "masked")
     assert mask.shape == (1, 1, 26, 26)
     assert mask.sum() == sum(n * (n + 1) // 2 for n in [*DOCUMENTS, 3])

@@ -13,7 +13,7 @@ from model import experts
 from model import model as model_module
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
-from model.operators import DocumentOffsets, attend, attention_kind, document_mask
+from model.operators import CuSeqlens, attend, attention_kind, document_mask
 from training.loss import next_token_loss
 
 LONG = torch.arange(64).repeat(2, 1)
@@ -26,7 +26,7 @@ CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 @pytest.mark.parametrize(
     ("device", "capability", "dtype", "head_dim", "kind"),
     [
-        (CPU, (0, 0), torch.float32, 64, "by hand"),
+        (CPU, (0, 0), torch.float32, 64, "manual"),
         (CUDA, (9, 0), torch.bfloat16, 64, "flash"),
         (CUDA, (8, 6), torch.float16, 64, "flash"),
         (CUDA, (8, 0), torch.float32, 64, "masked"),
@@ -63,7 +63,7 @@ def test_flash_attention_gets_the_documents_that_attention_by_hand_gets(monkeypa
     positions = torch.tensor([[*range(7), *range(5), *range(4)], [*range(16)]])
     q, k, v = (torch.randn(2, heads, 16, 8, requires_grad=True) for heads in (6, 2, 2))
     results = []
-    for kind in ("by hand", "masked", "flash"):
+    for kind in ("manual", "masked", "flash"):
         mask = document_mask(positions, kind)
         inputs = (q, k, v.bfloat16()) if kind == "flash" else (q, k, v)  # as under autocast
         out = attend(*inputs, mask).float()
@@ -77,12 +77,12 @@ def test_a_batch_brings_its_offsets_and_they_are_those_of_its_positions():
     batch = made_up_batch(4, 128, 6400)
     moved = batch.to(torch.device("meta"))
     assert moved.input_ids.shape == moved.labels.shape == (4, 128)
-    assert moved.documents_on_card.offsets.dtype == torch.int32
-    found = document_mask(batch.position_ids, "flash").offsets.tolist()
-    assert len(moved.documents_on_card.offsets) == 1 << (len(found) - 1).bit_length()
+    assert moved.documents_on_card.cu_seqlens.dtype == torch.int32
+    found = document_mask(batch.position_ids, "flash").cu_seqlens.tolist()
+    assert len(moved.documents_on_card.cu_seqlens) == 1 << (len(found) - 1).bit_length()
     assert found[0] == 0
     assert found[-1] == 4 * 128
-    assert document_mask(batch.position_ids, "flash", DocumentOffsets(moved.position_ids, 1)).longest == 1
+    assert document_mask(batch.position_ids, "flash", CuSeqlens(moved.position_ids, 1)).max_seqlen == 1
 
 
 class FastKernelsOnly(TorchFunctionMode):
@@ -193,9 +193,9 @@ def test_compiled_layers_with_flash_attention_are_one_graph_for_every_batch(chec
             positions = torch.cat([torch.arange(n) for n in lengths]).view(2, 64) if len(lengths) > 1 else LONG
             mask = document_mask(positions, "flash")
             ends = torch.full((8,), 128, dtype=torch.int32)
-            ends[: len(mask.offsets)] = mask.offsets
+            ends[: len(mask.cu_seqlens)] = mask.cu_seqlens
             with torch.autocast("cpu", torch.bfloat16):
-                hidden = model.model(random_ids(2, 64), positions, DocumentOffsets(ends, 64))
+                hidden = model.model(random_ids(2, 64), positions, CuSeqlens(ends, 64))
             hidden.float().tanh().sum().backward()
         gradients[compiled] = torch.cat([p.grad.flatten() for p in model.model.parameters()])
     assert graphs.frame_count == 1, "compiled anew for another batch"

@@ -22,7 +22,7 @@ def test_stop_strings_are_held_back_and_nothing_else_for_long():
         stream, told, place = StopStrings(stops), "", 0
         while place < len(text) and not stream.found:
             end = place + rng.randint(1, 4)
-            told += stream.add(text[place:end])
+            told += stream.put(text[place:end])
             place = end
             assert text.startswith(told)
             assert not any(stop in told for stop in stops)
@@ -49,7 +49,7 @@ def test_pieces_together_are_the_reply(tokenizer, seed):
         tokens += encode(tokenizer, "".join(rng.choices("答👍\n ", k=rng.randint(0, 12)))) + [IM_END]
         answer, whole = Answer(0, Session(model, tokenizer, request), request, [1]), {}
         for token in tokens:
-            for name, new in answer.add(token, "stop" if token == IM_END else None).items():
+            for name, new in answer.put(token, "stop" if token == IM_END else None).items():
                 tell(whole, name, new)
         reply = read_tokens(tokens, tokenizer)
         assert whole.get("content", "") == reply.content

@@ -213,7 +213,7 @@ def test_a_torch_for_cards_that_finds_none_says_so(monkeypatch, capsys):
 
 def test_the_first_lines_say_how_it_attends(data, tmp_path, capsys):
     observe(data, tmp_path / "out", "--batch_size", "2", "--max_steps", "1", *ONCE)
-    assert "attention by hand" in capsys.readouterr().out
+    assert "attention manual" in capsys.readouterr().out
 
 
 def test_sums_of_the_host_and_of_the_device_add_up():
