@@ -33,7 +33,8 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 
 from base.files import finish_replacing
-from corpus.records import BadRecord, each_record, prompt_of, text_of
+from corpus.files import ReadOptions
+from corpus.records import each_record, request_of, text_of
 from engine.decoding import pack_for_decoding
 from engine.generation import Engine
 from engine.session import ReplyStream, Session, read_tokens
@@ -132,9 +133,7 @@ def answer_batch(session: Session, args: argparse.Namespace, system: list[dict])
     """
 
     def enqueue(record: dict):
-        messages, tools = prompt_of(record)
-        if not messages:
-            raise BadRecord(f"neither prompt nor messages; there is {', '.join(map(str, record))}")
+        messages, tools = request_of(record)
         if messages[0]["role"] != "system":
             messages = [*system, *messages]
         seed = None if args.seed is None else f"{args.seed}/{len(unprinted)}"
@@ -144,7 +143,7 @@ def answer_batch(session: Session, args: argparse.Namespace, system: list[dict])
 
     engine = Engine(session.model, args.batch_size)
     unprinted = deque()  # record, its sequence
-    deque(each_record(args.batch, "prompt", enqueue), maxlen=0)
+    deque(each_record(args.batch, ReadOptions("prompt", args.encoding), enqueue), maxlen=0)
     output = jsonlines.Writer(sys.stdout, flush=True, dumps=functools.partial(json.dumps, ensure_ascii=False))
     while unprinted:
         engine.step()
@@ -152,11 +151,12 @@ def answer_batch(session: Session, args: argparse.Namespace, system: list[dict])
             record, sequence = unprinted.popleft()
             reply = read_tokens(sequence.tokens, session.tokenizer)
             parts = {"reasoning": reply.reasoning, "tool_calls": reply.tool_calls}
-            output.write(record | {name: part for name, part in parts.items() if part} | {"answer": reply.content})
+            parts = {name: part for name, part in parts.items() if part} | {"answer": reply.content}
+            output.write({f"reference_{name}" if name in parts else name: record[name] for name in record} | parts)
 
 
 @torch.inference_mode()
-def perplexity(model: CausalLM, tokenizer: Tokenizer, file: str, text_field: str) -> dict:
+def perplexity(model: CausalLM, tokenizer: Tokenizer, file: str, options: ReadOptions) -> dict:
     """Mean loss a token in nats, its exponential, and bits per UTF-8 byte, over every text of the file.
 
     A text longer than the context is read in pieces; the first tokens of a piece are told without those before it.
@@ -164,7 +164,7 @@ def perplexity(model: CausalLM, tokenizer: Tokenizer, file: str, text_field: str
     device, context = model.model.embed_tokens.weight.device, model.config.max_position_embeddings
     loss = 0.0
     tokens = texts = size = 0
-    for text in each_record(file, text_field, lambda record: text_of(record, text_field)):
+    for text in each_record(file, options, lambda record: text_of(record, options.text_field)):
         ids = torch.tensor([BOS, *encode(tokenizer, text), EOS], device=device)
         for start in range(0, len(ids) - 1, context):
             piece = ids[start : start + context + 1]
@@ -195,9 +195,10 @@ def validation(model: CausalLM, directory: Path, folders: list[str], max_seq_len
 
 def choice(model: CausalLM, tokenizer: Tokenizer, args: argparse.Namespace) -> dict:
     """Accuracy on four-choice questions, with Wilson's interval of 95 %; of an exam also by subject and category."""
-    from engine.exams import accuracy, answer_exam, read_exam, wilson_interval  # pandas: a chat need not wait for it
+    from corpus.exams import read_exam
+    from engine.exams import accuracy, answer_exam, wilson_interval  # pandas: a chat need not wait for it
 
-    questions, examples = read_exam(args.choice)
+    questions, examples = read_exam(args.choice, args.encoding)
     results = answer_exam(model, tokenizer, questions, examples, args.shots, args.choice_by, args.batch_size)
     right, n = float(results["right"].mean()), len(results)
     low, high = wilson_interval(right, n)
@@ -262,6 +263,7 @@ def main():
     )
     parser.add_argument("--system", help="system prompt")
     parser.add_argument("--text_field", default="text", help="where the text stands in a record of --perplexity")
+    parser.add_argument("--encoding", default="", help="of text, such as gb18030; UTF-8 and UTF-16 are recognized")
     parser.add_argument("--max_seq_len", type=positive, default=512, help="tokens in a row of --data")
     parser.add_argument("--shots", type=natural, default=0, help="examples from the dev part before each question")
     parser.add_argument(
@@ -309,7 +311,8 @@ def main():
     system = [{"role": "system", "content": as_utf8(args.system)}] if args.system else []
     figures = None
     if args.perplexity:
-        figures = perplexity(model, tokenizer, args.perplexity, args.text_field)
+        options = ReadOptions(args.text_field, args.encoding)
+        figures = perplexity(model, tokenizer, args.perplexity, options)
     elif args.data:
         figures = validation(model, directory, args.data, args.max_seq_len)
     elif args.choice:

@@ -135,7 +135,9 @@ def show_tokens(ids: list[int], mask: Sequence[int] | None, tokenizer: Tokenizer
 
     mask: 1 on the tokens that are trained, which are green or in [[…]]; None: all are.
     """
-    names = {i: token.content.strip("<|>") for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    names = {
+        i: token.content.strip("<|>") for i, token in tokenizer.get_added_tokens_decoder().items() if token.special
+    }
     trained_marks, control_marks = (GREEN, REVERSED) if color else (("[[", "]]"), ("", ""))
     text = ""
     for trained, stretch in groupby(zip(ids, mask or [0] * len(ids)), key=lambda pair: pair[1]):

@@ -65,7 +65,9 @@ def test_samples_are_shown_as_they_are_trained(capsys):
     write("a.jsonl", [{"question": "问二", "answer": "答二", "history": history}])
     run("look", "a.jsonl")
     turns = [("user", history[0][0]), ("assistant", history[0][1]), ("user", "问二"), ("assistant", "答二")]
-    words = [content.join(("[[", "⟦im_end⟧]]")) if role == "assistant" else f"{content}⟦im_end⟧" for role, content in turns]
+    words = [
+        content.join(("[[", "⟦im_end⟧]]")) if role == "assistant" else f"{content}⟦im_end⟧" for role, content in turns
+    ]
     chat = "".join(f"⟦im_start⟧{role}\n{said}\n" for (role, _), said in zip(turns, words))
     assert f"--- record 1\n⟦begin_of_text⟧{chat}picture" in capsys.readouterr().out
     write("b.jsonl", [{"question": "问", "answer": "2\n#### 2"}])

@@ -38,13 +38,13 @@ import data_process
 from base.cli import UserError
 from base.files import read_json
 from corpus.cleaning import CHAT_RULES, TEXT_RULES, Dropped, clean
+from corpus.exams import read_exam, read_table
 from corpus.files import RecordBatch, read_batches, read_csv, read_json_array
 from corpus.kinds import KINDS, load_encoder
 from corpus.look import describe, examine, first_look
 from corpus.pipeline import work
 from corpus.prepared import read_meta
 from corpus.records import CHAT_FIELDS, PAIR_FIELDS, TASK_FIELDS, BadRecord, each_record, parse, prompt_of
-from engine.exams import read_exam, read_table
 from engine.generation import Sequence, TextStream
 from engine.session import Session, call_of, last_turn, read_tokens
 from engine.tools import MAX_CHARACTERS, MAX_DEPTH, calculate, calculator, run_calls
@@ -732,7 +732,8 @@ def test_an_exam_comes_back_as_it_was_written(rows, number):
     COUNTS["exam rows"] += 1
     file = io.StringIO(newline="")
     csv.writer(file, quoting=csv.QUOTE_ALL).writerows([("question", *"ABCD", "answer"), *rows])
-    table = read_table(Path("x_val.csv"), file.getvalue().encode())
+    file.seek(0)
+    table = read_table(Path("x_val.csv"), read_csv(file))
     found = table[["question", *"abcd", "answer"]].itertuples(index=False, name=None)
     assert list(found) == [(*row[:5], row[5].lower()) for row in rows]
 
