@@ -45,6 +45,7 @@ from base.cli import (
 )
 from base.files import sha256, write_file, write_json
 from corpus.cleaning import known_languages
+from corpus.enough import is_it_enough
 from corpus.exams import load_exams
 from corpus.fetch import HUBS, choose_files, fetch_files, fetch_part, find_entry, open_hub, read_catalogue
 from corpus.figures import draw
@@ -83,6 +84,7 @@ def prepare(args: argparse.Namespace):
     print(report)
     for name, counts in writer.counts.items():
         print(f"{args.output / name}: " + ", ".join(f"{count:,} {unit}" for unit, count in counts.items()))
+    print(is_it_enough(args.command, writer.counts, len(kind.titles), writer.meta["vocab_size"]))
 
 
 def clean_files(args: argparse.Namespace):

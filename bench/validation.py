@@ -1,6 +1,6 @@
 """How far a validation loss is off that was measured on few documents: the standard deviation over random samples.
 
-    python -m bench.validation MODEL DATA        a trained model, and prepared texts with a large validation split
+python -m bench.validation MODEL DATA        a trained model, and prepared texts with a large validation split
 """
 
 import argparse
@@ -42,7 +42,9 @@ def main():
     table = document_losses(args.model, Prepared(args.data, "val"), args.documents)
     table = table[table[:, 1] > 0]
     rng = np.random.default_rng(0)
-    print(f"{len(table):,} documents, {table[:, 1].sum():,.0f} tokens, loss {table[:, 0].sum() / table[:, 1].sum():.3f}")
+    print(
+        f"{len(table):,} documents, {table[:, 1].sum():,.0f} tokens, loss {table[:, 0].sum() / table[:, 1].sum():.3f}"
+    )
     for size in SIZES:
         samples = table[rng.integers(len(table), size=(SAMPLES, size))].sum(1)  # (SAMPLES, 2)
         losses = samples[:, 0] / samples[:, 1]

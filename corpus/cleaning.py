@@ -27,7 +27,7 @@ def control(text: str) -> str:
 
 
 def nfc(text: str) -> str:
-    """Unicode's canonical composition: one way to write é, not two. After control: what stood between may be gone."""
+    """Unicode's canonical composition: one way to write é, not two. After the rules that take out what separates it."""
     return unicodedata.normalize("NFC", text)
 
 
@@ -42,15 +42,17 @@ def whitespace(text: str) -> str:
 # Control tags of chat formats and tokenizers: ChatML, Llama 2 and 3, Gemma, Mistral, DeepSeek; OWN: Jiezi's.
 # As letters they would be learned in the place of control tokens. <s> and </s> also strike out text in HTML: inside a
 # line they stay.
+NEWLINES = r"\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029"  # what str.splitlines cuts at
 OTHERS = (  # all but their first character, "<" or "["
-    r"\|im_start\|>(?:(?:system|user|assistant|tool)\n)?|\|[A-Za-z0-9_]{1,40}\|>|｜[^<>｜\n]{1,40}｜>"
-    r"|start_of_turn>(?:(?:user|model)\n)?|end_of_turn>|(?:bos|eos|pad|unk)>|/?INST\]|</?SYS>>"
-    r"|/?(?:TOOL_CALLS|TOOL_RESULTS|AVAILABLE_TOOLS)\]|s>(?=\s*\[INST\])|(?<![^\n]<)s>|/s>(?=\s*(?:<s>|\n|\Z))"
+    r"\|im_start\|>(?:(?:system|user|assistant|tool)\r?\n)?|\|[A-Za-z0-9_]{1,40}\|>|｜[^<>｜\n]{1,40}｜>"
+    r"|start_of_turn>(?:(?:user|model)\r?\n)?|end_of_turn>|(?:bos|eos|pad|unk)>|/?INST\]|</?SYS>>"
+    r"|/?(?:TOOL_CALLS|TOOL_RESULTS|AVAILABLE_TOOLS)\]|s>(?=\s*\[INST\])"
+    rf"|/s>(?=\s*(?:<s>|[{NEWLINES}]|\Z))"
 )
 OWN = r"/?(?:think|tool_call|tool_response|tools)>"
-STRUCK = r"((?<=[^\n]<)s>(?!\s*\[INST\])[^<\n]*</s>)"
-TAGS = re.compile(rf"[<[](?:{STRUCK}|{OTHERS}|{OWN})")
-EDGES = re.compile(rf"\A(?:\s*[<[](?:{OTHERS}))+\n?|(?:\s*[<[](?:{OTHERS}))+\s*\Z")
+STRUCK = rf"(s>(?!\s*\[INST\])[^<{NEWLINES}]*</s>)"
+TAGS = re.compile(rf"\A\s*<s>|[<[](?:{STRUCK}|{OTHERS}|{OWN})")
+EDGES = re.compile(rf"\A(?:\s*<s>)?(?:\s*[<[](?:{OTHERS}))+\n?|\A\s*<s>|(?:\s*[<[](?:{OTHERS}))+\s*\Z")
 
 
 def has_tags(text: str) -> bool:
@@ -60,13 +62,23 @@ def has_tags(text: str) -> bool:
 
 
 def tags(text: str) -> str:
-    """Takes out control tags that are written as letters; one on a line of its own leaves a blank line."""
-    return TAGS.sub(lambda found: found[0] if found[1] else "", text) if "<" in text or "[" in text else text
+    """Takes out control tags that are written as letters."""
+    return _without(TAGS, text)
 
 
 def outer_tags(text: str) -> str:
     """Takes out other formats' control tags at the beginning and the end of a message."""
-    return EDGES.sub("", text) if "<" in text or "[" in text else text
+    return _without(EDGES, text)
+
+
+def _without(pattern: re.Pattern, text: str) -> str:
+    if "<" not in text and "[" not in text:
+        return text
+    for _ in range(10):  # what is left on both sides may be another tag; no honest text nests them
+        before, text = text, pattern.sub(lambda found: found[0] if found.re is TAGS and found[1] else "", text)
+        if text == before:
+            break
+    return text
 
 
 def line_ends(text: str) -> str:
@@ -133,9 +145,9 @@ def is_other_language(text: str, languages: tuple[str, ...]) -> bool:
 
 
 Rules = dict[str, Callable[[str], str | None]]
-TEXT_RULES: Rules = {rule.__name__: rule for rule in (control, nfc, tags, whitespace, length, readable, repetition)}
+TEXT_RULES: Rules = {rule.__name__: rule for rule in (control, tags, nfc, whitespace, length, readable, repetition)}
 # Of chats no more, because blanks have a meaning in code.
-CHAT_RULES: Rules = {"control": control, "nfc": nfc, "line_ends": line_ends, "tags": outer_tags}
+CHAT_RULES: Rules = {"control": control, "line_ends": line_ends, "tags": outer_tags, "nfc": nfc}
 
 
 def clean(text: str, rules: Rules, args: argparse.Namespace, changed: Counter) -> str:

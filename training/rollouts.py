@@ -28,7 +28,7 @@ from training.loop import Run, StopRequest
 from training.loss import LossFunction
 from training.machine import Machine
 from training.packing import IGNORE, Batch, Piece, TrainingData, named_folders, pack
-from training.rewards import load_reward, read_reply
+from training.rewards import check_tasks, load_reward, read_reply
 
 ROLLOUT_FLAGS = {  # for stages whose model writes: name -> options of argparse's add_argument
     "--questions": dict(type=positive, default=32, help="in a step, over all processes"),
@@ -87,7 +87,11 @@ def open_tasks(args: argparse.Namespace, kinds: tuple[str, ...] = ("rl",)) -> tu
     """Questions to learn from, and to validate with. UserError under --shard: who writes needs the whole model."""
     if args.shard:
         raise UserError("the one who writes answers needs the whole model: this runs without --shard")
-    return Tasks(args.data, "train", args, kinds), Tasks(args.data, "val", args, kinds)
+    tasks = Tasks(args.data, "train", args, kinds), Tasks(args.data, "val", args, kinds)
+    for split in tasks:
+        if split.checked and getattr(args, "reward", None):
+            check_tasks(args.reward, split.notes, f"{split.prepared.folder}/{split.prepared.split}.jsonl")
+    return tasks
 
 
 def last_answers(chats: Prepared) -> np.ndarray:
