@@ -14,11 +14,9 @@ reference never changes, so its log-probabilities are computed once and kept in 
 from base.cli import above_zero, fraction, not_negative, run  # first: it hears Ctrl-C while torch is loaded
 
 # isort: split
-import argparse
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,20 +25,19 @@ from model.checkpoint import load_model
 from model.lora import apply_lora
 from model.model import CausalLM
 from training.balance import expert_balance
-from training.flags import LORA_FLAGS, parse_flags
-from training.loop import train
-from training.loss import token_log_probs
-from training.machine import Machine, start_machine
-from training.packing import Batch, PackedDataset, open_data, send
-from training.reference import computed_once
-from training.shard import call, place
+from training.flags import LORA_FLAGS, parse_flags, run_settings
+from training.loop import Run
+from training.loss import evaluate, token_log_probs
+from training.machine import start_machine
+from training.packing import Batch, open_data, to_device
+from training.reference import reference_log_probs
 
 METRICS = ("accuracy", "reward_margin", "reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected")
 
 
 def answer_log_probs(model: CausalLM, batch: Batch, routing: list | None = None) -> tuple[Tensor, Tensor]:
     """ln p(answer | prompt) of every chat and the answer's number of tokens, (C,) each; chosen and rejected in turn."""
-    scored = batch.scored_places()  # (M,): of the answers' tokens
+    scored = batch.scored_positions()  # (M,): of the answers' tokens
     log_probs = token_log_probs(model, batch, scored, routing)  # (M,)
     chat = batch.document_index.flatten()[scored]  # (M,)
     sums = log_probs.new_zeros(2, len(batch.documents))
@@ -61,21 +58,6 @@ def preference_loss(chosen: Tensor, rejected: Tensor, beta: float, kind: str, la
     return -(1 - label_smoothing) * keep - label_smoothing * flip
 
 
-@torch.no_grad()
-def reference_log_probs(
-    model: CausalLM, data: PackedDataset, machine: Machine, args: argparse.Namespace, rows: np.ndarray
-) -> Tensor:
-    """ln p_ref of every answer in these rows of the split, and 0 of the others, (documents,)."""
-    log_probs = torch.zeros(len(data.prepared.offsets) - 1, device=machine.device)
-    for share, counts in machine.share(rows, args.batch_size):
-        batch = data.batch(share).to(machine.device)
-        with machine.autocast():
-            answers, _ = call(answer_log_probs, model, batch)
-        if counts:
-            log_probs[batch.documents] = answers
-    return machine.sum(log_probs).cpu()
-
-
 def main():
     args = parse_flags(
         __doc__,
@@ -83,7 +65,7 @@ def main():
         | {
             "--beta": dict(type=above_zero, default=0.1, help="how much a step away from the reference counts"),
             "--loss": dict(choices=["sigmoid", "ipo"], default="sigmoid", help="see preference_loss"),
-            "--label_smoothing": dict(type=fraction, default=0.0, help="share of pairs that are the wrong way round"),
+            "--label_smoothing": dict(type=fraction, default=0.0, help="fraction of pairs whose order is wrong"),
             "--length_normalized": dict(action="store_true", help="divide log-ratios by the answer's length"),
             "--sft_weight": dict(
                 type=not_negative, default=0.0, help="of the chosen answer's own loss a token (2404.19733)"
@@ -101,25 +83,26 @@ def main():
         weight_decay=0.0,
         lora_rank=0,
     )
-    machine = start_machine(args)
-    train_set, val_set = open_data(args, "dpo")
-    model = place(load_model(args.init_from), machine)
-    references = {}  # by split: ln p_ref of all its documents, those of the first source, then those of the second, …
-    for data in (train_set, val_set):
-        parts = [
-            computed_once(args, machine, source, partial(reference_log_probs, model, source, machine, args))
-            for source in data.sources.values()
-        ]
-        references[data.split] = torch.cat(parts)
-    if args.shard:
-        model = load_model(args.init_from)  # whole again: what is spread takes no adapter
+    machine = start_machine(args.device, args.dtype, args.seed, args.shard, args.compile)
+    train_set, val_set = open_data(args.data, args.mix, args.max_seq_len, "dpo")
+    # ln p_ref of every answer, (documents,), by split. It never changes, and needs the reference only now.
+    references = reference_log_probs(
+        args.init_from,
+        (train_set, val_set),
+        lambda model, batch: answer_log_probs(model, batch)[0],
+        machine,
+        args.batch_size,
+        cache=args.out_dir.parent / "dpo-reference",
+    )
+    model = load_model(args.init_from)
     if args.lora_rank:
         apply_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
 
     def dpo_loss(model: CausalLM, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]:
         routing = []
         log_probs, lengths = answer_log_probs(model, batch, routing)  # (C,)
-        ratios = log_probs - send(references[batch.split][batch.documents], log_probs.device)  # (C,): ln(p / p_ref)
+        reference = to_device(references[batch.split][batch.documents], log_probs.device)  # (C,)
+        ratios = log_probs - reference  # (C,): ln(p / p_ref)
         if args.length_normalized or args.loss == "ipo":
             ratios = ratios / lengths
         chosen = ratios[0::2]  # (P,)
@@ -137,7 +120,14 @@ def main():
         }
         return losses.sum() + balance, len(losses), {name: value.detach() for name, value in metrics.items()}
 
-    train(args, machine, model, train_set, val_set, dpo_loss, METRICS)
+    training = Run(run_settings(args), machine, model, train_set, METRICS, reference=args.init_from)
+    validate = partial(evaluate, model, dpo_loss, val_set, machine, training.batch_size)
+    training.log_start(validate)  # the model is the reference: ln 2
+    with training:
+        for rows in training.steps(args.batch_size * args.accumulation_steps * machine.world_size):
+            training.forward_backward(dpo_loss, training.batches(rows))
+            training.update()  # by the mean over all pairs
+            training.log_step(validate)
 
 
 if __name__ == "__main__":

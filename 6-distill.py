@@ -1,12 +1,12 @@
-"""Distillation: a small model learns to say what a larger one would, and how sure it would be.
+"""Distillation: a small student model learns to predict what a larger teacher model would, and how sure it would be.
 
 A text has one next token; a teacher has a probability for every token of the vocabulary, and so says with each how
 likely the others were (arXiv 1503.02531). Three ways to learn from it, by --mode:
 
-    text       the teacher answers prompts once, and the student trains on its answers by the loss of 2-sft.py
+    text       the teacher answers prompts once, and the student trains on its answers with the loss of 2-sft.py
     logits     on given texts or chats the student's distribution is drawn to the teacher's, token by token
-    on_policy  the student writes, and the teacher judges each of its tokens, so that it learns to go on from what it
-               writes itself and not from what others wrote (arXiv 2306.13649, algorithm 1)
+    on_policy  the student generates, and the teacher judges each of its tokens: the student learns to continue its own
+               texts, mistakes included, and not only those of others (arXiv 2306.13649, algorithm 1)
 
 The student is the model of --init_from, some layers of it (--keep_layers), or a new one (--preset).
 
@@ -16,15 +16,12 @@ The student is the model of --init_from, some layers of it (--keep_layers), or a
     torchrun --nproc_per_node 2 6-distill.py --teacher out/large         the same in two processes
 """
 
-from base.cli import run  # first: it hears Ctrl-C while torch is loaded
-
-# isort: split
 import argparse
+import time
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor
-
+from base.cli import run
 from model.checkpoint import load_model
 from model.LMConfig import PRESETS, LMConfig
 from model.lora import apply_lora
@@ -34,38 +31,22 @@ from training import rollouts
 from training.distillation import (
     DISTILL_FLAGS,
     METRICS,
+    AnswerSettings,
     Divergence,
     check_flags,
-    describe_answers,
     distillation_loss,
-    every_answer,
+    distillation_metrics,
+    generate_answers,
     load_teacher,
     validate_answers,
-    write_answers,
 )
-from training.flags import LORA_FLAGS, parse_flags
-from training.loop import Run, train
-from training.loss import next_token_loss
-from training.machine import start_machine
-from training.packing import Batch, Mixture, open_data
+from training.flags import LORA_FLAGS, fill, parse_flags, run_settings
+from training.loop import Run
+from training.loss import LossFunction, evaluate, next_token_loss
+from training.machine import Machine, start_machine
+from training.packing import PackedDataset, open_data
 
 STUDENT = Path("out/sft")
-
-
-def make_student(args: argparse.Namespace, train_set: Mixture | rollouts.Tasks) -> CausalLM:
-    """The model to train, as the flags say."""
-    if args.preset:
-        return CausalLM(LMConfig(**PRESETS[args.preset]))
-    model = load_model(args.init_from)
-    if args.keep_layers:
-        model = keep_layers(model, args.keep_layers)
-    if args.keep_ffn:
-        batches = map(train_set.batch, train_set.order(0, 0)[:64, None])
-        importance = ffn_importance(model, ((batch.input_ids, batch.position_ids) for batch in batches))
-        model = keep_neurons(model, importance, args.keep_ffn)
-    if args.lora_rank:
-        apply_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
-    return model
 
 
 def main():
@@ -89,39 +70,79 @@ def main():
     if args.preset and args.init_from == STUDENT:
         args.init_from = None
     check_flags(args)
-    machine = start_machine(args)
-    if args.mode == "text":
-        args.data = write_answers(args, machine)
-        train_set, val_set = open_data(args, "sft")
-        train(args, machine, make_student(args, train_set), train_set, val_set, next_token_loss)
-        return
-    own_texts = args.mode == "on_policy"
-    kinds = ("rl", "sft")
-    train_set, val_set = rollouts.open_tasks(args, kinds) if own_texts else open_data(args, "pretrain", "sft")
-    teacher = load_teacher(args, machine, train_set)
-    kind = args.divergence or ("reverse" if own_texts else "forward")
+    machine = start_machine(args.device, args.dtype, args.seed, args.shard, args.compile)
+    (learn_from_own_texts if args.mode == "on_policy" else learn_from_given_texts)(args, machine)
+
+
+def make_student(args: argparse.Namespace, train_set: PackedDataset) -> CausalLM:
+    if args.preset:
+        return CausalLM(LMConfig(**PRESETS[args.preset]))
+    model = load_model(args.init_from)
+    if args.keep_layers:
+        model = keep_layers(model, args.keep_layers)
+    if args.keep_ffn:
+        batches = map(train_set.batch, train_set.order(0, 0)[:64, None])
+        importance = ffn_importance(model, ((batch.input_ids, batch.position_ids) for batch in batches))
+        model = keep_neurons(model, importance, args.keep_ffn)
+    if args.lora_rank:
+        apply_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
+    return model
+
+
+def teacher_loss(args: argparse.Namespace, machine: Machine, data: PackedDataset) -> LossFunction:
+    """The divergence between student and teacher, summed over the scored tokens: their distributions after one text."""
+    teacher = load_teacher(args.teacher, args.teacher_dtype, machine, data)
+    kind = args.divergence or ("reverse" if args.mode == "on_policy" else "forward")
     how = Divergence(kind, args.temperature, args.jsd_beta, args.ce_weight)
+    return lambda model, batch: distillation_loss(model, batch, teacher, how)
+
+
+def learn_from_given_texts(args: argparse.Namespace, machine: Machine):
+    """--mode logits: the loss compares with the teacher. --mode text: the data are its answers, the loss is SFT's."""
+    if args.mode == "text":
+        prompts = rollouts.open_prompts(args.data, args.mix, args.max_seq_len, args.max_new_tokens, "rl", "sft")
+        settings, cache = fill(AnswerSettings, args), args.out_dir.parent / "distill-text"
+        args.data, args.mix = generate_answers(args.teacher, *prompts, settings, machine, cache), None
+    train_set, val_set = open_data(args.data, args.mix, args.max_seq_len, "pretrain", "sft")
+    loss_fn, metrics = next_token_loss, ()
+    if args.mode == "logits":
+        loss_fn, metrics = teacher_loss(args, machine, train_set), METRICS
     model = make_student(args, train_set)
 
-    def loss(model: CausalLM, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]:
-        loss_sum, count, metrics, _ = distillation_loss(model, batch, teacher, how)
-        return loss_sum, count, metrics
+    training = Run(run_settings(args), machine, model, train_set, metrics)
+    validate = partial(evaluate, model, loss_fn, val_set, machine, training.batch_size)
+    training.log_start(validate)
+    with training:
+        for rows in training.steps(args.batch_size * args.accumulation_steps * machine.world_size):
+            training.forward_backward(loss_fn, training.batches(rows))
+            training.update()
+            training.log_step(validate)
 
-    if not own_texts:
-        train(args, machine, model, train_set, val_set, loss, METRICS)
-        return
 
-    def on_policy_loss(model: CausalLM, batch: rollouts.RolloutBatch) -> tuple[Tensor, float, dict[str, Tensor]]:
-        loss_sum, _, metrics, log_probs = distillation_loss(model, batch, teacher, how)
-        old = batch.old_log_probs.flatten()[batch.scored_places()]
-        gap = (log_probs - old).abs().sum()  # between the one who wrote and the one who learns
-        return loss_sum, 0.0, metrics | {"gap": gap, "scored": batch.scored, "places": batch.labels.numel()}
+def learn_from_own_texts(args: argparse.Namespace, machine: Machine):
+    """--mode on_policy."""
+    train_set, val_set = rollouts.open_prompts(args.data, args.mix, args.max_seq_len, args.max_new_tokens, "rl", "sft")
+    loss_fn = teacher_loss(args, machine, train_set)
+    model = make_student(args, train_set)
 
-    learning = Run(args, machine, model, train_set, (*rollouts.METRICS, *METRICS))
-    writer = rollouts.RolloutWriter(model, args, machine, train_set.tokenizer_dir)
-    validate = partial(validate_answers, writer, val_set, on_policy_loss)
-    describe = partial(describe_answers, checked=train_set.checked)
-    rollouts.learn_from_rollouts(learning, writer, train_set, on_policy_loss, every_answer, validate, describe)
+    training = Run(run_settings(args), machine, model, train_set, (*rollouts.METRICS, *METRICS))
+    generator = rollouts.RolloutGenerator(model, fill(rollouts.RolloutSettings, args), machine, train_set.tokenizer_dir)
+    validate = partial(validate_answers, generator, val_set, loss_fn, training.batch_size)
+    training.log_start(validate)
+    with training:
+        for questions in training.steps(args.questions):
+            # Generate: the student's own answers. Their rewards, where there are any, are only logged.
+            start, seed = time.perf_counter(), f"{args.seed}/{training.state.step}"
+            groups = generator.generate(train_set, questions, args.generations, seed)
+            generator.score(train_set, groups)
+            training.add_sums(**rollouts.sums_of(groups), sampling_seconds=time.perf_counter() - start)
+            # Learn: the teacher's distribution after each of their tokens.
+            answers = [one for group in groups for one in group]
+            batches = rollouts.learning_batches(answers, args.max_seq_len, training.batch_size)
+            training.forward_backward(loss_fn, batches)
+            training.update()
+            if training.log_step(validate, partial(distillation_metrics, checked=train_set.checked)):
+                generator.save_samples(training.log.directory, training.state.step, groups, train_set)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import codecs
 import gzip
 import json
 import os
+import runpy
 import signal
 import sys
 from collections.abc import Iterable
@@ -56,8 +57,6 @@ from corpus.pipeline import Report, read_documents
 from corpus.prepared import META, SPLITS, Prepared, check_prepared, writing_prepared
 from corpus.records import each_record, map_fields, parse, text_of
 from corpus.tokenizer import sample_texts, tokenizer_files, train_pieces
-from demo.questions import write_demo
-from demo.tasks import write_tasks
 from model import chat
 
 
@@ -146,14 +145,6 @@ def check(args: argparse.Namespace):
     for folder in args.folders:
         check_prepared(folder) if (folder / META).exists() else check_model(folder)
         print(f"{folder}: every file is as it was written")
-
-
-def demo(args: argparse.Namespace):
-    """The command demo: the files of demo/questions.py, with a corpus's texts mixed into the one for pretraining."""
-    texts = (text for file in args.corpus for text in each_record(file, "text", lambda record: text_of(record, "text")))
-    counts = write_tasks(args.output, args.seed) if args.tasks else write_demo(args.output, texts, args.seed)
-    for name, count in counts.items():
-        print(f"{args.output / name}.jsonl: {count:,} records")
 
 
 def list_sets(args: argparse.Namespace):
@@ -378,14 +369,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--redact", action="store_true", help="of a chat export: replace names, numbers and addresses")
     add("--tokenizer", default=DEFAULT_TOKENIZER, help="folder")
     add("--picture", type=Path, default=Path("out/look.png"), help="file for the histograms")
-    command = commands.add_parser("demo", help="questions and answers that can be checked, for every stage")
-    command.set_defaults(function=demo)
-    command.add_argument("--output", type=Path, required=True, help="folder")
-    command.add_argument("--corpus", nargs="+", default=[], metavar="FILE", help="texts for pretraining; else made up")
-    command.add_argument(
-        "--tasks", action="store_true", help="instead, questions for 5-grpo.py and chats to start from"
-    )
-    command.add_argument("--seed", type=int, default=0)
+    commands.add_parser("demo", help="made-up questions and answers for every stage; the same as python -m demo")
     args = parser.parse_args(arguments)
     if args.command in KINDS:
         rules = KINDS[args.command].rules
@@ -399,7 +383,12 @@ def main(arguments: list[str] | None = None):
     os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1")  # the worker processes fill the cores
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # for terminals that cannot show Chinese, and lone surrogates
-    args = parse_arguments(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    if words[:1] == ["demo"]:  # a program of its own, which imports this project and not the other way round
+        sys.argv = ["data_process.py demo", *words[1:]]
+        runpy.run_module("demo", run_name="__main__")
+        return
+    args = parse_arguments(words)
     args.function(args)
 
 

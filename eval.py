@@ -41,10 +41,11 @@ from engine.session import ReplyStream, Session, read_tokens
 from engine.tools import load_tools
 from model.chat import BOS, EOS, encode, load_tokenizer, tokenizer_fingerprint
 from model.checkpoint import load_model
+from model.device import choose_device, keep_freed_memory
 from model.model import CausalLM
 from training.loss import evaluate, next_token_loss
-from training.machine import Machine, choose_device, keep_freed_memory
-from training.packing import Mixture, open_sources
+from training.machine import Machine
+from training.packing import PackedDataset
 
 STAGES = ("pretrain", "sft", "dpo", "grpo", "distill")
 THINK_CHOICES = ("show", "hide", "off")
@@ -182,11 +183,9 @@ def perplexity(model: CausalLM, tokenizer: Tokenizer, file: str, options: ReadOp
 
 def validation(model: CausalLM, directory: Path, folders: list[str], max_seq_len: int) -> dict:
     """What 1-pretrain.py and 2-sft.py report as their validation loss, of any model on any prepared folders."""
-    sources = open_sources(folders, "val", max_seq_len)
-    for source in sources.values():
-        if source.group == 2:
-            raise UserError(f"{source.prepared.folder} holds preference pairs; 4-dpo.py reports their loss")
-    data = Mixture(sources)
+    data = PackedDataset(folders, "val", max_seq_len)
+    if data.group == 2:
+        raise UserError(f"{data.paths} holds preference pairs; 4-dpo.py reports their loss")
     if data.tokenizer_sha256 != tokenizer_fingerprint(directory):
         raise UserError(f"{data.paths} was made with another tokenizer than the one in {directory}; make the data anew")
     machine = Machine(0, 1, model.lm_head.weight.device, torch.float32)

@@ -6,7 +6,7 @@ log-probabilities, tokens and chat template, before it gets its name; what was c
     python export.py out/dpo --to gguf                       one file, float16: llama.cpp, LM Studio, a phone
     python export.py out/dpo --to gguf --type q8_0           half of that
     python export.py out/dpo --to ollama                     the same file and a Modelfile: ollama create NAME
-    python export.py out/sft --to merged --lora out/lora     model and adapter as one
+    python export.py out/lora --to merged                    the adapter merged into its base, as one model
     python export.py out/dpo --to bf16                       a Hugging Face model of half the size; or fp16
     python export.py out/dpo --to untied                     for engines that want input and output matrix apart
 
@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from base.files import write_file
-from model.checkpoint import load_model, replacing_model, save_model
+from model.checkpoint import base_of, load_model, replacing_model, save_model
 from model.gguf import WEIGHT_TYPES, write_gguf, write_modelfile
 from model.model import CausalLM
 from model.verify import verify_folder, verify_gguf
@@ -60,7 +60,8 @@ def export_folder(
         model.config.tie_word_embeddings = False
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     weight_type = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}[dtype]
-    with replacing_model(output, [args.model], "--output") as new:
+    sources = [args.model, base_of(args.model), *([args.lora] if args.lora else [])]
+    with replacing_model(output, sources, "--output") as new:
         save_model(new, model, args.model, dtype=dtype)
         report = verify_folder(new, model, args.model, weight_type)
     size = sum(path.stat().st_size for path in output.iterdir())
@@ -85,8 +86,8 @@ def main():
     parser.add_argument("--output", type=Path, metavar="DIR", help="without it, the model's folder and -TO")
     parser.add_argument("--type", choices=WEIGHT_TYPES, default="f16", help="of a GGUF file's matrices")
     args = parser.parse_args()
-    if args.to == "merged" and not args.lora:
-        raise UserError("--to merged needs the adapter: add --lora DIR")
+    if args.to == "merged" and not args.lora and base_of(args.model) == args.model:
+        raise UserError(f"{args.model} contains no adapter to merge: give the adapter's folder, or --lora DIR")
     if not args.model.resolve().name.isprintable():  # a line of it could say something in a Modelfile
         raise UserError(f"the name {args.model.resolve().name!r} cannot be shown: rename the folder")
     model = load_model(args.model, adapter=args.lora)

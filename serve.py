@@ -17,7 +17,7 @@ from pathlib import Path
 
 from base.cli import HelpFormatter, UserError, above_zero, import_extra, natural, positive, run
 from engine.tools import load_tools
-from training.machine import choose_device, keep_freed_memory
+from model.device import choose_device, keep_freed_memory
 
 GRACE = 5  # seconds in which answers may end when the server is told to leave
 

@@ -16,6 +16,9 @@ from base.cli import UserError
 UMASK = os.umask(0o077)
 os.umask(UMASK)  # the only way to read it is to set it
 RESTORE = "restore it from a copy, or make it anew"
+# What a training run leaves in its folder beside the model: its log, sampled answers, how it was made, its state.
+METRICS_FILE, ROLLOUTS_FILE, RUN_FILE = "metrics.jsonl", "rollouts.jsonl", "run.json"
+STATE_FILE = "training_state/state.safetensors"
 
 
 def write_file(path: Path, write: Callable[[Path], object]):

@@ -15,6 +15,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,12 +23,13 @@ import torch
 from base.cli import HelpFormatter, UserError, positive, run
 from bench.train_speed import made_up_batch, training_step
 from engine.generation import generate
+from model.device import choose_device, keep_freed_memory
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
 from model.operators import card_capability
-from training.cost import ROOM, fits_by_estimate, fits_card, largest_divisor, memory_estimate, step_flops
+from training.cost import ROOM, StepSettings, fits_by_estimate, fits_card, largest_divisor, memory_estimate, step_flops
 from training.loss import next_token_loss
-from training.machine import Machine, auto_dtype, choose_device, keep_freed_memory, matmul_rate
+from training.machine import Machine, auto_dtype, matmul_rate
 from training.packing import Batch
 
 # How far gradients may be from those of a CPU in float32, in units of their length. TF32 has 10 bits, as float16.
@@ -76,43 +78,42 @@ def count_waits(step: Callable[[], None], device: torch.device) -> str:
     return f", {sum('synchroniz' in str(one.message) for one in seen)} waits a step"
 
 
-def measure(preset: str, machine: Machine, args: argparse.Namespace, peak: float) -> str:
-    """A line: rows, tokens/s, share of the peak, memory measured and estimated, waits, decoding."""
+def measure(preset: str, machine: Machine, settings: StepSettings, steps: int, peak: float) -> str:
+    """A line: rows (up to settings.batch_size), tokens/s, MFU, memory measured and estimated, waits, decoding."""
     config, device = LMConfig(**PRESETS[preset]), machine.device
     on_card = device.type == "cuda"
     with torch.device("meta"):
         sizes = CausalLM(config)
     if on_card:  # before anything is made: is there room for a single row?
-        one = argparse.Namespace(**vars(args) | dict(batch_size=1))
-        needed = memory_estimate(sizes, one, machine.dtype.itemsize, "flash")
+        needed = memory_estimate(sizes, replace(settings, batch_size=1), machine.dtype.itemsize, "flash")
         if needed > ROOM * torch.cuda.get_device_properties(device).total_memory:
             return f"  {preset:10} does not fit"
     torch.manual_seed(0)
     with device:
         model = CausalLM(config).train()
     fits = fits_card if on_card else fits_by_estimate
-    rows = largest_divisor(args.batch_size, lambda n: fits(args, machine, model, n))
-    args = argparse.Namespace(**vars(args) | dict(batch_size=rows))
+    rows = largest_divisor(settings.batch_size, lambda n: fits(replace(settings, batch_size=n), machine, model))
+    settings = replace(settings, batch_size=rows)
     if on_card:
         torch.cuda.reset_peak_memory_stats(device)
-    batch = made_up_batch(rows, args.max_seq_len, config.vocab_size)
-    step, seconds = training_step(model, machine, args, batch), []
-    for _ in range(args.steps + 2):
+    batch = made_up_batch(rows, settings.max_seq_len, config.vocab_size)
+    step, seconds = training_step(model, machine, settings.optimizer, batch), []
+    for _ in range(steps + 2):
         start = time.perf_counter()
         step()
         if on_card:
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
     typical = statistics.median(seconds[2:])
-    share = step_flops(model, batch.real_tokens, batch.attention_pairs) / typical / peak
+    mfu = step_flops(model, batch.real_tokens, batch.attention_pairs) / typical / peak
     with machine.autocast():
-        estimate = memory_estimate(model, args, machine.dtype.itemsize, model.model.attention_kind())
+        estimate = memory_estimate(model, settings, machine.dtype.itemsize, model.model.attention_kind())
     memory = f"estimate {estimate / 1e9:.2f} GB"
     if on_card:
         memory = f"{torch.cuda.max_memory_reserved(device) / 1e9:.2f} GB, {memory} with the driver's"
     waits = count_waits(step, device)
     return (
-        f"  {preset:10}{rows:4} rows {batch.real_tokens / typical:10,.0f} tok/s {share:6.1%} of the peak, "
+        f"  {preset:10}{rows:4} rows {batch.real_tokens / typical:10,.0f} tok/s {mfu:6.1%} of the peak, "
         f"{memory}{waits}; decodes {decoding_speed(model.eval(), machine):,.0f} tok/s"
     )
 
@@ -127,9 +128,9 @@ def decoding_speed(model: CausalLM, machine: Machine, tokens: int = 64) -> float
     return tokens / (time.perf_counter() - start)
 
 
-def report(args: argparse.Namespace) -> Iterator[str]:
+def report(device_name: str, presets: list[str], settings: StepSettings, steps: int) -> Iterator[str]:
     """Line by line, as it is measured."""
-    device = choose_device(args.device)
+    device = choose_device(device_name)
     name, capability = platform.processor() or platform.machine(), card_capability(device)
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -147,10 +148,10 @@ def report(args: argparse.Namespace) -> Iterator[str]:
             yield f"  in {str(dtype).removeprefix('torch.')} {matmul_rate(Machine(0, 1, device, dtype)) / 1e12:.2f}"
     yield "right, beside a CPU in float32:"
     yield from check(device, sorted({torch.float32, chosen}, key=str))
-    yield f"training, {args.max_seq_len} tokens a row, {args.optimizer}:"
-    for preset in args.preset:
+    yield f"training, {settings.max_seq_len} tokens a row, {settings.optimizer}:"
+    for preset in presets:
         try:
-            yield measure(preset, machine, args, peak)
+            yield measure(preset, machine, settings, steps, peak)
         except torch.OutOfMemoryError:
             yield f"  {preset:10} out of memory, though the estimate says that it fits"
         if device.type == "cuda":
@@ -170,10 +171,9 @@ def main():
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no card that torch can use, and nothing to measure; --device cpu tries the program")
     args.preset = args.preset or (list(PRESETS) if args.device == "cuda" else ["tiny"])
-    args.learning_rate, args.embedding_factor, args.weight_decay = 1e-4, 1.0, 0.1
-    args.grad_checkpointing, args.grad_clip = False, 1.0
+    settings = StepSettings(args.batch_size, 1, args.max_seq_len, False, args.optimizer)
     lines = []
-    for line in report(args):
+    for line in report(args.device, args.preset, settings, args.steps):
         print(line, flush=True)
         lines.append(line + "\n")
     args.output.parent.mkdir(parents=True, exist_ok=True)

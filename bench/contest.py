@@ -1,6 +1,5 @@
 """Contestants that take turns, call by call, so that a change in the machine's speed meets all of them."""
 
-import argparse
 import multiprocessing
 import statistics
 import tempfile
@@ -12,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 
 from model.checkpoint import save_model
+from model.device import keep_freed_memory
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
-from training.machine import Machine, keep_freed_memory, matmul_rate
+from training.machine import Machine, matmul_rate
 
 TOKENIZER = Path(__file__).parents[1] / "model/tokenizer"  # of all models measured
 PAUSE = 0.3  # seconds between calls: threads wait busily for more work for a while
@@ -26,17 +26,17 @@ def cpu_machine() -> Machine:
     return Machine(0, 1, torch.device("cpu"), torch.float32)
 
 
-def measure_each(args: argparse.Namespace, measure: Callable[[str, Path, argparse.Namespace], None]):
-    """measure(name, folder, args) of args.model, or else of a model of random weights for each of args.preset."""
+def measure_each(model: Path | None, presets: list[str], measure: Callable[[str, Path], None]):
+    """measure(name, folder) of `model`, or else of a model of random weights for each preset."""
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
-    if args.model:
-        measure(args.model.name, args.model, args)
+    if model:
+        measure(model.name, model)
         return
-    for preset in args.preset:
+    for preset in presets:
         torch.manual_seed(0)
         with tempfile.TemporaryDirectory() as folder:
             save_model(Path(folder), CausalLM(LMConfig(**PRESETS[preset])), TOKENIZER)
-            measure(preset, Path(folder), args)
+            measure(preset, Path(folder))
 
 
 class Turns(NamedTuple):

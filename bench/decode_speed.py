@@ -26,11 +26,11 @@ from bench.contest import Contest, Turns, measure_each, ratio
 from engine.decoding import pack_for_decoding
 from engine.generation import generate
 from model.checkpoint import load_model
+from model.device import keep_freed_memory
 from model.gguf import write_gguf
 from model.llama_cpp import LlamaCpp
 from model.LMConfig import PRESETS
 from training.cost import step_flops
-from training.machine import keep_freed_memory
 
 Writer = Callable[[list[list[int]], int], list[list[int]] | None]  # (prompts, tokens) -> what it wrote to each
 
@@ -87,7 +87,7 @@ def report(name: str, turns: Turns, writer: str, tokens: int, used: float, limit
     )
 
 
-def measure(name: str, directory: Path, args: argparse.Namespace):
+def measure(name: str, directory: Path, new_tokens: int, prompt_tokens: int, batch_sizes: list[int], rounds: int):
     model = load_model(directory, torch.device("cpu"))
     config = model.config
     weights = model.num_parameters() - model.num_idle_parameters()
@@ -118,23 +118,23 @@ def measure(name: str, directory: Path, args: argparse.Namespace):
         def take_turns(rows: int, length: int, n: int, **options) -> Turns:
             generator = torch.Generator().manual_seed(rows)
             prompts = torch.randint(16, config.vocab_size, (rows, length), generator=generator).tolist()
-            turns = contest.take_turns(args.rounds, prompts, n, **options)
+            turns = contest.take_turns(rounds, prompts, n, **options)
             if turns.answers["jiezi"] != turns.answers["transformers"]:
                 print(
                     "  (jiezi and transformers wrote unlike texts: two tokens were equally probable but for rounding)"
                 )
             return turns
 
-        n = args.new_tokens
+        n = new_tokens
         turns = take_turns(1, 8, n, limit=lambda: 2 * product_rate(1))  # in bytes: 4 for each number
         for writer in contestants:
             size = 2 if "half" in writer else 4
             report(name, turns, writer, n, weights * size * n, statistics.median(turns.limits), "GB/s")
-        length = min(args.prompt_tokens, config.max_position_embeddings - 1)
+        length = min(prompt_tokens, config.max_position_embeddings - 1)
         turns = take_turns(1, length, 1)
         for writer in contestants:
             report(f"{name} prompt", turns, writer, length, flops(length), max(turns.limits), "GFLOP/s")
-        for rows in args.batch_sizes:
+        for rows in batch_sizes:
             limit = functools.partial(product_rate, rows)
             turns = take_turns(rows, 8, n, names=("jiezi", "transformers"), limit=limit)
             for writer in turns.seconds:
@@ -153,7 +153,8 @@ def main():
     args = parser.parse_args()
     if not importlib.util.find_spec("xllamacpp"):
         print("llama.cpp does not take part: pip install -r requirements/export.txt -c constraints.txt")
-    measure_each(args, measure)
+    names = ("new_tokens", "prompt_tokens", "batch_sizes", "rounds")
+    measure_each(args.model, args.preset, functools.partial(measure, **{name: getattr(args, name) for name in names}))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from base.cli import HelpFormatter, above_zero, positive, run
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
 from model.operators import attention_kind
-from training.cost import ROOM, memory_estimate, step_flops
+from training.cost import ROOM, StepSettings, memory_estimate, step_flops
 from training.machine import auto_dtype
 
 # Dense matrix products a second in the format that auto_dtype chooses, with sums in 32 bits, in 10^12; GB of memory;
@@ -34,13 +34,13 @@ CARDS = {
 }
 
 
-def rows_that_fit(model: CausalLM, args: argparse.Namespace, card: str) -> int:
+def rows_that_fit(model: CausalLM, card: str, max_seq_len: int, grad_checkpointing: bool, optimizer: str) -> int:
     """The largest power of two, up to 1,024, of rows in a forward and backward pass; 0 if none fits."""
     _, gigabytes, capability = CARDS[card]
     dtype = auto_dtype(card, capability)
     attention = attention_kind(torch.device("cuda"), dtype, model.config.head_dim, capability)
     rows = [2**n for n in range(11)]
-    settings = [argparse.Namespace(**vars(args) | dict(batch_size=n)) for n in rows]
+    settings = [StepSettings(n, 1, max_seq_len, grad_checkpointing, optimizer) for n in rows]
     memory = [memory_estimate(model, one, dtype.itemsize, attention) for one in settings]
     return max((n for n, needed in zip(rows, memory) if needed <= ROOM * gigabytes * 1e9), default=0)
 
@@ -67,10 +67,7 @@ def main():
         for card in args.card:
             tera, gigabytes, _ = CARDS[card]
             hours = flops / (args.utilisation * tera * 1e12) / 3600
-            rows = [
-                rows_that_fit(model, argparse.Namespace(**vars(args), grad_checkpointing=on), card)
-                for on in (False, True)
-            ]
+            rows = [rows_that_fit(model, card, args.max_seq_len, on, args.optimizer) for on in (False, True)]
             time = f"{hours:11.2f}{hours * args.price:10.2f}" if rows[1] else f"{'does not fit':>21}"
             print(f"  {card:10}{gigabytes:3} GB{time}{rows[0]:7,}       |{rows[1]:6,}")
 

@@ -63,14 +63,14 @@ def one_text_a_row(rows: int, max_seq_len: int, vocab_size: int) -> Batch:
     return Batch(input_ids, input_ids.roll(-1, 1), positions, positions * 0, documents, "train", tokens, pairs)
 
 
-def step_time(config: LMConfig, batch: Batch, args: argparse.Namespace) -> tuple[CausalLM, float]:
-    """Prints and returns the median seconds of a step; the share is of what plain matrix products reach."""
+def step_time(config: LMConfig, batch: Batch, steps: int) -> tuple[CausalLM, float]:
+    """Prints and returns the median seconds of a step; the percentage is of what plain matrix products reach."""
     with Contest({"": (jiezi, config, batch)}) as contest:
-        seconds, _, peaks, _ = contest.take_turns(args.steps)
+        seconds, _, peaks, _ = contest.take_turns(steps)
     model, median = CausalLM(config), statistics.median(seconds[""])
-    share = step_flops(model, batch.real_tokens, batch.attention_pairs) / median / max(peaks)
+    mfu = step_flops(model, batch.real_tokens, batch.attention_pairs) / median / max(peaks)
     per_token = median / batch.real_tokens * 1e6
-    print(f"{median:10.3f} s/step{per_token:10,.0f} us/token{share:8.0%} of {max(peaks) / 1e9:.0f} GFLOP/s", flush=True)
+    print(f"{median:10.3f} s/step{per_token:10,.0f} us/token{mfu:8.0%} of {max(peaks) / 1e9:.0f} GFLOP/s", flush=True)
     return model, median
 
 
@@ -87,28 +87,26 @@ def write_corpus(folder: Path, megabytes: float):
                 writer.add(split, [(block[start : start + length].tobytes(), b"")])
 
 
-def open_corpus(folder: Path, args: argparse.Namespace) -> dict:
+def open_corpus(folder: Path, rows: int, max_seq_len: int) -> dict:
     before, start = resident("VmRSS"), time.perf_counter()
-    data = PackedDataset(folder, "train", args.max_seq_len)
+    data = PackedDataset(folder, "train", max_seq_len)
     order = data.order(0, 0)
-    data.batch(order[: args.batch_size])
+    data.batch(order[:rows])
     opened = time.perf_counter()
     memory = resident("VmHWM") - before
-    batches = [
-        order[i : i + args.batch_size] for i in range(0, min(len(order), 100 * args.batch_size), args.batch_size)
-    ]
+    batches = [order[i : i + rows] for i in range(0, min(len(order), 100 * rows), rows)]
     start_batches = time.perf_counter()
-    for rows in batches:
-        data.batch(rows)
+    for batch_rows in batches:
+        data.batch(batch_rows)
     batch = (time.perf_counter() - start_batches) / len(batches)
     documents = int(data.piece_document[-1]) + 1
     return dict(open=opened - start, memory=memory, batch=batch, tokens=data.n_tokens, documents=documents)
 
 
-def start_of_run(folder: Path, args: argparse.Namespace) -> float:
+def start_of_run(folder: Path, rows: int, max_seq_len: int) -> float:
     """Seconds from the start of the script to its first step."""
     flags = ["--preset", "mini", "--data", folder, "--out_dir", folder / "out", "--device", "cpu", "--max_steps", "1"]
-    flags += ["--batch_size", str(args.batch_size), "--max_seq_len", str(args.max_seq_len)]
+    flags += ["--batch_size", str(rows), "--max_seq_len", str(max_seq_len)]
     start = time.perf_counter()
     with subprocess.Popen(
         [sys.executable, "1-pretrain.py", *flags], cwd=ROOT, stdout=subprocess.PIPE, text=True
@@ -145,8 +143,8 @@ def plot(panels: dict[str, tuple[str, dict[str, list[tuple[float, float]]]]], pa
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    sizes = ["96x4", "160x5", "256x5", "384x6", "512x8", "640x11", "768x15"]
-    parser.add_argument("--models", nargs="*", default=sizes, help="width x layers")
+    models = ["96x4", "160x5", "256x5", "384x6", "512x8", "640x11", "768x15"]
+    parser.add_argument("--models", nargs="*", default=models, help="width x layers")
     parser.add_argument("--lengths", nargs="*", type=positive, default=[256, 512, 1024, 2048, 4096], help="of rows")
     parser.add_argument("--corpora", nargs="*", type=positive, default=[10, 100, 1000, 2000], help="MB of text")
     parser.add_argument("--batch_size", type=positive, default=8, help="rows")
@@ -154,6 +152,7 @@ def main():
     parser.add_argument("--steps", type=positive, default=3, help="measured steps of each")
     parser.add_argument("--plot", type=Path, default=Path("out/growth.png"), help="where the picture goes")
     args = parser.parse_args()
+    sizes = args.batch_size, args.max_seq_len
     tokens = args.batch_size * args.max_seq_len
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, {tokens:,} tokens a step", flush=True
@@ -163,26 +162,26 @@ def main():
     for name in args.models:
         print(f"model   {name:>8}", end="")
         config = sized(name)
-        batch = made_up_batch(args.batch_size, args.max_seq_len, config.vocab_size)
-        model, seconds = step_time(config, batch, args)
+        batch = made_up_batch(*sizes, config.vocab_size)
+        model, seconds = step_time(config, batch, args.steps)
         by_model.append((model.num_parameters() / 1e6, seconds / batch.real_tokens * 1e6))
     by_length, mini = [], LMConfig(**PRESETS["mini"])
     for length in args.lengths:
         print(f"length  {length:>8,}", end="")
         batch = one_text_a_row(max(tokens // length, 1), length, mini.vocab_size)
-        _, seconds = step_time(mini, batch, args)
+        _, seconds = step_time(mini, batch, args.steps)
         by_length.append((length, seconds / batch.real_tokens * 1e6))
     if args.corpora:
         print("step of mini    ", end="")
-        _, step = step_time(mini, made_up_batch(args.batch_size, args.max_seq_len, mini.vocab_size), args)
+        _, step = step_time(mini, made_up_batch(*sizes, mini.vocab_size), args.steps)
     opened, started = [], []
     for megabytes in args.corpora:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "data"
             write_corpus(folder, megabytes)
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                found = pool.submit(open_corpus, folder, args).result()
-            start = start_of_run(folder, args)
+                found = pool.submit(open_corpus, folder, *sizes).result()
+            start = start_of_run(folder, *sizes)
         print(
             f"corpus  {megabytes:>8,} MB{found['tokens'] / 1e6:8.1f} M tokens{found['documents']:11,} texts   "
             f"open {found['open']:6.2f} s {found['memory'] / 2**20:5.0f} MiB   "

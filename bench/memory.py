@@ -12,6 +12,7 @@ built: weights, gradients, optimizer, what the forward pass keeps, and what the 
 import argparse
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from itertools import product
 
 import torch
@@ -22,8 +23,8 @@ from bench.train_speed import made_up_batch, training_step
 from model.LMConfig import CARD_PRESETS, PRESETS, LMConfig
 from model.model import CausalLM
 from training.balance import expert_balance
-from training.cost import memory_estimate
-from training.loss import next_token_loss, plain_cross_entropy_sum
+from training.cost import StepSettings, memory_estimate
+from training.loss import LossFunction, next_token_loss, plain_cross_entropy_sum
 from training.packing import IGNORE
 
 
@@ -41,26 +42,26 @@ def resident(field: str) -> int:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
 
 
-def train(config: LMConfig, args: argparse.Namespace) -> CausalLM:
+def train(config: LMConfig, settings: StepSettings, steps: int, loss_fn: LossFunction) -> CausalLM:
     """A few steps as training/loop.py takes them."""
     torch.manual_seed(0)
     model = CausalLM(config)
-    model.model.gradient_checkpointing = args.grad_checkpointing
-    batch = made_up_batch(args.batch_size, args.max_seq_len, config.vocab_size)
-    step = training_step(model, cpu_machine(), args, batch, plain_loss if args.plain_loss else next_token_loss)
-    for _ in range(args.steps):
+    model.model.gradient_checkpointing = settings.grad_checkpointing
+    batch = made_up_batch(settings.batch_size, settings.max_seq_len, config.vocab_size)
+    step = training_step(model, cpu_machine(), settings.optimizer, batch, loss_fn)
+    for _ in range(steps):
         step()
     return model
 
 
-def peak(preset: str, args: argparse.Namespace) -> tuple[int, int, int]:
+def peak(preset: str, settings: StepSettings, steps: int, loss_fn: LossFunction) -> tuple[int, int, int]:
     """Bytes measured and estimated; parameters."""
     cpu_machine()
-    few = argparse.Namespace(**vars(args) | dict(batch_size=1, max_seq_len=32))
-    train(LMConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, vocab_size=64), few)
+    small = LMConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, vocab_size=64)
+    train(small, replace(settings, batch_size=1, max_seq_len=32), steps, loss_fn)
     before = resident("VmRSS")
-    model = train(LMConfig(**PRESETS[preset]), args)
-    return resident("VmHWM") - before, memory_estimate(model, args), model.num_parameters()
+    model = train(LMConfig(**PRESETS[preset]), settings, steps, loss_fn)
+    return resident("VmHWM") - before, memory_estimate(model, settings), model.num_parameters()
 
 
 def main():
@@ -73,17 +74,18 @@ def main():
     parser.add_argument("--steps", type=positive, default=3, help="after which the peak is read")
     parser.add_argument("--plain_loss", action="store_true", help="all logits at once, not in chunks")
     args = parser.parse_args()
-    args.learning_rate, args.embedding_factor, args.weight_decay, args.grad_clip = 1e-4, 1.0, 0.1, 1.0
+    loss_fn = plain_loss if args.plain_loss else next_token_loss
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.steps} steps, float32")
     print("preset      parameters  rows  optimizer  checkpoints   measured  estimated", flush=True)
     choices = product(args.preset, args.batch_size, args.optimizer, (False, True))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
-        for preset, args.batch_size, args.optimizer, args.grad_checkpointing in choices:
-            measured, estimated, parameters = pool.submit(peak, preset, args).result()
+        for preset, rows, optimizer, checkpoints in choices:
+            settings = StepSettings(rows, 1, args.max_seq_len, checkpoints, optimizer)
+            measured, estimated, parameters = pool.submit(peak, preset, settings, args.steps, loss_fn).result()
             print(
-                f"{preset:10}{parameters / 1e6:10.1f} M{args.batch_size:6}  {args.optimizer:9}"
-                f"{'yes' if args.grad_checkpointing else 'no':>13}{measured / 2**20:8,.0f} MiB"
+                f"{preset:10}{parameters / 1e6:10.1f} M{rows:6}  {optimizer:9}"
+                f"{'yes' if checkpoints else 'no':>13}{measured / 2**20:8,.0f} MiB"
                 f"{estimated / 2**20:7,.0f} MiB {estimated / measured - 1:+.0%}",
                 flush=True,
             )

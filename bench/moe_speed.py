@@ -38,12 +38,12 @@ def looped(config: LMConfig, batch: Batch) -> Callable[[], None]:
     return jiezi(config, batch)
 
 
-def measure(preset: str, args: argparse.Namespace):
+def measure(preset: str, rows: int, max_seq_len: int, steps: int):
     dense, moe = LMConfig(**PRESETS[preset]), LMConfig(**PRESETS[f"{preset}-moe"])
-    batch = made_up_batch(args.batch_size, args.max_seq_len, moe.vocab_size)
+    batch = made_up_batch(rows, max_seq_len, moe.vocab_size)
     contestants = {"dense": (jiezi, dense, batch), "experts": (jiezi, moe, batch), "masked loop": (looped, moe, batch)}
     with Contest(contestants) as contest:
-        seconds = contest.take_turns(args.steps).seconds
+        seconds = contest.take_turns(steps).seconds
     for name, (_, config, _) in contestants.items():
         model, typical = CausalLM(config), median(seconds[name])
         at_work = model.num_parameters() - model.num_idle_parameters()
@@ -53,14 +53,14 @@ def measure(preset: str, args: argparse.Namespace):
     print(f"{preset:8}experts: {over_dense:.2f} x the dense model's speed, {over_loop:.2f} x the masked loop's")
 
 
-def grow(preset: str, args: argparse.Namespace):
+def grow(preset: str, experts: list[int], rows: int, max_seq_len: int, steps: int):
     """More and more routed experts, of which a token visits as many as before."""
-    for n_experts in args.experts:
+    for n_experts in experts:
         config = LMConfig(**PRESETS[f"{preset}-moe"] | dict(n_routed_experts=n_experts))
-        batch = made_up_batch(args.batch_size, args.max_seq_len, config.vocab_size)
+        batch = made_up_batch(rows, max_seq_len, config.vocab_size)
         contestants = {"experts": (jiezi, config, batch), "masked loop": (looped, config, batch)}
         with Contest(contestants) as contest:
-            seconds, memory, *_ = contest.take_turns(args.steps)
+            seconds, memory, *_ = contest.take_turns(steps)
         print(
             f"{preset:8}{n_experts:4} experts {CausalLM(config).num_parameters() / 1e6:7.1f} M "
             f"{median(seconds['experts']):7.3f} s/step {memory['experts']:6.2f} GiB, "
@@ -75,8 +75,9 @@ def main():
     parser.add_argument("--preset", nargs="+", choices=sizes, default=["mini", "small"], help="sizes")
     parser.add_argument("--experts", nargs="+", type=positive, help="routed experts: shows the growth, and leaves")
     args = measuring_flags(parser)
+    sizes = args.batch_size, args.max_seq_len, args.steps
     for preset in args.preset:
-        grow(preset, args) if args.experts else measure(preset, args)
+        grow(preset, args.experts, *sizes) if args.experts else measure(preset, *sizes)
 
 
 if __name__ == "__main__":

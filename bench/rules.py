@@ -38,22 +38,22 @@ def run(*words) -> str:
     return ended.stdout
 
 
-def prepare(args: argparse.Namespace, name: str) -> Path:
-    folder = args.out_dir / name.replace(" ", "_")
+def prepare(out_dir: Path, name: str, inputs: list[str], val: list[str]) -> Path:
+    folder = out_dir / name.replace(" ", "_")
     if not (folder / "meta.json").exists():
         skipped = ["--skip_rules", ",".join(SKIPPED[name])] if SKIPPED[name] else []
-        run("data_process.py", "pretrain", *args.inputs, "--val", *args.val, "--output", folder, *skipped)
+        run("data_process.py", "pretrain", *inputs, "--val", *val, "--output", folder, *skipped)
     return folder
 
 
-def bits_per_byte(args: argparse.Namespace, name: str, seed: int, validation: Path) -> float:
-    """Of a model trained on these texts with this seed, on the validation texts of `validation`."""
-    kept = args.out_dir / f"{name.replace(' ', '_')}-{args.preset}-{args.steps}-{seed}.json"
+def bits_per_byte(folder: Path, preset: str, steps: int, seed: int, validation: Path) -> float:
+    """Of a model trained on the texts of `folder` with this seed, on the validation texts of `validation`."""
+    kept = folder.with_name(f"{folder.name}-{preset}-{steps}-{seed}.json")
     if not kept.exists():
-        model = args.out_dir / "model"
-        flags = ["--preset", args.preset, "--max_seq_len", "256", "--batch_size", "8", "--device", "cpu"]
-        flags += ["--epochs", "1000", "--max_steps", args.steps, "--seed", seed, "--eval_rows", "1"]
-        run("1-pretrain.py", "--data", prepare(args, name), "--out_dir", model, *flags)
+        model = folder.with_name("model")
+        flags = ["--preset", preset, "--max_seq_len", "256", "--batch_size", "8", "--device", "cpu"]
+        flags += ["--epochs", "1000", "--max_steps", steps, "--seed", seed, "--eval_rows", "1"]
+        run("1-pretrain.py", "--data", folder, "--out_dir", model, *flags)
         figures = run("eval.py", "--model", model, "--data", validation, "--max_seq_len", "256", "--json")
         kept.write_text(figures.splitlines()[-1])
     return json.loads(kept.read_text())["val_bits_per_byte"]
@@ -71,11 +71,12 @@ def main():
     )
     parser.add_argument("--out_dir", type=Path, default=Path("out/rules"), help="where all of it goes")
     args = parser.parse_args()
-    all_rules = prepare(args, "all rules")
-    reference = np.array([bits_per_byte(args, "all rules", seed, all_rules) for seed in args.seeds])
+    texts, size = (args.inputs, args.val), (args.preset, args.steps)
+    all_rules = prepare(args.out_dir, "all rules", *texts)
+    reference = np.array([bits_per_byte(all_rules, *size, seed, all_rules) for seed in args.seeds])
     print(f"{'':26}{'texts':>9}{'tokens':>13}  bits/byte  difference to all rules")
     for name in SKIPPED:
-        folder = prepare(args, name)
+        folder = prepare(args.out_dir, name, *texts)
         counts = read_meta(folder)["splits"]["train"]
         line = f"{name:26}{counts['documents']:9,}{counts['tokens']:13,}"
         if name != "all rules" and sha256(folder / "train.bin") == sha256(all_rules / "train.bin"):
@@ -84,7 +85,7 @@ def main():
         if not any(word in name for word in args.only):
             print(line, flush=True)
             continue
-        bits = np.array([bits_per_byte(args, name, seed, all_rules) for seed in args.seeds])
+        bits = np.array([bits_per_byte(folder, *size, seed, all_rules) for seed in args.seeds])
         line += f"  {bits.mean():9.3f}"
         if name != "all rules":
             difference = bits - reference

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -29,10 +30,10 @@ from bench.contest import Contest, measure_each, ratio
 from engine.decoding import pack_for_decoding
 from engine.generation import Engine, Sampling, Sequence
 from model.checkpoint import load_model
+from model.device import keep_freed_memory
 from model.gguf import write_gguf
 from model.llama_cpp import LlamaCpp
 from model.LMConfig import PRESETS
-from training.machine import keep_freed_memory
 
 Writer = Callable[[list[list[int]], int], None]  # (prompts, tokens): a client for each prompt reads so many
 
@@ -89,18 +90,18 @@ def llama_cpp(directory: Path, rows: int) -> Writer:
     return lambda prompts, n: ask(opened.server.listening_address, prompts, n)
 
 
-def measure(name: str, directory: Path, args: argparse.Namespace):
-    vocab_size, rows = load_model(directory).config.vocab_size, max(args.clients)
+def measure(name: str, directory: Path, clients_at_a_time: list[int], new_tokens: int, rounds: int):
+    vocab_size, rows = load_model(directory).config.vocab_size, max(clients_at_a_time)
     contestants = {"serve.py": (serve, directory, rows), "engine alone": (engine, directory, rows)}
     if importlib.util.find_spec("xllamacpp"):
         contestants["llama.cpp"] = (llama_cpp, directory, rows)
     with Contest(contestants) as contest:
-        for clients in args.clients:
+        for clients in clients_at_a_time:
             generator = torch.Generator().manual_seed(clients)
             prompts = torch.randint(16, vocab_size, (clients, 16), generator=generator).tolist()
-            turns = contest.take_turns(args.rounds, prompts, args.new_tokens)
+            turns = contest.take_turns(rounds, prompts, new_tokens)
             for writer, seconds in turns.seconds.items():
-                rate = clients * args.new_tokens / statistics.median(seconds)
+                rate = clients * new_tokens / statistics.median(seconds)
                 share = ratio(turns.seconds, "engine alone", writer)
                 print(
                     f"{name:10}{clients:4} clients  {writer:14}{rate:10,.0f} tok/s{share:7.2f} x the engine alone",
@@ -116,7 +117,8 @@ def main():
     parser.add_argument("--new_tokens", type=positive, default=64, help="tokens for each client")
     parser.add_argument("--rounds", type=positive, default=5, help="measured calls of each")
     args = parser.parse_args()
-    measure_each(args, measure)
+    options = dict(clients_at_a_time=args.clients, new_tokens=args.new_tokens, rounds=args.rounds)
+    measure_each(args.model, args.preset, partial(measure, **options))
 
 
 if __name__ == "__main__":

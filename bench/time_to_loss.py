@@ -19,18 +19,21 @@ import math
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from base.cli import HelpFormatter, above_zero, run
+from base.files import METRICS_FILE
 from bench.contest import TOKENIZER, cpu_machine
 from model.checkpoint import save_model
-from model.LMConfig import TRAINING_FLAGS, LMConfig
+from model.LMConfig import LMConfig
 from model.model import CausalLM
+from training.flags import TRAINING_FLAGS
 from training.loss import evaluate, next_token_loss
-from training.packing import IGNORE, Mixture, PackedDataset
+from training.packing import IGNORE, PackedDataset
 
 USUAL = dict(hidden_size=320, intermediate_size=880, num_hidden_layers=5, num_attention_heads=5, num_key_value_heads=5)
 # As many weights, arranged for few operations a token: an embedding is looked up, so where it is not the head's matrix
@@ -84,6 +87,7 @@ def usual_recipe(data: PackedDataset, minutes: float, rows: int = 8, rate: float
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.to_hf()))
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, fused=True)
     order = np.random.default_rng(0).permutation(len(data.piece_start))
+    (texts,) = data.folders.values()
     seconds, steps, real = 0.0, 0, 0
     while seconds < 60 * minutes:
         start = time.perf_counter()
@@ -91,7 +95,7 @@ def usual_recipe(data: PackedDataset, minutes: float, rows: int = 8, rate: float
         labels = torch.full_like(input_ids, IGNORE)
         for row, piece in enumerate(order[steps * rows % len(order) :][:rows]):
             first, length = data.piece_start[piece], data.piece_length[piece]
-            tokens = torch.from_numpy(data.tokens[first : first + length].astype(np.int64))
+            tokens = torch.from_numpy(texts.tokens[first : first + length].astype(np.int64))
             input_ids[row, :length] = labels[row, :length] = tokens
             real += int(length)
         optimizer.param_groups[0]["lr"] = rate * (0.1 + 0.45 * (1 + math.cos(math.pi * seconds / (60 * minutes))))
@@ -107,9 +111,9 @@ def usual_recipe(data: PackedDataset, minutes: float, rows: int = 8, rate: float
     return ours, f"{steps:,} steps, {real:,} tokens, {speed}"
 
 
-def jiezi(args: argparse.Namespace, minutes: float, **changes) -> tuple[float, str]:
-    """Runs 1-pretrain.py with RECIPE and `changes`; returns bits per byte, and what it did."""
-    out_dir = args.out_dir / "run"
+def jiezi(data: Path, folder: Path, minutes: float, **changes) -> tuple[float, str]:
+    """Runs 1-pretrain.py with RECIPE and `changes`; returns bits per byte, and what it did. folder: for its models."""
+    out_dir = folder / "run"
     residual_std = changes.pop("residual_std", 0.0)
     fields = {name: changes.pop(name) for name in list(changes) if name in LMConfig.__dataclass_fields__}
     torch.manual_seed(0)
@@ -117,27 +121,21 @@ def jiezi(args: argparse.Namespace, minutes: float, **changes) -> tuple[float, s
     for name, parameter in model.named_parameters():
         if residual_std is not None and name.endswith(("o_proj.weight", "down_proj.weight")):
             torch.nn.init.normal_(parameter, std=residual_std)
-    init_from = args.out_dir / "init"
+    init_from = folder / "init"
     save_model(init_from, model, TOKENIZER)
-    flags = RECIPE | changes | dict(data=args.data, init_from=init_from, out_dir=out_dir, max_minutes=minutes)
+    flags = RECIPE | changes | dict(data=data, init_from=init_from, out_dir=out_dir, max_minutes=minutes)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "1-pretrain.py"]
     command += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     command += ["--epochs", "1000", "--eval_interval", "1000000", "--save_interval", "1000000", "--eval_rows", "2"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    last = json.loads((out_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    last = json.loads((out_dir / METRICS_FILE).read_text().splitlines()[-1])
     speed = last["tokens"] / (60 * minutes)
     return last["val_bits_per_byte"], f"{last['step']:,} steps, {last['tokens']:,} tokens, {speed:,.0f} tok/s"
 
 
-def seconds_to_reach(target: float, args: argparse.Namespace, show) -> float:
-    """The shortest time, of those tried, after which the usual recipe's shape is at `target` bits per byte."""
-
-    def reaches(minutes: float) -> bool:
-        bits_per_byte, what = jiezi(args, minutes, **SAME_SHAPE)
-        show("jiezi, the same shape", minutes, bits_per_byte, what)
-        return bits_per_byte <= target
-
-    reached = args.peer_minutes
+def seconds_to_reach(reaches: Callable[[float], bool], minutes: float) -> float:
+    """The shortest time, of those tried from `minutes` down, after which reaches(minutes) is true."""
+    reached = minutes
     while reaches(reached / 2):
         reached /= 2
     missed = reached / 2
@@ -165,20 +163,26 @@ def main():
         print(f"{name:36}{60 * minutes:5.0f} s  {bits_per_byte:.3f} bits/byte  {what}", flush=True)
 
     if args.ablations:
-        show("jiezi", args.minutes, *jiezi(args, args.minutes))
+        show("jiezi", args.minutes, *jiezi(args.data, args.out_dir, args.minutes))
         for name, changes in ABLATIONS.items():
             if any(word in name for word in args.only):
-                show(name, args.minutes, *jiezi(args, args.minutes, **changes))
+                show(name, args.minutes, *jiezi(args.data, args.out_dir, args.minutes, **changes))
         return
     model, what = usual_recipe(PackedDataset(args.data, "train", 340), args.peer_minutes)
-    validation = Mixture({"all": PackedDataset(args.data, "val", 512)})
+    validation = PackedDataset(args.data, "val", 512)
     result = evaluate(model, next_token_loss, validation, cpu_machine(), batch_size=8)
     target = result["val_bits_per_byte"]
     show("usual recipe", args.peer_minutes, target, what)
-    seconds = seconds_to_reach(target, args, show)
+
+    def reaches(minutes: float) -> bool:
+        bits_per_byte, what = jiezi(args.data, args.out_dir, minutes, **SAME_SHAPE)
+        show("jiezi, the same shape", minutes, bits_per_byte, what)
+        return bits_per_byte <= target
+
+    seconds = seconds_to_reach(reaches, args.peer_minutes)
     ratio = 60 * args.peer_minutes / seconds
     print(f"the same shape is at {target:.3f} after {seconds:.0f} s: {ratio:.1f} times as fast", flush=True)
-    show("jiezi, a shape for a minute", args.minutes, *jiezi(args, args.minutes))
+    show("jiezi, a shape for a minute", args.minutes, *jiezi(args.data, args.out_dir, args.minutes))
 
 
 if __name__ == "__main__":

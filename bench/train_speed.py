@@ -24,12 +24,13 @@ import torch
 
 from base.cli import HelpFormatter, positive, run
 from bench.contest import Contest, ratio
+from model.device import keep_freed_memory
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
 from training.cost import step_flops
 from training.loss import LossFunction, next_token_loss
-from training.machine import Machine, keep_freed_memory
-from training.optimizer import GradientBuffer, build_optimizer, optimizer_step
+from training.machine import Machine
+from training.optimizer import GradientBuffer, OptimizerSettings, build_optimizer, optimizer_step
 from training.packing import IGNORE, Batch, PackedDataset, pack
 
 
@@ -52,21 +53,21 @@ def made_up_batch(rows: int, max_seq_len: int, vocab_size: int) -> Batch:
 
 
 def training_step(
-    model: CausalLM, machine: Machine, args: argparse.Namespace, batch: Batch, loss_fn: LossFunction = next_token_loss
+    model: CausalLM, machine: Machine, optimizer: str, batch: Batch, loss_fn: LossFunction = next_token_loss
 ) -> Callable[[], None]:
-    """A function that does what training/loop.py does in a step, with the optimizer that args name."""
-    optimizer, scaler = build_optimizer(model, args), machine.scaler()
+    """A function that does what training/loop.py does in a step, with "adamw" or "muon"."""
+    optimizer, scaler = build_optimizer(model, OptimizerSettings(optimizer)), machine.scaler()
     buffer = GradientBuffer(list(model.parameters()), metrics={})
-    size = args.batch_size * args.max_seq_len
+    size = batch.labels.numel()
 
     def step():
         on_device = batch.to(machine.device)
         with machine.autocast():
             loss_sum, tokens, _ = loss_fn(model, on_device)
         scaler.scale(loss_sum / size).backward()
-        buffer.add(loss=loss_sum.detach(), count=tokens)
+        buffer.add_sums(loss=loss_sum.detach(), count=tokens, real_tokens=batch.real_tokens)
         sums = buffer.all_reduce(machine, size, lambda: scaler.unscale_(optimizer))
-        optimizer_step(optimizer, buffer, scaler, sums, args.grad_clip)
+        optimizer_step(optimizer, buffer, scaler, sums, grad_clip=1.0)
 
     return step
 
@@ -111,16 +112,10 @@ def with_adamw(model: torch.nn.Module, gradients: Callable[[], None]) -> Callabl
     return step
 
 
-def measure(preset: str, args: argparse.Namespace):
-    config = LMConfig(**PRESETS[preset], qk_norm=args.qk_norm)
-    if args.data:
-        data = PackedDataset(args.data, "train", args.max_seq_len)
-        batch = data.batch(data.order(0, 0)[: args.batch_size])
-    else:
-        batch = made_up_batch(args.batch_size, args.max_seq_len, config.vocab_size)
-    contestants = {build.__name__: (build, config, batch, args.compile) for build in (jiezi, transformers)}
+def measure(preset: str, config: LMConfig, batch: Batch, steps: int, compiled: bool):
+    contestants = {build.__name__: (build, config, batch, compiled) for build in (jiezi, transformers)}
     with Contest(contestants) as contest:
-        seconds, memory, peaks, _ = contest.take_turns(args.steps)
+        seconds, memory, peaks, _ = contest.take_turns(steps)
     model, peak = CausalLM(config), max(peaks)
     flops, tokens = step_flops(model, batch.real_tokens, batch.attention_pairs), batch.real_tokens
     for name, times in seconds.items():
@@ -150,7 +145,12 @@ def main():
     parser.add_argument("--compile", action="store_true", help="both with torch.compile")
     args = measuring_flags(parser)
     for preset in args.preset:
-        measure(preset, args)
+        config = LMConfig(**PRESETS[preset], qk_norm=args.qk_norm)
+        batch = made_up_batch(args.batch_size, args.max_seq_len, config.vocab_size)
+        if args.data:
+            data = PackedDataset(args.data, "train", args.max_seq_len)
+            batch = data.batch(data.order(0, 0)[: args.batch_size])
+        measure(preset, config, batch, args.steps, args.compile)
 
 
 if __name__ == "__main__":

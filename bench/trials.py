@@ -19,7 +19,7 @@ from bench.contest import cpu_machine
 from corpus.prepared import read_meta
 from engine.exams import wilson_interval
 from model.checkpoint import load_model
-from training.rollouts import RolloutWriter, Tasks
+from training.rollouts import PromptDataset, RolloutGenerator, RolloutSettings
 
 MUON = "--optimizer muon --min_learning_rate 1e-4 --warmup_steps 10 --epochs 10000"
 ROWS = "--max_seq_len 256"
@@ -110,11 +110,10 @@ class Bench:
 
     def probe(self, model: Path, questions: Path, tools: tuple[str, ...] = ()) -> dict:
         """Right answers, greedy and sampled, to the questions of val, and the interval of the former."""
-        writing = argparse.Namespace(max_new_tokens=128, max_seq_len=512, mix=None, generations=4)
-        vars(writing).update(reward="exact", tools=tools, rollout_rows=256)
-        tests = Tasks(questions, "val", writing)
-        writer = RolloutWriter(load_model(model), writing, cpu_machine(), tests.tokenizer_dir)
-        figures = writer.validate(tests, self.args.tests)
+        settings = RolloutSettings(generations=4, max_new_tokens=128, rollout_rows=256, reward="exact", tools=tools)
+        tests = PromptDataset(questions, "val", max_seq_len=512, max_new_tokens=settings.max_new_tokens)
+        generator = RolloutGenerator(load_model(model), settings, cpu_machine(), tests.tokenizer_dir)
+        figures = generator.validate(tests, self.args.tests)
         low, high = wilson_interval(figures["val_accuracy"], min(len(tests), self.args.tests))
         names = dict(right="val_accuracy", sampled="val_sampled", best="val_best", length="val_length")
         return {name: figures[key] for name, key in names.items()} | {"low": low, "high": high}
@@ -127,7 +126,7 @@ class Bench:
             command += ["--data", questions, "--prompts", self.args.prompts, *CHATS, *ROOM]
             self.start(*command, "--max_steps", 1, "--out_dir", self.shared / "writing")
         (folder,) = (path.parent for path in texts.glob("*/meta.json"))
-        return folder, read_meta(folder)["minutes_of_writing"]
+        return folder, read_meta(folder)["minutes_of_generation"]
 
     def left_of(self, minutes: float, wrote: float) -> float:
         """Of the minutes, those that are left to train in when so many went to writing."""

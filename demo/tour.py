@@ -25,12 +25,11 @@ import pandas as pd
 import torch
 
 from base.cli import above_zero, available_cores, join_words, python_command, run
-from base.files import read_json, write_file, write_json
+from base.files import STATE_FILE, read_json, write_file, write_json
 from demo.picture import plot
 from demo.questions import NAMES, NEW_NAMES, is_brief, is_right
+from model.device import choose_device
 from training.log import read_metrics
-from training.machine import choose_device
-from training.state import STATE_FILE
 
 OUT = Path("out/quickstart")
 DATA, CORPUS = OUT / "data", OUT / "corpus"

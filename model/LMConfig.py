@@ -236,14 +236,3 @@ PRESETS |= {
     "xl-moe": PRESETS["xl"] | dict(use_moe=True, moe_intermediate_size=1408),
 }
 CARD_PRESETS = ("large", "large-moe", "xl", "xl-moe")  # for which a CPU would take months
-
-# Flags that were measured to pretrain a size better than the defaults of 1-pretrain.py; docs/loss.md has the runs.
-# Those of CARD_PRESETS were not: they are below the line on which the measured rates fall with the width.
-TRAINING_FLAGS = {
-    preset: dict(optimizer="muon", learning_rate=rate, min_learning_rate=rate / 100, warmup_steps=20)
-    for preset, rate in {
-        **dict(tiny=1e-2, mini=6e-3, small=4e-3, base=3e-3),  # measured
-        **dict(large=2e-3, xl=1e-3),
-    }.items()
-}
-TRAINING_FLAGS |= {f"{preset}-moe": flags for preset, flags in TRAINING_FLAGS.items()}

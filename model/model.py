@@ -154,7 +154,7 @@ class MoEFeedForward(nn.Module):
         sizes = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
         visitors = visits // chosen.shape[1]  # tokens
         slabs = tokens.index_select(0, visitors).split(sizes)
-        # In training an expert without visitors takes part too: its gradient is zero, and DDP need not wait for it.
+        # In training an expert without tokens takes part too, so that its gradient is zero and not missing.
         outputs = [expert(slab) for expert, slab in zip(self.experts, slabs) if len(slab) or self.training]
         outputs = torch.cat(outputs) * weights.flatten().index_select(0, visits)[:, None]
         return torch.zeros_like(tokens).index_add(0, visitors, outputs.to(tokens.dtype))
@@ -208,7 +208,7 @@ class Decoder(nn.Module):
         position_ids (B, T) count from 0 in each document: attention does not cross from one document of a packed row
         to the next. Without them a row is one document, continued from the cache (generation.KVCache) if there is one.
         mask: (B, 1, T, S) boolean, True where a query may look; replaces the causal or document mask. Or what a batch
-        knows of its documents beside position_ids (Batch.documents_on_card), which saves a card the looking for them.
+        knows of its documents beside position_ids (Batch.cu_seqlens), which saves a card the looking for them.
         routing: a list that gets each router's scores (B * T, E) and choices (B * T, k), for the balance of experts.
         """
         T = input_ids.shape[1]

@@ -20,7 +20,9 @@ from pathlib import Path
 import filelock
 from fastapi import APIRouter, HTTPException, Query, Response
 
-FILES = METRICS_FILE, ROLLOUTS_FILE, RUN_FILE = "metrics.jsonl", "rollouts.jsonl", "run.json"  # as training/ has them
+from base.files import METRICS_FILE, ROLLOUTS_FILE, RUN_FILE
+
+FILES = METRICS_FILE, ROLLOUTS_FILE, RUN_FILE
 DEPTH = 3  # levels below the folder where a run may stand
 BLOCK = 2**22  # bytes of metrics.jsonl in one reply, at most; who asks on gets the rest
 TAIL = 2**18  # bytes at the end of a file in which its last lines are looked for

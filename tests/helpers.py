@@ -29,7 +29,7 @@ from model.chat import BOS, EOS, encode, encode_chat, load_tokenizer
 from model.LMConfig import LMConfig
 from model.model import CausalLM
 from training import log, loop, loss
-from training.flags import parse_flags
+from training.flags import parse_flags, run_settings
 from training.machine import start_machine
 from training.packing import open_data
 
@@ -273,12 +273,18 @@ def observe(data, out_dir, *flags, machine=None, loss_fn=loss.next_token_loss, m
         patch.setattr(loop, "optimizer_step", observed_step)
         patch.setattr(dist, "all_reduce", counted_all_reduce)
         args = parse_flags("", data=Path(data), out_dir=Path(out_dir), max_seq_len=96, warmup_steps=1)
-        machine = machine or start_machine(args)
+        machine = machine or start_machine(args.device, args.dtype, args.seed)
         torch.manual_seed(args.seed)
         model = model or CausalLM(SMALL_CONFIG)
-        train_set, val_set = open_data(args, "pretrain", "sft")
-        with contextlib.suppress(SystemExit):  # how one ends that was stopped
-            loop.train(args, machine, model, train_set, val_set, loss_fn, metrics)
+        train_set, val_set = open_data(args.data, args.mix, args.max_seq_len, "pretrain", "sft")
+        run = loop.Run(run_settings(args), machine, model, train_set, metrics)
+        validate = functools.partial(loss.evaluate, model, loss_fn, val_set, machine, run.batch_size)
+        run.log_start(validate)
+        with contextlib.suppress(SystemExit), run:  # SystemExit: a run that was stopped ends with it
+            for rows in run.steps(args.batch_size * args.accumulation_steps * machine.world_size):
+                run.forward_backward(loss_fn, run.batches(rows))
+                run.update()
+                run.log_step(validate)
     return seen
 
 

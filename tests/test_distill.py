@@ -149,7 +149,7 @@ def test_a_teacher_with_its_own_tokenizer_teaches_the_same_texts(flags, brief_di
 def test_texts_are_written_once_and_anew_for_other_flags(flags, run_here, tmp_path, monkeypatch):
     assert run_here(*flags("text", "a", "--prompts", 8)).status == 0
     with monkeypatch.context() as patch:
-        patch.setattr(distillation, "answers_to", None)
+        patch.setattr(distillation, "chats_of", None)
         assert run_here(*flags("text", "b", "--prompts", 8)).status == 0
     assert_same_tensors(tmp_path / "a", tmp_path / "b")
     assert run_here(*flags("text", "c", "--prompts", 8, "--seed", 1)).status == 0
@@ -275,7 +275,7 @@ def test_a_teacher_without_numbers_changes_nothing_and_ends_the_run(mode, flags,
         ("on_policy", ["--keep_ffn", 8], "--mode text or logits"),
         ("text", ["--only_right"], "known of rl data only"),
         ("text", ["--max_new_tokens", 1], "was answered within --max_new_tokens 1"),
-        ("logits", ["--out_dir", "TEACHER"], "would replace the model of --teacher"),
+        ("logits", ["--out_dir", "TEACHER"], "would replace the folder of --teacher"),
     ],
 )
 def test_what_cannot_be_is_one_line(mode, more, named, flags, tasks, brief_dir, run_here):
@@ -296,5 +296,5 @@ def test_a_foreign_teacher_teaches_but_does_not_write(flags, chats, run_here, tm
         result = run_here(*flags(mode, mode, "--teacher", tmp_path / "gpt2"))
         assert result.status == 0, result.err
     result = run_here(*flags("text", "out", "--teacher", tmp_path / "gpt2"))
-    assert "does not write with" in result.error_line(status=2)
+    assert "does not generate with" in result.error_line(status=2)
     assert json.loads((tmp_path / "logits/run.json").read_text("utf-8"))["arguments"]["teacher"].endswith("gpt2")

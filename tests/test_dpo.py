@@ -1,6 +1,5 @@
 """DPO: the loss of the paper, ln 2 at step 0, pairs that stay together, and a reference that is computed once."""
 
-import argparse
 import json
 import math
 import runpy
@@ -14,7 +13,7 @@ from model.chat import IM_END
 from model.checkpoint import load_model, load_tensors, save_tensors
 from training.machine import Machine
 from training.packing import IGNORE, PackedDataset
-from training.reference import computed_once
+from training.reference import cached_log_probs
 
 DPO = runpy.run_path(str(ROOT / "4-dpo.py"))
 
@@ -129,15 +128,14 @@ def test_an_impossible_value_is_refused_with_the_flag_named(flags, pairs, base_d
 
 def test_where_one_of_two_machines_has_the_reference_both_compute_it(pairs, base_dir, tmp_path):
     data = PackedDataset(pairs, "train", 256)
-    args = argparse.Namespace(init_from=base_dir, out_dir=tmp_path / "out", max_seq_len=256, batch_size=1)
     here, both = (Machine(0, 1, torch.device("cpu"), torch.float32) for _ in range(2))
     both.gather = lambda value: [value, False]  # the other has no such file
-    calls, numbers = [], torch.arange(-3.0, 0)
+    calls, numbers, rows = [], torch.arange(-3.0, 0), np.arange(len(data))
 
     def compute(rows):
         calls.append(len(rows))
         return numbers if len(rows) == len(data) else torch.tensor([0, numbers[1], 0])
 
     for machine in (here, both, here):
-        assert torch.equal(computed_once(args, machine, data, compute), numbers)
+        assert torch.equal(cached_log_probs(tmp_path / "numbers.safetensors", rows, 1, compute, machine), numbers)
     assert calls == [len(data), len(data), 1], "the last has it, and looks at one row alone"

@@ -68,6 +68,8 @@ def test_an_adapter_is_merged(tmp_path, run_here):
     merged = load_model(tmp_path / "sft-merged").eval()
     ids = torch.arange(20, 40)[None]
     assert torch.allclose(merged(ids), model.eval()(ids), atol=1e-4)
+    assert run_here("export.py", tmp_path / "lora", "--to", "merged").status == 0  # which names its base
+    assert torch.equal(load_model(tmp_path / "lora-merged")(ids), merged(ids))
     assert not torch.allclose(merged(ids), load_model(tmp_path / "sft")(ids), atol=1e-2)
 
 

@@ -1,9 +1,9 @@
 """The arithmetic of memory and cost, and the benchmarks that hold it against measurements."""
 
-import argparse
 import functools
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,10 +14,10 @@ from bench import card, contest, estimate, growth
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
 from training import cost, optimizer
-from training.cost import CONTEXT, fit_batch, largest_divisor, memory_estimate
+from training.cost import CONTEXT, StepSettings, fit_batch, largest_divisor, memory_estimate
 from training.flags import parse_flags
 from training.machine import Machine
-from training.optimizer import GradientBuffer, build_optimizer
+from training.optimizer import GradientBuffer, OptimizerSettings, build_optimizer
 
 
 def make_model(preset: str = "tiny") -> CausalLM:
@@ -25,9 +25,8 @@ def make_model(preset: str = "tiny") -> CausalLM:
         return CausalLM(LMConfig(**PRESETS[preset]))
 
 
-def settings(**changes) -> argparse.Namespace:
-    own = dict(batch_size=32, max_seq_len=512, grad_checkpointing=False, optimizer="adamw")
-    return argparse.Namespace(**own | changes)
+def settings(**changes) -> StepSettings:
+    return replace(StepSettings(32, 1, 512, grad_checkpointing=False, optimizer="adamw"), **changes)
 
 
 @pytest.mark.parametrize("preset", ["tiny", "tiny-moe"])
@@ -79,11 +78,11 @@ def test_auto_keeps_the_step_and_takes_what_the_machine_holds(monkeypatch):
     machine, model = Machine(0, 1, torch.device("cpu"), torch.float32), make_model("small")
     args = settings(batch_size=8, accumulation_steps=4)
     for rows, accumulation, processes in ((16, 2, 1), (4, 8, 1), (4, 8, 2)):
-        one = argparse.Namespace(**vars(args) | dict(batch_size=rows))
+        one = replace(args, batch_size=rows)
         room = 1.01 * processes * memory_estimate(model, one) / cost.ROOM
         monkeypatch.setattr(cost, "memory_of_machine", lambda room=room: room)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-        assert fit_batch(args, machine, model) == (rows, accumulation)
+        assert fit_batch(args, machine, model) == replace(one, accumulation_steps=accumulation)
 
 
 def test_auto_is_a_value_of_the_flag(monkeypatch):
@@ -100,8 +99,7 @@ def test_muon_gives_the_same_update_in_small_batches(monkeypatch):
         torch.manual_seed(0)
         model = CausalLM(LMConfig(**PRESETS["tiny"]))
         GradientBuffer(list(model.parameters()), metrics={})
-        muon = settings(optimizer="muon", learning_rate=0.01, weight_decay=0.1, embedding_factor=1.0)
-        update = build_optimizer(model, muon)
+        update = build_optimizer(model, OptimizerSettings("muon", learning_rate=0.01))
         for _ in range(2):
             for parameter in model.parameters():
                 parameter.grad.normal_()
@@ -163,7 +161,7 @@ def test_growth_tables_and_plot(run_bench, monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_a_run_says_when_its_first_step_begins(tmp_path):
     growth.write_corpus(tmp_path / "data", 1)
-    assert growth.start_of_run(tmp_path / "data", settings(batch_size=1, max_seq_len=64)) > 0
+    assert growth.start_of_run(tmp_path / "data", 1, 64) > 0
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import math
 import os
 import random
 import runpy
+import shutil
 import signal
 import types
 from collections import defaultdict
@@ -170,10 +171,10 @@ def test_loss_and_gradient_of_a_step_are_trls(options, tasks, brief_dir, run_her
     from trl import GRPOTrainer
 
     ours = {}
-    write, update = rollouts.RolloutWriter.write, Run.update
+    generate, update = rollouts.RolloutGenerator.generate, Run.update
 
     def writing(self, tasks, *rest, **more):
-        groups = write(self, tasks, *rest, **more)
+        groups = generate(self, tasks, *rest, **more)
         if tasks.split == "train":
             ours["answers"] = [one for group in groups for one in group]
         return groups
@@ -184,7 +185,7 @@ def test_loss_and_gradient_of_a_step_are_trls(options, tasks, brief_dir, run_her
         ours["gradients"] = {name: parameter.grad.clone() for name, parameter in self.model.named_parameters()}
         return update(self, sums)
 
-    monkeypatch.setattr(rollouts.RolloutWriter, "write", writing)
+    monkeypatch.setattr(rollouts.RolloutGenerator, "generate", writing)
     monkeypatch.setattr(Run, "update", updating)
     more = ["--max_steps", 1, "--updates", 2, "--learning_rate", 0.01, *options]
     result = run_here("5-grpo.py", *flags(tasks, brief_dir, tmp_path / "out", "parity", *more))
@@ -273,14 +274,14 @@ def test_rows_at_once_one_by_one_and_in_two_processes_are_the_same_step(
 
 def killed_in_step(number: int):
     """Kills the process when it begins to write the answers of this step."""
-    write, steps = rollouts.RolloutWriter.write, itertools.count(1)
+    generate, steps = rollouts.RolloutGenerator.generate, itertools.count(1)
 
     def killing(self, tasks, *rest, **options):
         if tasks.split == "train" and next(steps) == number:
             os.kill(os.getpid(), signal.SIGKILL)
-        return write(self, tasks, *rest, **options)
+        return generate(self, tasks, *rest, **options)
 
-    rollouts.RolloutWriter.write = killing
+    rollouts.RolloutGenerator.generate = killing
 
 
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tasks, brief_dir, start, tmp_path):
@@ -347,12 +348,24 @@ def test_an_adapter_and_a_reference(tasks, brief_dir, run_here, tmp_path):
         (["--max_new_tokens", 63], "no question of train has room in 64 tokens"),
         (["--reward", "praise"], "no reward is called praise"),
         (["--tools", "abacus"], "no tool is called abacus"),
-        (["--data", "one", "two"], "reads one folder"),
     ],
 )
 def test_what_cannot_be_is_one_line(more, named, tasks, brief_dir, run_here, tmp_path):
     result = run_here("5-grpo.py", *flags(tasks, brief_dir, tmp_path / "out"), *more)
     assert named in result.error_line(status=2)
+
+
+def test_questions_come_from_several_folders_in_their_proportions(tasks):
+    shutil.copytree(tasks, tasks.with_name("more"), dirs_exist_ok=True)
+    data = [f"a={tasks}", f"b={tasks.with_name('more')}"]
+    questions = rollouts.PromptDataset(data, "train", 64, 12, {"a": 3, "b": 1})
+    order = questions.order(seed=0, epoch=0)
+    assert len(order) == len(questions) == 2 * 20
+    assert (order < 20).sum() == 30
+    for first, second in zip(range(20), range(20, 40)):
+        assert questions.prompt(first) == questions.prompt(second)
+        assert questions.notes[first] == questions.notes[second]
+    assert questions.samples([25]) == {str(tasks.with_name("more")): [5]}
 
 
 def test_chats_are_refused(chat_data, brief_dir, run_here, tmp_path):

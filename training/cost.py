@@ -1,11 +1,11 @@
-"""What a step costs, by arithmetic: floating-point operations, and memory; and how many rows fit at a time."""
+"""What a step costs, by arithmetic: floating-point operations and memory; and how many rows fit at a time."""
 
-import argparse
 import contextlib
 import math
 import os
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,20 +17,31 @@ from training.machine import Machine
 from training.optimizer import MUON_BATCH
 from training.packing import Batch
 
-# Memory that activations take over what they hold, for a freed place seldom suits the next tensor exactly: fitted to
-# the table of docs/scaling.md, which `python -m bench.memory` measures.
+# Memory that activations take relative to their size, because freed memory seldom fits the next tensor exactly: fitted
+# to the table of docs/scaling.md, which `python -m bench.memory` measures.
 FRAGMENTATION = 1.45
-# On a card, whose allocator rounds less, and what its driver and libraries take. Both are assumptions: not measured.
+# On a GPU, whose allocator rounds less, and bytes that its driver and libraries take. Both are assumed, not measured.
 CARD_FRAGMENTATION = 1.1
 CONTEXT = 400_000_000
-ROOM = 0.9  # of the memory of a card, or of a CPU's machine, that a run may take
+ROOM = 0.9  # fraction of the memory of a GPU, or of a CPU's machine, that a run may take
 CGROUPS = Path("/sys/fs/cgroup")
 
 
+@dataclass(frozen=True)
+class StepSettings:
+    """What the memory of a training step depends on, besides the model."""
+
+    batch_size: int  # rows per process in a forward and backward pass
+    accumulation_steps: int  # such passes per optimizer step
+    max_seq_len: int  # tokens per row
+    grad_checkpointing: bool
+    optimizer: str
+
+
 def step_flops(model: CausalLM, tokens: int, attention_pairs: int) -> float:
-    """Floating-point operations of forward and backward: 6 a weight and token (arXiv 2001.08361, 2.1), 4 where it is
-    frozen, and for each layer and query-key pair 12 a number of the query, for q k^T and its product with v. Padding
-    is not counted, nor are experts that a token does not visit; where anything is frozen (LoRA), all experts are."""
+    """Floating-point operations of forward and backward: 6 per weight and token (arXiv 2001.08361, 2.1), 4 where the
+    weight is frozen; and per layer, query-key pair and number of a query 12, for q k^T and its product with v. Padding
+    is not counted, nor are experts that a token is not routed to, except where anything is frozen (LoRA)."""
     config = model.config
     idle = model.num_idle_parameters()
     weights = model.num_parameters() - idle
@@ -43,71 +54,70 @@ def step_flops(model: CausalLM, tokens: int, attention_pairs: int) -> float:
 
 
 def memory_estimate(
-    model: CausalLM, args: argparse.Namespace, bytes_per_number: int = 4, attention: str = "manual", processes: int = 1
+    model: CausalLM, step: StepSettings, bytes_per_number: int = 4, attention: str = "manual", processes: int = 1
 ) -> int:
-    """Bytes at the peak of a training step, from what it holds at once; bench/memory.py measures the same.
+    """Bytes at the peak of a training step; bench/memory.py measures the same.
 
-    bytes_per_number: of what products read. Weights, gradients and optimizer are float32; autocast also keeps cast
-    weights. attention: Decoder.attention_kind; all but "manual" are a card's.
-    processes: over how many --shard spreads weights, gradients and optimizer.
+    bytes_per_number: of the inputs of matrix products. Weights, gradients and optimizer are float32; autocast also
+    keeps cast weights. attention: Decoder.attention_kind; all but "manual" run on a GPU.
+    processes: over which --shard shards weights, gradients and optimizer.
     """
     config = model.config
-    on_card = attention != "manual"
-    tokens = args.batch_size * args.max_seq_len
+    on_gpu = attention != "manual"
+    tokens = step.batch_size * step.max_seq_len
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     weights = model.num_parameters()
     state = weights + 3 * sum(parameter.numel() for parameter in trained)  # weights, gradients, Adam's two moments
-    if args.optimizer == "muon":  # one moment of a matrix; four copies of those that are updated at a time
+    if step.optimizer == "muon":  # one moment of a matrix; four copies of those that are updated at a time
         sizes = Counter()
         for parameter in model.model.layers.parameters():
             if parameter.requires_grad and parameter.dim() > 1:
                 sizes[parameter.shape] += parameter.numel()
         state -= sizes.total()
     if processes > 1:
-        state = state // processes + _whole_at_a_time(model)
-    if args.optimizer == "muon":
+        state = state // processes + _gathered_at_a_time(model)
+    if step.optimizer == "muon":
         state += 4 * min(max(sizes.values(), default=0), MUON_BATCH)
 
-    # With checkpoints a layer keeps its input; on a CPU, twice as much is lost around it: it stays where all else comes
-    # and goes.
+    # With gradient checkpointing a layer keeps its input. On a CPU twice as much is lost around it to fragmentation.
     inside = 3 * config.intermediate_size  # gradients in a layer, in the backward pass
-    if on_card:
+    if on_gpu:
         layers = [
-            _kept_on_card(config, layer, bytes_per_number, attention, args.max_seq_len)
+            _kept_on_gpu(config, layer, bytes_per_number, attention, step.max_seq_len)
             for layer in range(config.num_hidden_layers)
         ]
-        if config.use_moe:  # three copies of what goes to the experts and comes back, and five of what is inside
+        if config.use_moe:  # three copies of the experts' inputs and outputs, and five of what is inside
             visit = 3 * config.hidden_size + 5 * config.moe_intermediate_size
             inside = max(inside, config.num_experts_per_tok * visit)
         fragmentation, kept_input, chunk = CARD_FRAGMENTATION, 4 * config.hidden_size, CARD_CHUNK
-        # Of the logits: the product, in float32, probabilities, and their gradient for the product.
+        # Of the logits: the product, its float32 copy, probabilities, and the gradient in the precision of the product.
         loss = min(tokens, chunk) * config.vocab_size * (8 + 2 * bytes_per_number)
         loss += 4 * config.vocab_size * config.hidden_size
     else:
-        layers = [bytes_per_number * _kept_by_hand(config, layer) for layer in range(config.num_hidden_layers)]
+        layers = [bytes_per_number * _kept_on_cpu(config, layer) for layer in range(config.num_hidden_layers)]
         fragmentation, kept_input = FRAGMENTATION, 3 * bytes_per_number * config.hidden_size
         loss = 2 * min(tokens, LOSS_CHUNK) * config.vocab_size + config.vocab_size * config.hidden_size
         loss *= bytes_per_number
-    kept = kept_input * len(layers) if args.grad_checkpointing else sum(layers)
-    kept += 3 * (4 if on_card else bytes_per_number) * config.hidden_size  # the last norm, and its result's gradient
+    kept = kept_input * len(layers) if step.grad_checkpointing else sum(layers)
+    kept += 3 * (4 if on_gpu else bytes_per_number) * config.hidden_size  # the last norm, and its output's gradient
 
-    # Beside it, at the end of the forward pass a chunk of logits and of its gradients, and the gradient of the head's
-    # weight; or, in the backward pass, the gradients inside one layer, and what is computed anew.
-    backward = bytes_per_number * inside + (max(layers) if args.grad_checkpointing else 0)
+    # In addition, at the end of the forward pass a chunk of logits and of its gradients, and the gradient of the head's
+    # weight; or, in the backward pass, the gradients inside one layer, and what is recomputed.
+    backward = bytes_per_number * inside + (max(layers) if step.grad_checkpointing else 0)
     activations = tokens * round(fragmentation * kept) + max(loss, tokens * round(fragmentation * backward))
     copy = bytes_per_number * weights if bytes_per_number < 4 else 0
-    return 4 * state + copy + activations + (CONTEXT if on_card else 0)
+    return 4 * state + copy + activations + (CONTEXT if on_gpu else 0)
 
 
-def _whole_at_a_time(model: CausalLM) -> int:
-    """Numbers that a process has beside its part, under --shard: of a layer the weights, and those of the next, their
-    gradients, and a copy of each on its way; of what no layer has, weights and gradients."""
+def _gathered_at_a_time(model: CausalLM) -> int:
+    """Numbers that a process has in addition to its shard: the gathered weights of a layer and of the next, their
+    gradients, and a copy of each in communication; outside the layers, gathered weights and gradients."""
     layers = [sum(parameter.numel() for parameter in layer.parameters()) for layer in model.model.layers]
     return 5 * max(layers) + 2 * (model.num_parameters() - sum(layers))
 
 
 def _sizes(config: LMConfig) -> tuple[int, int, int]:
-    """Numbers of a token's hidden state, of its queries, and of its keys."""
+    """Per token: numbers of the hidden state, of all queries, and of all keys."""
     return (
         config.hidden_size,
         config.num_attention_heads * config.head_dim,
@@ -115,84 +125,84 @@ def _sizes(config: LMConfig) -> tuple[int, int, int]:
     )
 
 
-def _kept_by_hand(config: LMConfig, layer: int) -> int:
-    """Numbers of a token that a layer keeps for the backward pass on a CPU: what the norms, each matrix product and
-    each nonlinearity read; of the attention also what it gave."""
+def _kept_on_cpu(config: LMConfig, layer: int) -> int:
+    """Numbers per token that a layer keeps for the backward pass on a CPU: the inputs of the norms, of each matrix
+    product and of each nonlinearity, and the output of the attention."""
     H, heads, kv_heads = _sizes(config)
     attention = 3 * H + 4 * heads + 3 * kv_heads
     if not config.use_moe or layer < config.first_k_dense_replace:
         return attention + H + 4 * config.intermediate_size
     visits, width = config.num_experts_per_tok, config.moe_intermediate_size
-    # The copies of what goes into the experts, and twice what comes out; their insides.
+    # The copies of the experts' inputs, and twice their outputs; the activations inside.
     return attention + H * (1 + 3 * visits) + 4 * width * (visits + config.n_shared_experts)
 
 
-def _kept_on_card(config: LMConfig, layer: int, size: int, attention: str, max_seq_len: int) -> int:
-    """Bytes of a token that a layer keeps on a card, where products read numbers of `size` bytes. Norms and rotations
-    read float32 all the same, and under autocast each product makes a copy of its own of what it reads."""
+def _kept_on_gpu(config: LMConfig, layer: int, size: int, attention: str, max_seq_len: int) -> int:
+    """Bytes per token that a layer keeps on a GPU, where products read numbers of `size` bytes. Norms and rotations
+    read float32 in any case, and under autocast each product casts its own copy of its input."""
     H, heads, kv_heads = _sizes(config)
-    copies = 1 if size == 4 else 3  # of what the q, k and v products read
-    kept = 2 * 4 * H + copies * size * H  # what both norms read; what the q, k and v products read
-    kept += 2 * 4 * (heads + kv_heads)  # what the norms of q and k read, and their rotations
+    copies = 1 if size == 4 else 3  # of the input of the q, k and v products
+    kept = 2 * 4 * H + copies * size * H  # inputs of both norms; of the q, k and v products
+    kept += 2 * 4 * (heads + kv_heads)  # inputs of the norms of q and k, and of their rotations
     repeated = heads if attention == "masked" else kv_heads
-    kept += size * (2 * heads + 2 * repeated + heads)  # q, k, v and what came out; what the output product reads
+    kept += size * (2 * heads + 2 * repeated + heads)  # q, k, v and the output; input of the output product
     if attention == "masked":
-        kept += size * max_seq_len  # a row of the mask, as numbers to add
+        kept += size * max_seq_len  # a row of the additive mask
     copies = 1 if size == 4 else 2
     if not config.use_moe or layer < config.first_k_dense_replace:
         return kept + size * (copies * H + 4 * config.intermediate_size)
     visits, width = config.num_experts_per_tok, config.moe_intermediate_size
-    experts = H + 2 * width * visits  # what goes in; gate and up (experts.visit_experts)
+    experts = H + 2 * width * visits  # input; gate and up (experts.visit_experts)
     shared = (copies * H + 4 * width * config.n_shared_experts) if config.n_shared_experts else 0
     return kept + 4 * H + size * (experts + shared)
 
 
-def fit_batch(args: argparse.Namespace, machine: Machine, model: CausalLM) -> tuple[int, int]:
-    """--batch_size and --accumulation_steps of a step of as many rows as these flags ask for, with the most rows at a
-    time that fit: on a card by trying, on a CPU by the estimate. All processes take what fits the least of them."""
-    rows = args.batch_size * args.accumulation_steps
+def fit_batch(step: StepSettings, machine: Machine, model: CausalLM) -> StepSettings:
+    """A step of as many rows, with as many at a time as fit: on a GPU by trying, on a CPU by the estimate. All
+    processes take what fits in the smallest of them."""
+    rows = step.batch_size * step.accumulation_steps
     fits = fits_card if machine.device.type == "cuda" else fits_by_estimate
-    size = min(machine.gather(largest_divisor(rows, lambda n: fits(args, machine, model, n))))
-    return size, rows // size
+    size = largest_divisor(rows, lambda n: fits(replace(step, batch_size=n), machine, model))
+    size = min(machine.gather(size))
+    return replace(step, batch_size=size, accumulation_steps=rows // size)
 
 
 def largest_divisor(rows: int, fits: Callable[[int], bool]) -> int:
-    """The largest number that divides `rows` and fits; 1 if none does."""
+    """The largest divisor of `rows` that fits; 1 if none does."""
     return next((n for n in range(rows, 1, -1) if rows % n == 0 and fits(n)), 1)
 
 
-def fits_by_estimate(args: argparse.Namespace, machine: Machine, model: CausalLM, rows: int) -> bool:
-    """Whether the processes of this machine find room for so many rows each."""
-    settings = argparse.Namespace(**vars(args) | {"batch_size": rows})
+def fits_by_estimate(step: StepSettings, machine: Machine, model: CausalLM) -> bool:
+    """Whether there is memory for this step in all processes of this machine."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return processes * memory_estimate(model, settings, machine.dtype.itemsize) <= ROOM * memory_of_machine()
+    return processes * memory_estimate(model, step, machine.dtype.itemsize) <= ROOM * memory_of_machine()
 
 
 def memory_of_machine() -> float:
-    """Bytes that the system, or a container, has for this process and its neighbours; without end where nothing says
-    so (Windows)."""
+    """Bytes of memory that the system or the container has for all its processes; infinite where that is unknown
+    (Windows)."""
     limits = [math.inf]
     if hasattr(os, "sysconf"):
         limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     for path in _files_of_limits():
-        with contextlib.suppress(OSError, ValueError):  # there is none, or it is "max"
+        with contextlib.suppress(OSError, ValueError):  # no such file, or its content is "max"
             limits.append(int(path.read_text()))
     return min(limits)
 
 
 def _files_of_limits() -> list[Path]:
-    """Where Linux writes what this process's control group may take, cgroup 2 or 1: who takes more is killed."""
-    groups = [""]  # a container's own is often the root of what it sees
+    """Where Linux states the memory limit of this process's control group, cgroup 2 or 1: above it, it is killed."""
+    groups = [""]  # in a container its own group is often the root
     with contextlib.suppress(OSError):
         groups += [line.split(":", 2)[2] for line in Path("/proc/self/cgroup").read_text().splitlines()]
     names = ((f"{group}/memory.max", f"/memory{group}/memory.limit_in_bytes") for group in groups)
     return [Path(f"{CGROUPS}{name}") for both in names for name in both]
 
 
-def fits_card(args: argparse.Namespace, machine: Machine, model: CausalLM, rows: int) -> bool:
-    """Whether a forward and backward pass of so many rows, and the optimizer's memory beside it, find room."""
-    ids = torch.zeros(rows, args.max_seq_len, dtype=torch.int64)
-    positions = torch.arange(args.max_seq_len).expand_as(ids).contiguous()
+def fits_card(step: StepSettings, machine: Machine, model: CausalLM) -> bool:
+    """Whether a GPU has memory for a forward and backward pass of this step, and for the optimizer in addition."""
+    ids = torch.zeros(step.batch_size, step.max_seq_len, dtype=torch.int64)
+    positions = torch.arange(step.max_seq_len).expand_as(ids).contiguous()
     batch = Batch(ids, ids, positions, ids, [0], "train", ids.numel(), 0).to(machine.device)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     torch.cuda.reset_peak_memory_stats(machine.device)
@@ -207,4 +217,4 @@ def fits_card(args: argparse.Namespace, machine: Machine, model: CausalLM, rows:
         model.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(machine.device).total_memory
-    return peak + 8 * trained + CONTEXT <= ROOM * total  # 8: the optimizer's moments, which are not there yet
+    return peak + 8 * trained + CONTEXT <= ROOM * total  # 8: the optimizer's moments, not allocated yet

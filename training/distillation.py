@@ -1,4 +1,4 @@
-"""A teacher, and how far a student is from it: a divergence of two distributions over the whole vocabulary."""
+"""Knowledge distillation: a teacher model, and the divergence of a student's distribution from the teacher's."""
 
 import argparse
 import hashlib
@@ -8,6 +8,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from base.cli import UserError, fraction, not_negative, positive
 from base.files import sha256
-from corpus.prepared import META, SPLITS, writing_prepared
+from corpus.prepared import META, writing_prepared
 from model.chat import tokenizer_fingerprint, translate
 from model.checkpoint import MODEL_FILE, load_config, load_model
 from model.model import CausalLM
@@ -26,27 +27,40 @@ from model.operators import product_dtype
 from training.balance import expert_balance
 from training.loss import CARD_CHUNK, LOSS_CHUNK, LossFunction, sum_batches
 from training.machine import Machine
-from training.packing import Batch, TrainingData
-from training.rollouts import Rollout, RolloutWriter, Tasks, describe_rollouts, learning_batches
+from training.packing import Batch, PackedDataset
+from training.rollouts import (
+    PromptDataset,
+    RolloutBatch,
+    RolloutGenerator,
+    RolloutSettings,
+    learning_batches,
+    rollout_metrics,
+)
 
 DISTILL_FLAGS = {  # name -> options of argparse's add_argument
     "--teacher": dict(type=Path, default=Path("out/teacher"), help="folder of a model or of an adapter"),
-    "--mode": dict(choices=["text", "logits", "on_policy"], default="logits", help="what is learnt from it, see above"),
+    "--mode": dict(
+        choices=["text", "logits", "on_policy"], default="logits", help="what the student learns from, see above"
+    ),
     "--divergence": dict(
         choices=["forward", "reverse", "jsd"], help="see training/distillation.py; else forward, on_policy reverse"
     ),
     "--jsd_beta": dict(type=fraction, default=0.5, help="of jsd, between forward (0) and reverse (1)"),
     "--temperature": dict(type=not_negative, default=1.0, help="divides the logits of both; of text, the teacher's"),
-    "--ce_weight": dict(type=not_negative, default=0.0, help="of the loss of the labels, beside the divergence"),
+    "--ce_weight": dict(
+        type=not_negative, default=0.0, help="of the cross-entropy of the labels, beside the divergence"
+    ),
     "--teacher_dtype": dict(
         choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="of its weights; auto: as --dtype"
     ),
     "--prompts": dict(type=positive, help="text: only so many of each split; without it, all"),
-    "--only_right": dict(action="store_true", help="text: leave out answers that --reward does not give 1"),
+    "--only_right": dict(action="store_true", help="text: leave out answers whose --reward is not 1"),
     "--keep_layers": dict(nargs="+", type=int, metavar="N", help="start from these layers of --init_from, from 0"),
-    "--keep_ffn": dict(type=positive, metavar="N", help="and from the N busiest neurons of each feed-forward layer"),
+    "--keep_ffn": dict(
+        type=positive, metavar="N", help="and from the N most active neurons of each feed-forward layer"
+    ),
 }
-# What is known of each scored token beside its loss; all but the first, of the distributions at temperature 1.
+# Of each scored token, beside its loss; all but the divergence are of the distributions at temperature 1.
 METRICS = ("divergence", "cross_entropy", "agreement", "student_entropy", "teacher_entropy")
 
 
@@ -61,10 +75,10 @@ def check_flags(args: argparse.Namespace):
         )
     if args.keep_ffn and args.mode == "on_policy":
         raise UserError(
-            "--keep_ffn looks at texts or chats to see which neurons are busy; use it with --mode text or logits"
+            "--keep_ffn measures on texts or chats which neurons are active; use it with --mode text or logits"
         )
     if not args.temperature and args.mode != "text":
-        raise UserError("--temperature 0 is for --mode text, where the teacher then writes its most probable tokens")
+        raise UserError("--temperature 0 is for --mode text, where the teacher then generates its most probable tokens")
     if args.jsd_beta in (0, 1):
         raise UserError("--jsd_beta 0 and 1 make every divergence 0: give --divergence forward or reverse")
 
@@ -73,12 +87,12 @@ def check_flags(args: argparse.Namespace):
 
 
 class Divergence(NamedTuple):
-    """What is small where the student says what the teacher would. Of p, the student's distribution, and q:
+    """The divergence of the student's distribution p from the teacher's, q:
 
-    forward  KL(q || p) = sum q ln(q / p): dear where the teacher may say what the student never would
-    reverse  KL(p || q) = sum p ln(p / q): dear where the student may say what the teacher never would
+    forward  KL(q || p) = sum q ln(q / p): high where the student gives too little to what the teacher may say
+    reverse  KL(p || q) = sum p ln(p / q): high where the student may say what the teacher never would
     jsd      beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p: arXiv 2306.13649, eq. 1, which
-             vanishes where beta is 0 or 1
+             is 0 for beta 0 and 1
 
     Both distributions are softmax(logits / temperature) (arXiv 1503.02531, eq. 1). ce_weight adds so many times -ln p
     of the label, at temperature 1.
@@ -90,8 +104,8 @@ class Divergence(NamedTuple):
     ce_weight: float = 0.0
 
     def of(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-        """The divergence of each row, (M,), in nats, and its gradient for the logits behind log_p, (M, V), both of
-        which were divided by the temperature already. Two distributions, (M, V), and their logarithms; p is spent.
+        """The divergence of each row, (M,), in nats, and its gradient with respect to the logits of p, (M, V), after
+        their division by the temperature. p and q, and their logarithms, are (M, V); p is overwritten.
         """
         if self.kind == "forward":
             return torch.linalg.vecdot(q, log_q - log_p), p.sub_(q)
@@ -99,18 +113,18 @@ class Divergence(NamedTuple):
             log_ratio = log_p - log_q
             distance = own = torch.linalg.vecdot(p, log_ratio)
             return distance, p.mul_(log_ratio.sub_(own[:, None]))
-        share = 1 - self.jsd_beta  # of p in m
-        log_m = (share * p + self.jsd_beta * q).clamp_(min=torch.finfo(p.dtype).tiny).log_()
+        p_weight = 1 - self.jsd_beta  # of p in m
+        log_m = (p_weight * p + self.jsd_beta * q).clamp_(min=torch.finfo(p.dtype).tiny).log_()
         log_ratio = log_p - log_m
         own = torch.linalg.vecdot(p, log_ratio)
-        distance = self.jsd_beta * torch.linalg.vecdot(q, log_q - log_m) + share * own
-        return distance, p.mul_(log_ratio.sub_(own[:, None])).mul_(share)
+        distance = self.jsd_beta * torch.linalg.vecdot(q, log_q - log_m) + p_weight * own
+        return distance, p.mul_(log_ratio.sub_(own[:, None])).mul_(p_weight)
 
 
 def plain_divergence_sum(
     hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, labels: Tensor, how: Divergence
 ) -> Tensor:
-    """What divergence_sum means, by autograd and with all logits at once."""
+    """divergence_sum as a formula: by autograd, with all logits at once."""
     logits, teacher_logits = hidden @ weight.mT, teacher_hidden @ teacher_weight.mT  # (M, V)
     log_p, log_q = ((x / how.temperature).log_softmax(-1) for x in (logits, teacher_logits))
     p, q = log_p.exp(), log_q.exp()
@@ -129,17 +143,17 @@ def divergence_sum(
     """The loss of all scored tokens, summed, and the METRICS of each, (5, M), which have no gradient; in float32.
 
     hidden (M, H) and weight (V, H), the student's, give its logits; teacher_hidden (M, H') and teacher_weight (V, H')
-    the teacher's. labels (M,). Products are in autocast's format, if it is on.
+    the teacher's. labels (M,). Products are in autocast's dtype, if it is on.
     """
     learns = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return DivergenceSum.apply(hidden, weight, teacher_hidden, teacher_weight, labels, how, learns)
 
 
 class DivergenceSum(torch.autograd.Function):
-    """The logits (M, V) of both models are made, compared and turned into gradients a chunk of tokens at a time.
+    """The logits (M, V) of both models are computed, compared and turned into gradients for a chunk of tokens.
 
-    The gradient is made with the loss, since a head, of a small model the dearest product, would else be computed
-    twice. It is not scaled yet then; so float16, in which small numbers of it would be lost, gives way to float32.
+    The gradient is computed with the loss: otherwise the head, the largest product of a small model, would be computed
+    twice. The gradient is not scaled yet, so that float16 would lose small numbers of it: it is in float32 instead.
     """
 
     @staticmethod
@@ -195,25 +209,25 @@ class DivergenceSum(torch.autograd.Function):
 
 
 class Teacher(NamedTuple):
-    """A frozen model of the student's vocabulary; the product of the two is its logits."""
+    """A frozen model with the student's vocabulary; the product of hidden state and weight is its logits."""
 
     hidden: Callable[[Batch], Tensor]  # packed rows -> (B, T, H')
     weight: Tensor  # (V, H')
 
 
-def load_teacher(args: argparse.Namespace, machine: Machine, data: TrainingData) -> Teacher:
-    """The model in args.teacher: one of ours, an adapter on one, or another that transformers knows.
+def load_teacher(directory: Path, dtype: str, machine: Machine, data: PackedDataset) -> Teacher:
+    """The model in `directory`: one of ours, an adapter on one, or another that transformers knows. dtype: of its
+    weights; "auto": as in training.
 
     UserError where it has another tokenizer than the data, or where its context is shorter than a row.
     """
-    directory = args.teacher
     check_teacher(directory)
     if tokenizer_fingerprint(directory) != data.tokenizer_sha256:
         raise UserError(
             f"the teacher in {directory} has another tokenizer than {data.paths}: its distribution is over other "
-            "tokens. What it writes can be learnt: --mode text"
+            "tokens. The student can learn from its answers: --mode text"
         )
-    dtype = machine.dtype if args.teacher_dtype == "auto" else getattr(torch, args.teacher_dtype)
+    dtype = machine.dtype if dtype == "auto" else getattr(torch, dtype)
     if is_ours(directory):
         model = load_model(directory, machine.device)
         context = model.config.max_position_embeddings
@@ -224,17 +238,15 @@ def load_teacher(args: argparse.Namespace, machine: Machine, data: TrainingData)
             teacher = foreign_teacher(model, directory)
         except UserError:
             raise
-        except Exception as error:  # what an architecture makes of its config and weights can fail in any way
+        except Exception as error:  # an architecture's code can fail in any way
             reason = str(error).strip().partition("\n")[0]
             raise UserError(f"transformers cannot load the teacher in {directory}: {reason}") from None
         context = getattr(model.config, "max_position_embeddings", math.inf)
-    if args.max_seq_len > context:
-        raise UserError(f"--max_seq_len {args.max_seq_len} is above the context of the teacher, {context} tokens")
+    if data.max_seq_len > context:
+        raise UserError(f"--max_seq_len {data.max_seq_len} is above the context of the teacher, {context} tokens")
     if len(teacher.weight) < data.vocab_size:
-        raise UserError(
-            f"the teacher in {directory} knows {len(teacher.weight)} tokens, its tokenizer {data.vocab_size}"
-        )
-    return teacher._replace(weight=teacher.weight[: data.vocab_size])  # rows that only fill up belong to no token
+        raise UserError(f"the teacher in {directory} has {len(teacher.weight)} tokens, its tokenizer {data.vocab_size}")
+    return teacher._replace(weight=teacher.weight[: data.vocab_size])  # padding rows belong to no token
 
 
 def check_teacher(directory: Path):
@@ -246,7 +258,7 @@ def check_teacher(directory: Path):
 
 
 def is_ours(directory: Path) -> bool:
-    """Whether model.py computes it."""
+    """Whether model.py can compute it."""
     if not (directory / "config.json").exists():
         return True  # an adapter
     try:
@@ -261,13 +273,13 @@ def own_teacher(model: CausalLM) -> Teacher:
 
     @torch.no_grad()
     def hidden(batch: Batch) -> Tensor:
-        return model.model(batch.input_ids, batch.position_ids, batch.documents_on_card)
+        return model.model(batch.input_ids, batch.position_ids, batch.cu_seqlens)
 
     return Teacher(hidden, model.lm_head.weight)
 
 
 def load_foreign(directory: Path, device: torch.device, dtype: torch.dtype):
-    """A model of an architecture that transformers knows and we do not: no code and no pickle of the folder is run."""
+    """A model of an architecture of transformers that is not ours; neither code nor pickle of the folder is run."""
     from transformers import AutoModelForCausalLM  # seconds
 
     options = dict(use_safetensors=True, trust_remote_code=False, local_files_only=True, dtype=dtype)
@@ -277,8 +289,8 @@ def load_foreign(directory: Path, device: torch.device, dtype: torch.dtype):
 
 @torch.no_grad()
 def foreign_teacher(model, directory: Path) -> Teacher:
-    """Any causal language model of transformers. UserError for one whose logits are more than a product, such as
-    capped or scaled ones."""
+    """Any causal language model of transformers. UserError for one whose logits are not a plain matrix product, but,
+    say, capped or scaled."""
     trunk, head = model.base_model, model.get_output_embeddings()
     weight = getattr(head, "weight", None)
     ids = torch.arange(16, device=model.device)[None]
@@ -286,23 +298,22 @@ def foreign_teacher(model, directory: Path) -> Teacher:
     product = None if weight is None else (trunk(ids).last_hidden_state @ weight.mT).float()
     if product is None or product.shape != logits.shape or (product - logits).abs().max() > 0.02 * logits.abs().max():
         raise UserError(
-            f"the teacher in {directory} ({model.config.model_type}) makes its logits by more than a matrix product; "
-            "such a one cannot be a teacher here"
+            f"the teacher in {directory} ({model.config.model_type}) does not compute its logits as a plain matrix "
+            "product, and cannot be a teacher here"
         )
 
     @torch.no_grad()
     def hidden(batch: Batch) -> Tensor:
-        """Every document in a row of its own, which what fills it up does not reach: masks of packed rows are not
-        something that all architectures take."""
+        """Unpacked, with a document per row and padding masked, because not all architectures accept packed rows."""
         real = batch.document_index >= 0
-        document, place = batch.document_index[real], batch.position_ids[real]  # (tokens,)
-        ids = batch.input_ids.new_zeros(len(batch.documents), int(place.max()) + 1)  # (documents, longest)
+        document, position = batch.document_index[real], batch.position_ids[real]  # (tokens,)
+        ids = batch.input_ids.new_zeros(len(batch.documents), int(position.max()) + 1)  # (documents, longest)
         seen = torch.zeros_like(ids)
-        ids[document, place] = batch.input_ids[real]
-        seen[document, place] = 1
+        ids[document, position] = batch.input_ids[real]
+        seen[document, position] = 1
         unpacked = trunk(input_ids=ids, attention_mask=seen).last_hidden_state  # (documents, longest, H')
         packed = unpacked.new_zeros(*batch.input_ids.shape, unpacked.shape[-1])
-        packed[real] = unpacked[document, place]
+        packed[real] = unpacked[document, position]
         return packed
 
     return Teacher(hidden, weight)
@@ -313,57 +324,72 @@ def foreign_teacher(model, directory: Path) -> Teacher:
 
 def distillation_loss(
     model: CausalLM, batch: Batch, teacher: Teacher, how: Divergence
-) -> tuple[Tensor, int, dict[str, Tensor], Tensor]:
-    """next_token_loss with a teacher, who reads the same rows; and ln p of each scored token, (M,)."""
-    places, routing = batch.scored_places(), []  # (M,)
-    hidden = model.model(batch.input_ids, batch.position_ids, batch.documents_on_card, routing=routing)  # (B, T, H)
-    hidden, teacher_hidden = (x.flatten(0, 1)[places] for x in (hidden, teacher.hidden(batch)))
-    labels = batch.labels.flatten()[places]
+) -> tuple[Tensor, int, dict[str, Tensor]]:
+    """A LossFunction but for the teacher, which reads the same rows."""
+    positions, routing = batch.scored_positions(), []  # (M,)
+    hidden = model.model(batch.input_ids, batch.position_ids, batch.cu_seqlens, routing=routing)  # (B, T, H)
+    hidden, teacher_hidden = (x.flatten(0, 1)[positions] for x in (hidden, teacher.hidden(batch)))
+    labels = batch.labels.flatten()[positions]
     loss_sum, figures = divergence_sum(hidden, model.lm_head.weight, teacher_hidden, teacher.weight, labels, how)
     balance, metrics = expert_balance(model, batch, routing)
-    return loss_sum + balance, batch.scored, metrics | dict(zip(METRICS, figures.sum(1))), -figures[1]
+    metrics |= dict(zip(METRICS, figures.sum(1)))
+    if isinstance(batch, RolloutBatch):
+        gap = (-figures[1] - batch.old_log_probs.flatten()[positions]).abs().sum()  # to the model that generated
+        metrics |= {"gap": gap, "scored": batch.scored}
+    return loss_sum + balance, batch.scored, metrics
 
 
-def write_answers(args: argparse.Namespace, machine: Machine) -> Path:
-    """A folder of sft data: the answers of args.teacher to the prompts of args.data, a folder of questions or chats.
+@dataclass(frozen=True)
+class AnswerSettings:
+    """How a teacher answers prompts for --mode text."""
 
-    Beside out_dir, under a name that depends on all that the answers depend on; what an earlier run wrote is taken. The
+    prompts: int | None  # only so many of each split
+    only_right: bool  # leave out answers whose reward is not 1
+    temperature: float
+    seed: int
+    rollouts: RolloutSettings
+
+
+def generate_answers(
+    teacher: Path,
+    train_set: PromptDataset,
+    val_set: PromptDataset,
+    settings: AnswerSettings,
+    machine: Machine,
+    cache: Path,
+) -> Path:
+    """A folder of sft data in `cache`: the teacher's answers to the prompts.
+
+    Its name depends on all that the answers depend on, so that a later run reads what an earlier one generated. The
     teacher reads and writes with its own tokenizer. UserError for a teacher that the engine cannot run, or where no
     answer is left.
     """
-    sets = {split: Tasks(args.data, split, args, ("rl", "sft")) for split in SPLITS}
-    train_set = sets["train"]
-    check_teacher(args.teacher)
-    if not is_ours(args.teacher):
+    check_teacher(teacher)
+    if not is_ours(teacher):
         raise UserError(
-            f"the teacher in {args.teacher} is of an architecture that the engine does not write with; let another "
-            "program write, and give the chats to: python data_process.py sft"
+            f"the teacher in {teacher} is of an architecture that the engine does not generate with; let another "
+            "program generate, and give the chats to: python data_process.py sft"
         )
-    if args.only_right and not train_set.checked:
+    if settings.only_right and not train_set.checked:
         raise UserError(f"{train_set.paths} holds chats: which answers are right is known of rl data only")
-    names = ("prompts", "only_right", "reward", "tools", "generations", "max_new_tokens", "max_seq_len", "temperature")
-    settings = {name: getattr(args, name) for name in (*names, "seed")}
-    weights = [sha256(path) for pattern in ("*.safetensors", "tokenizer.json") for path in args.teacher.glob(pattern)]
-    key = hashlib.sha256(json.dumps([train_set.fingerprint, weights, settings]).encode()).hexdigest()[:16]
-    folder = args.out_dir.parent / "distill-text" / key
+    folder = cache / answers_key(teacher, train_set, settings)
     if (folder / META).exists():
         return folder
-    model = load_model(args.teacher, machine.device)
-    writer = RolloutWriter(model, args, machine, args.teacher)
+    generator = RolloutGenerator(load_model(teacher, machine.device), settings.rollouts, machine, teacher)
     if machine.rank == 0:
         folder.parent.mkdir(parents=True, exist_ok=True)
-    begun = time.perf_counter()
-    chats = {split: sum(machine.gather(list(answers_to(writer, tasks))), []) for split, tasks in sets.items()}
-    for split, found in chats.items():
-        if not found:
-            right = " rightly" if args.only_right else ""
+    start, chats = time.perf_counter(), {}
+    for data in (train_set, val_set):
+        chats[data.split] = sum(machine.gather(list(chats_of(generator, data, settings))), [])
+        if not chats[data.split]:
+            right = " rightly" if settings.only_right else ""
             raise UserError(
-                f"no prompt of {split} in {train_set.paths} was answered{right} within --max_new_tokens "
-                f"{args.max_new_tokens} by the teacher in {args.teacher}"
+                f"no prompt of {data.split} in {data.paths} was answered{right} within --max_new_tokens "
+                f"{settings.rollouts.max_new_tokens} by the teacher in {teacher}"
             )
     if machine.rank == 0:
         with writing_prepared(folder, "sft", train_set.tokenizer_dir, masked=True) as prepared:
-            prepared.meta["minutes_of_writing"] = (time.perf_counter() - begun) / 60
+            prepared.meta["minutes_of_generation"] = (time.perf_counter() - start) / 60
             for split, found in chats.items():
                 for _, ids, mask in sorted(found):
                     size = int(train_set.token_bytes[ids].sum())
@@ -374,52 +400,58 @@ def write_answers(args: argparse.Namespace, machine: Machine) -> Path:
     return folder
 
 
-def answers_to(writer: RolloutWriter, tasks: Tasks) -> Iterator[tuple[int, list[int], bytes]]:
-    """What the writer's model answers to this process's share of the prompts: the number of each, and a chat as ids
-    and mask, in the prompts' tokenizer. An answer that did not end by itself would teach not to stop: it is left out.
+def answers_key(teacher: Path, data: PromptDataset, settings: AnswerSettings) -> str:
+    weights = [sha256(path) for pattern in ("*.safetensors", "tokenizer.json") for path in teacher.glob(pattern)]
+    used = asdict(settings)
+    del used["rollouts"]["rollout_rows"]
+    content = json.dumps([data.fingerprint, data.weights, data.max_seq_len, weights, used])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def chats_of(
+    generator: RolloutGenerator, data: PromptDataset, settings: AnswerSettings
+) -> Iterator[tuple[int, list[int], bytes]]:
+    """The prompts that this process answers: the number of each, and a chat as ids and mask, in the prompts' tokenizer.
+    An answer that did not end by itself would teach not to stop: it is left out.
     """
-    args = writer.args
-    prompts = tasks.kept[: args.prompts]
-    block = 8 * args.rollout_rows  # written together
-    quiet = writer.machine.rank > 0 or None  # None: if there is no terminal
+    prompts, rollouts = data.piece_document[: settings.prompts], settings.rollouts
+    block = 8 * rollouts.rollout_rows  # generated together
+    quiet = generator.machine.rank > 0 or None  # None: if there is no terminal
     for start in tqdm(range(0, len(prompts), block), unit_scale=block, unit=" prompts", disable=quiet):
-        questions = prompts[start : start + block]
-        for group in writer.write(tasks, questions, args.generations, f"{args.seed}/text", args.temperature):
-            for one in group:
-                if one.reply and (one.reward == 1 or not args.only_right):
-                    ids = tasks.prompt(one.question)
-                    mask = bytes(len(ids))
-                    for own, part in itertools.groupby(zip(one.sequence.tokens, one.sequence.chosen), lambda x: x[1]):
-                        new = translate([token for token, _ in part], writer.tokenizer, tasks.tokenizer)
-                        ids, mask = ids + new, mask + bytes([own]) * len(new)
-                    yield one.question, ids, mask
+        questions, seed = prompts[start : start + block], f"{settings.seed}/text"
+        groups = generator.generate(data, questions, rollouts.generations, seed, settings.temperature)
+        generator.score(data, groups)
+        for one in (one for group in groups for one in group):
+            if one.reply and (one.reward == 1 or not settings.only_right):
+                ids = data.prompt(one.question)
+                mask = bytes(len(ids))
+                for own, part in itertools.groupby(zip(one.sequence.tokens, one.sequence.chosen), lambda x: x[1]):
+                    new = translate([token for token, _ in part], generator.tokenizer, data.tokenizer)
+                    ids, mask = ids + new, mask + bytes([own]) * len(new)
+                yield one.question, ids, mask
 
 
 # -------------------------------------------------------------------------------------------- the student's own answers
 
 
-def every_answer(groups: list[list[Rollout]]) -> tuple[list[Rollout], int]:
-    """All answers, and how many tokens the student chose in them."""
-    answers = [one for group in groups for one in group]
-    return answers, sum(sum(one.sequence.chosen) for one in answers)
-
-
 @torch.no_grad()
-def validate_answers(writer: RolloutWriter, tasks: Tasks, loss_fn: LossFunction, rows: int | None) -> dict[str, float]:
+def validate_answers(
+    generator: RolloutGenerator, data: PromptDataset, loss_fn: LossFunction, batch_size: int, rows: int | None
+) -> dict[str, float]:
     """Means of loss_fn's METRICS over the student's own answers to questions of val; and how many are right."""
-    args, model = writer.args, writer.model
-    answers, _ = every_answer(writer.write(tasks, tasks.kept[:rows], 1, "validation"))
-    batches = ((batch, {}) for batch in learning_batches(answers, args.max_seq_len, args.batch_size))
+    model, groups = generator.model, generator.generate(data, data.piece_document[:rows], 1, "validation")
+    answers = [one for group in groups for one in group]
+    batches = ((batch, {}) for batch in learning_batches(answers, data.max_seq_len, batch_size))
     model.eval()
-    sums = sum_batches(model, loss_fn, batches, writer.machine)
+    sums = sum_batches(model, loss_fn, batches, generator.machine)
     model.train()
     figures = {f"val_{name}": sums[name] / max(sums["scored"], 1) for name in ("loss", *METRICS)}
-    return figures | (writer.validate(tasks, rows) if tasks.checked else {})
+    return figures | (generator.validate(data, rows) if data.checked else {})
 
 
-def describe_answers(window: Counter, checked: bool) -> dict[str, float]:
+def distillation_metrics(window: Counter, checked: bool) -> dict[str, float]:
     """A line of the log from sums over steps; checked: whether there were rewards."""
-    described = describe_rollouts(window)
+    summary = rollout_metrics(window)
     shown = ("length", "ended", "gap", "sampling_seconds", *(["reward"] if checked else []))
     means = {name: window[name] / max(window["count"], 1) for name in METRICS}
-    return means | {name: described[name] for name in shown}
+    return means | {name: summary[name] for name in shown}

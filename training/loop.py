@@ -1,260 +1,270 @@
-"""The training loop that the stages share, and the parts that it is made of, for a stage that writes its own."""
+"""A training run: what happens around the loop that each stage script contains.
 
-import argparse
+with run:                                        # saves at the end, also where a signal ends it
+    for rows in run.steps(rows_per_step):        # sets the learning rate
+        run.forward_backward(loss_fn, run.batches(rows))
+        run.update()                             # all-reduce, clip, optimizer step
+        run.log_step(validate)                   # counts the step; logs, validates and saves at intervals
+"""
+
 import math
-import os
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
-from base.cli import LESS_MEMORY, UserError, command_line
-from model.chat import EOS, IM_END, tokenizer_fingerprint
-from model.LMConfig import LMConfig
+from model.chat import EOS, IM_END
 from model.model import CausalLM
 from training.balance import expert_metrics, move_router_bias
-from training.cost import fit_batch, memory_estimate, memory_of_machine, step_flops
+from training.cost import fit_batch, step_flops
+from training.flags import RunSettings
 from training.log import Log, Meter
-from training.loss import LossFunction, evaluate
+from training.loss import LossFunction
 from training.machine import Machine, matmul_rate
-from training.optimizer import GradientBuffer, build_optimizer, learning_rate, optimizer_step
-from training.packing import Batch, Mixture, TrainingData
+from training.optimizer import GradientBuffer, build_optimizer, optimizer_step
+from training.packing import Batch, PackedDataset
+from training.report import check_compatible, check_first_loss, closing_message, run_report
+from training.schedule import TrainState
 from training.shard import call, place
-from training.state import Checkpointer, Progress
+from training.state import Checkpointer
 
 MAX_SKIPPED_STEPS = 10  # in a row: then a run with non-finite numbers is stopped
 
 
-def train(
-    args: argparse.Namespace,
-    machine: Machine,
-    model: CausalLM,
-    train_set: Mixture,
-    val_set: Mixture,
-    loss_fn: LossFunction,
-    metrics: tuple[str, ...] = (),
-):
-    """Trains `model` with loss_fn(model, batch) -> (sum of the loss, how many tokens or pairs it sums, metrics).
-
-    metrics: the names of what loss_fn returns beside the loss.
-    """
-    run = Run(args, machine, model, train_set, metrics)
-    progress = run.progress
-
-    def validate(rows: int | None) -> dict:
-        return evaluate(model, loss_fn, val_set, machine, args.batch_size, rows)
-
-    if progress.step == 0:
-        # Of a model that knows nothing one batch says enough: a run should not begin with a long validation.
-        rows = args.eval_rows if args.init_from else min(args.eval_rows, args.batch_size)
-        run.log.add(0.0, {"step": 0, "tokens": 0, **validate(rows)})
-        if args.init_from is None:
-            check_first_loss(run.log, model.config.vocab_size)
-    rows_per_step = args.batch_size * args.accumulation_steps * machine.world_size
-    order = train_set.order(args.seed, progress.epoch)
-
-    def micro_batches(start: int) -> list[tuple[np.ndarray, bool]]:
-        """This process's rows, pass by pass, of the step that begins at this place of the order; whether they count."""
-        return machine.share(order[start : start + rows_per_step], args.batch_size)
-
-    with StopRequest() as stop:
-        while run.share_done() < 1:
-            run.begin_step()
-
-            # Forward and backward: the gradients of the micro-batches add up in the buffer.
-            for rows, counts in micro_batches(progress.row):
-                if stop.made and not args.shard:  # where no process can do without the others
-                    break
-                run.accumulate(loss_fn, run.batch(rows), counts)
-            for rows, _ in micro_batches(progress.row + rows_per_step)[:1]:
-                run.prepare(rows)  # while a card still computes
-            sums = run.all_reduce(stop.made)
-            if sums["stop"]:  # on some process the step is not whole: leave it out; --resume does it again
-                run.forget_step()
-                break
-
-            # Clip, and update by the mean over all scored tokens of the global batch.
-            grad_norm = run.update(sums)
-            n_rows = min(rows_per_step, len(order) - progress.row)
-            progress.advance(n_rows, len(train_set), sums)
-            if progress.row == 0:
-                order = train_set.order(args.seed, progress.epoch)
-            if not math.isfinite(grad_norm):
-                run.report_skipped()
-                continue
-
-            # Log, validate, save.
-            run.end_step(sums, n_rows * args.max_seq_len, grad_norm, validate)
-        run.finish(stop)
+class Stopped(Exception):
+    """A signal has asked this process or another one to stop, before the weights of the step had moved."""
 
 
 class Run:
-    """The parts of a training run, without control flow: optimizer, gradient buffer, log, meter, progress, saving."""
+    """Model, optimizer, gradients, log and checkpoints of a run, and the operations that a step consists of."""
 
     def __init__(
         self,
-        args: argparse.Namespace,
+        settings: RunSettings,
         machine: Machine,
         model: CausalLM,
-        train_set: TrainingData,
+        train_set: PackedDataset,
         metrics: tuple[str, ...] = (),
+        reference: Path | None = None,
     ):
-        self.args, self.machine, self.model, self.train_set = args, machine, model, train_set
-        check_data(args, model.config, train_set)
+        """metrics: names of what the loss function returns beside the loss. reference: the folder of a model that the
+        loss reads, so that --resume needs the same one.
+        """
+        self.settings, self.machine, self.model, self.train_set = settings, machine, model, train_set
+        check_compatible(settings, model.config, train_set)
         if train_set.masked:
             model.stop_token_ids = [EOS, IM_END]  # chats teach to stop at the end of a turn
         place(model, machine).train()
-        model.model.gradient_checkpointing = args.grad_checkpointing
-        if args.fit_batch:
-            args.batch_size, args.accumulation_steps = fit_batch(args, machine, model)
-        self.optimizer = build_optimizer(model, args)
+        model.model.gradient_checkpointing = settings.step.grad_checkpointing
+        self.step_settings = fit_batch(settings.step, machine, model) if settings.fit_batch else settings.step
+        self.batch_size = self.step_settings.batch_size
+        self.scale = self.batch_size * settings.step.max_seq_len  # divides the loss: float16 cannot hold its sum
+        self.optimizer = build_optimizer(model, settings.optimizer)
         self.scaler = machine.scaler()
-        self.checkpointer = Checkpointer(args, machine, model, self.optimizer, self.scaler, train_set)
-        self.progress = self.checkpointer.resume() if self.checkpointer.resumed else Progress()
+        flags = settings.flags | vars(self.step_settings)
+        self.checkpointer = Checkpointer(
+            settings.saving, flags, machine, model, self.optimizer, self.scaler, train_set, reference
+        )
+        self.state = self.checkpointer.resume() if self.checkpointer.resumed else TrainState()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.buffer = GradientBuffer(trained, dict.fromkeys(metrics, ()) | expert_metrics(model))
-        self.prepared: dict[bytes, Batch] = {}  # of the next step, by its rows
-        self.scale = args.batch_size * args.max_seq_len  # divides the loss: sums over a batch would not fit float16
-        self.log = Log(args, machine, self.checkpointer.directory, self.progress.step)
+        checkpointer = self.checkpointer
+        self.log = Log(settings.log, flags, machine.rank, checkpointer.out_dir, checkpointer.directory, self.state.step)
         peak = matmul_rate(machine)  # measured by all processes at once
-        self.meter = Meter(peak * machine.world_size, self.share_done())
-        self.log.say(describe(args, machine, model, train_set, peak))
-        if args.compile:
+        self.meter = Meter(peak * machine.world_size, self.progress())
+        self.stop = StopRequest()
+        self.ahead: tuple[np.ndarray, Batch] | None = None  # the next step's first batch, and its rows
+        # Of the current step:
+        self.rows = self.next_rows = np.zeros(0, np.int64)  # this step's and the next one's
+        self.random_state = machine.random_state()  # at its start
+        self.losses: list[tuple[Tensor, list[int]]] = []  # of each pass, with its documents
+        self.sums = Counter()  # of its updates, over all processes
+        self.grad_norm = 0.0  # of its last update; NaN where a number was not finite
+        self.log.info(run_report(settings, self.step_settings, machine, model, train_set, peak))
+        if settings.compile:
             model.model.compile()
 
-    def share_done(self) -> float:
-        return self.progress.share_done(self.args, len(self.train_set))
+    def progress(self) -> float:
+        """From 0 to 1."""
+        return self.settings.schedule.progress(self.state, len(self.train_set))
 
-    def begin_step(self):
-        """Sets the learning rate."""
-        rate = learning_rate(self.args, self.progress.step, self.share_done())
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["rate_factor"] * rate
-        self.random_state = self.machine.random_state()
-        self.losses: list[tuple[Tensor, list[int]]] = []  # of this step's passes, with their documents
-        self.meter.start_step()
+    def __enter__(self):
+        self.stop.__enter__()
+        return self
 
-    def batch(self, rows: np.ndarray) -> Batch:
-        """These rows of the training data."""
-        return self.prepared.pop(rows.tobytes(), None) or self.train_set.batch(rows)
+    def __exit__(self, kind: type[BaseException] | None, *_) -> bool:
+        try:
+            if kind is Stopped:  # the step is left out, and --resume repeats it
+                self.machine.set_random_state(self.random_state)
+            if kind in (None, Stopped):
+                self.finish()
+        finally:
+            self.stop.__exit__()
+        return kind is Stopped
 
-    def prepare(self, rows: np.ndarray):
-        """Has them ready for batch()."""
-        self.prepared = {rows.tobytes(): self.train_set.batch(rows)}
-
-    def accumulate(self, loss_fn: LossFunction, batch: Batch, counts: bool = True):
-        """Forward and backward of one micro-batch; gradients and sums go to the buffer, unless it does not count."""
-        batch = batch.to(self.machine.device)
-        with self.machine.autocast():
-            loss_sum, count, metrics = call(loss_fn, self.model, batch)
-        self.scaler.scale(loss_sum / (self.scale if counts else math.inf)).backward()
-        if not counts:
+    def log_start(self, validate: Callable[[int | None], dict]):
+        """Validates the model of a new run before its first step; one batch is enough for random weights."""
+        if self.state.step:
             return
-        self.losses.append((loss_sum.detach(), batch.documents))
-        flops = step_flops(self.model, batch.real_tokens, batch.attention_pairs)
-        self.buffer.add(loss=loss_sum.detach(), count=count, real_tokens=batch.real_tokens, flops=flops, **metrics)
+        rows, is_random = self.settings.eval_rows, self.settings.saving.init_from is None
+        self.log.append(0.0, {"step": 0, "tokens": 0, **validate(min(rows, self.batch_size) if is_random else rows)})
+        if is_random:
+            check_first_loss(self.log, self.model.config.vocab_size)
 
-    def all_reduce(self, stop: bool = False) -> dict:
-        """Adds up gradients and sums of all processes, once a step; "stop" counts those that were asked to end.
+    def steps(self, rows_per_step: int) -> Iterator[np.ndarray]:
+        """The rows of each step, over all processes, until the run ends; sets the learning rate.
 
-        Here, and nowhere else in a step, the device is waited for.
+        A process that a signal has asked to stop gets no rows; update() tells the others.
         """
-        self.buffer.add(stop=stop, seconds=self.meter.seconds() if self.machine.rank == 0 else 0)
-        return self.buffer.all_reduce(self.machine, self.scale, lambda: self.scaler.unscale_(self.optimizer))
+        while self.progress() < 1:
+            order = self.train_set.order(self.settings.seed, self.state.epoch)
+            epoch = self.state.epoch
+            while self.progress() < 1 and self.state.epoch == epoch:
+                rate = self.settings.schedule.rate(self.state.step, self.progress())
+                for group in self.optimizer.param_groups:
+                    group["lr"] = group["lr_factor"] * rate
+                start, end = self.state.row, self.state.row + rows_per_step
+                self.rows, self.next_rows = order[start:end], order[end : end + rows_per_step]
+                self.random_state = self.machine.random_state()
+                self.losses, self.sums = [], Counter()
+                self.meter.start_step()
+                yield self.rows[:0] if self.leaves_early() else self.rows
 
-    def forget_step(self):
-        """As if it had not begun."""
-        self.machine.set_random_state(self.random_state)
+    def leaves_early(self) -> bool:
+        """Whether this process was asked to stop and can leave out the step: no weight has moved, and no other process
+        needs it for a forward pass, as with --shard."""
+        return self.stop.made and not self.sums and not self.machine.shards
 
-    def update(self, sums: dict) -> float:
-        """Clips and steps; returns the gradient's norm, or NaN where the step was left out for a number not finite."""
-        grad_norm = optimizer_step(self.optimizer, self.buffer, self.scaler, sums, self.args.grad_clip)
-        self.finite_loss = math.isfinite(sums["loss"])
-        if math.isfinite(grad_norm):
-            self.progress.skipped = 0
-            move_router_bias(self.model, sums.get("expert_load"))
-        return grad_norm
+    def batches(self, rows: np.ndarray) -> Iterator[Batch]:
+        """This process's micro-batches of a step's rows. At the end it builds the next step's first one, while the
+        device still computes."""
+        for own in self.machine.rank_rows(rows, self.batch_size):
+            if self.ahead and np.array_equal(self.ahead[0], own):
+                yield self.ahead[1]
+            else:
+                yield self.train_set.batch(own)
+        self.ahead = None
+        for own in self.machine.rank_rows(self.next_rows, self.batch_size)[:1]:
+            self.ahead = own, self.train_set.batch(own)
 
-    def skip_update(self) -> float:
-        """For a step from which there is nothing to learn: momentum does not move the weights either."""
-        self.buffer.flat.zero_()
-        self.scaler.update()  # what all_reduce began
-        return 0.0
+    def forward_backward(self, loss_fn: LossFunction, batches: Iterable[Batch], count: float | None = None):
+        """Adds the gradients of the batches' loss to the buffer.
 
-    def report_skipped(self):
-        """Says which samples made a loss or gradient that is not finite; FloatingPointError when it goes on and on.
-
-        In float16 gradients overflow now and then, by design: the scaler tries larger scales until they do.
+        count: what the sum of the loss is divided by; without it, what loss_fn counts.
         """
-        if self.finite_loss and self.scaler.is_enabled() and (scale := self.scaler.get_scale()) >= 1:
-            step = self.progress.step
-            self.log.say(f"step {step} left out: float16 overflowed, as it may; gradients are now scaled by {scale:g}")
-            return
-        self.progress.skipped += 1
-        suspects = []
-        for loss, documents in self.losses:
-            if not loss.isfinite():
-                suspects += documents
-        samples = self.train_set.samples(sum(self.machine.gather(suspects), []))
-        named = ", ".join(f"{numbers} of {folder}" for folder, numbers in samples.items())
-        named = named or "all of the step (the gradient alone was not finite)"
-        self.log.say(f"step {self.progress.step} skipped: loss or gradient not finite; samples: {named}")
-        if self.progress.skipped >= MAX_SKIPPED_STEPS:
-            raise FloatingPointError(
-                f"{self.progress.skipped} steps in a row were not finite; lower --learning_rate, or look at the "
-                f"samples named above with: python data_process.py show {next(iter(samples), 'DIR')} --index N"
+        if count is not None:
+            self.buffer.add_sums(count=count)
+        for batch in batches:
+            if self.leaves_early():
+                break
+            batch = batch.to(self.machine.device)
+            with self.machine.autocast():
+                loss_sum, counted, metrics = call(loss_fn, self.model, batch)
+            self.scaler.scale(loss_sum / self.scale).backward()
+            self.losses.append((loss_sum.detach(), batch.documents))
+            self.buffer.add_sums(
+                loss=loss_sum.detach(),
+                count=counted if count is None else 0,
+                real_tokens=batch.real_tokens,
+                positions=batch.labels.numel(),
+                flops=step_flops(self.model, batch.real_tokens, batch.attention_pairs),
+                **metrics,
             )
 
-    def end_step(
-        self,
-        sums: dict,
-        row_tokens: int,
-        grad_norm: float,
-        validate: Callable[[int | None], dict],
-        describe: Callable[[Counter], dict] | None = None,
-    ) -> bool:
-        """Logs, validates and saves, each at its intervals and at the end; returns whether it logged.
+    def add_sums(self, **sums: float | Tensor):
+        """Adds to the metrics of this step, by name; they are summed over all processes."""
+        self.buffer.add_sums(**sums)
 
-        sums: all_reduce's; row_tokens: places of its rows. validate(rows): figures over so many rows, or all (None).
-        describe(sums since the last line): what the line says beside the loss; without it, the means of all metrics.
+    def update(self):
+        """All-reduces gradients and sums, clips, and updates the weights by the mean over what was counted.
+
+        Raises Stopped, which ends `with run`, where a process was asked to stop and no weight of this step has moved.
         """
-        args, step, done = self.args, self.progress.step, self.share_done()
-        self.meter.end_step(sums, row_tokens)
-        evaluates = done >= 1 or step % args.eval_interval == 0
-        logs = evaluates or step % args.log_interval == 0
+        stop = self.stop.made and not self.sums
+        self.buffer.add_sums(stop=stop, seconds=self.meter.seconds() if self.machine.rank == 0 else 0)
+        # Here, and nowhere else in a step, the host waits for the device.
+        sums = self.buffer.all_reduce(self.machine, self.scale, lambda: self.scaler.unscale_(self.optimizer))
+        if sums["stop"]:
+            raise Stopped
+        grad_clip = self.settings.optimizer.grad_clip
+        self.grad_norm = optimizer_step(self.optimizer, self.buffer, self.scaler, sums, grad_clip)
+        self.sums.update(sums)
+        if math.isfinite(self.grad_norm):
+            move_router_bias(self.model, sums.get("expert_load"))
+
+    def log_step(
+        self, validate: Callable[[int | None], dict], summarize: Callable[[Counter], dict] | None = None
+    ) -> bool:
+        """Counts the step; logs, validates and saves, each at its intervals and at the end. Returns whether it logged.
+
+        validate(rows): figures over so many rows, or all (None). summarize(sums since the last line): what the line
+        shows beside the loss; without it, the means of all metrics.
+        """
+        self.state.advance(len(self.rows), len(self.train_set), self.sums)
+        if not math.isfinite(self.grad_norm):
+            self.report_skipped()
+            return False
+        self.state.skipped = 0
+        settings, step, progress = self.settings, self.state.step, self.progress()
+        self.meter.end_step(self.sums)
+        evaluates = progress >= 1 or step % settings.eval_interval == 0
+        logs = evaluates or step % settings.log_interval == 0
         if logs:
-            described = describe(self.meter.window) if describe else {}
-            metrics = [] if describe else self.buffer.metrics
+            summary = summarize(self.meter.window) if summarize else {}
+            metrics = [] if summarize else self.buffer.metrics
             rate = self.optimizer.param_groups[0]["lr"]
-            record = self.meter.record(self.progress, done, rate, grad_norm, metrics) | described
+            record = self.meter.record(self.state, progress, rate, self.grad_norm, metrics) | summary
             if evaluates:
-                record |= validate(args.eval_rows if done < 1 else None)
-            self.log.add(done, record)
-        if step % args.save_interval == 0:
+                record |= validate(settings.eval_rows if progress < 1 else None)
+            self.log.append(progress, record)
+        if step % settings.saving.save_interval == 0:
             self.save()
         return logs
 
-    def save(self):
-        self.checkpointer.save(self.progress, self.log)
+    def report_skipped(self):
+        """Names the samples whose loss was not finite. FloatingPointError after MAX_SKIPPED_STEPS such steps in a row.
 
-    def finish(self, stop: "StopRequest"):
-        """Saves what is not saved yet, and says how to go on. A run that was stopped ends with the signal's status, so
-        that `stage one && stage two` ends there."""
-        if 0 < self.progress.step == self.progress.skipped:
+        In float16 gradients overflow now and then by design: the scaler tries larger scales until they do.
+        """
+        step, scale = self.state.step, self.scaler.get_scale()
+        if math.isfinite(self.sums["loss"]) and self.scaler.is_enabled() and scale >= 1:
+            self.log.info(f"step {step} left out: float16 overflowed, as it may; gradients are now scaled by {scale:g}")
+            return
+        self.state.skipped += 1
+        suspects = [document for loss, documents in self.losses if not loss.isfinite() for document in documents]
+        samples = self.train_set.samples(sum(self.machine.gather(suspects), []))
+        named = ", ".join(f"{numbers} of {folder}" for folder, numbers in samples.items())
+        named = named or "all of the step (the gradient alone was not finite)"
+        self.log.info(f"step {step} skipped: loss or gradient not finite; samples: {named}")
+        if self.state.skipped >= MAX_SKIPPED_STEPS:
+            raise FloatingPointError(
+                f"{self.state.skipped} steps in a row were not finite; lower --learning_rate, or look at the "
+                f"samples named above with: python data_process.py show {next(iter(samples), 'DIR')} --index N"
+            )
+
+    def save(self):
+        self.checkpointer.save(self.state, self.log)
+
+    def finish(self):
+        """Saves what is not saved yet, and says how to continue. A run that was stopped exits with the signal's status,
+        so that the shell stops at `stage one && stage two`.
+        """
+        if 0 < self.state.step == self.state.skipped:
             self.checkpointer.discard()
             raise FloatingPointError("no step was finite: nothing is saved; lower --learning_rate, or look at the data")
-        if self.progress.step != self.checkpointer.saved_step:
+        if self.state.step != self.checkpointer.saved_step:
             self.save()
         self.machine.gather(None)  # a process that ends badly ends all of them: not while the first one saves
         self.checkpointer.discard()
-        stopped = self.share_done() < 1
-        self.log.say(farewell(self.args, self.progress, self.train_set, stopped))
+        stopped = self.progress() < 1
+        self.log.info(closing_message(self.settings, self.state, self.train_set, stopped))
         self.log.close()
         if stopped:
-            sys.exit(128 + (stop.number or signal.SIGTERM))  # one that stops for another process has no number
+            sys.exit(128 + (self.stop.number or signal.SIGTERM))  # a process that stops for another has no number
 
 
 class StopRequest:
@@ -262,9 +272,12 @@ class StopRequest:
 
     SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
-    def __enter__(self):
+    def __init__(self):
         self.made = False
-        self.number = 0
+        self.number = 0  # of the signal
+        self.before = {}  # handlers by signal
+
+    def __enter__(self):
         self.before = {number: signal.signal(number, self._ask) for number in self.SIGNALS}
         return self
 
@@ -276,99 +289,3 @@ class StopRequest:
     def __exit__(self, *exception):
         for number, handler in self.before.items():
             signal.signal(number, handler)
-
-
-def check_data(args: argparse.Namespace, config: LMConfig, data: TrainingData):
-    """UserError where the data, the model and the flags do not go together."""
-    if config.vocab_size != data.vocab_size:
-        raise UserError(
-            f"{data.paths} was made with a vocabulary of {data.vocab_size}, the model has vocab_size "
-            f"{config.vocab_size}; make the data anew, or set vocab_size in model/LMConfig.py"
-        )
-    if args.max_seq_len > config.max_position_embeddings:
-        raise UserError(
-            f"--max_seq_len {args.max_seq_len} is above the model's max_position_embeddings "
-            f"({config.max_position_embeddings})"
-        )
-    if args.preset and args.init_from:
-        raise UserError(f"--preset is the size of a new model; this one has that of {args.init_from}")
-    if args.init_from and tokenizer_fingerprint(args.init_from) != data.tokenizer_sha256:
-        first = next(iter(data.folders.values()))
-        raise UserError(
-            f"{data.paths} was made with another tokenizer than the one in {args.init_from}; make the data anew "
-            f"with: python data_process.py {first.kind} YOUR_FILES --tokenizer {args.init_from} "
-            f"--output {first.folder}"
-        )
-
-
-def check_first_loss(log: Log, vocab_size: int):
-    """A model that knows nothing gives every token the same probability: its loss is ln(vocab_size)."""
-    loss = log.records[-1].get("val_cross_entropy", log.records[-1]["val_loss"])
-    expected = math.log(vocab_size)
-    log.say(f"first validation loss {loss:.3f}; a model that knows nothing has ln({vocab_size}) = {expected:.3f}")
-    if not abs(loss - expected) < 0.5:
-        log.say("warning: they should be close; look for wrong labels, a wrong vocabulary, or large initial weights")
-
-
-def describe(args: argparse.Namespace, machine: Machine, model: CausalLM, data: TrainingData, peak: float) -> str:
-    """What is going to be trained, on what, in how much memory and time."""
-    rows = args.batch_size * args.accumulation_steps * machine.world_size
-    tokens = data.n_tokens * args.epochs
-    if args.max_steps:
-        tokens = min(tokens, args.max_steps * rows * args.max_seq_len * data.real_share)
-    minutes = step_flops(model, tokens, 0) / (0.6 * peak * machine.world_size) / 60
-    minutes = min(minutes, args.max_minutes or math.inf)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    total = model.num_parameters()
-    at_work = f", {total - model.num_idle_parameters():,} at work on a token" if model.config.use_moe else ""
-    cut = ""
-    if data.truncated or data.dropped:
-        cut = f"; {data.truncated:,} samples cut at {args.max_seq_len} tokens, {data.dropped:,} left out"
-    with machine.autocast():
-        attention = model.model.attention_kind()
-    shards = machine.world_size if args.shard else 1
-    gigabytes = memory_estimate(model, args, machine.dtype.itemsize, attention, shards) / 2**30
-    at_a_time = f" ({args.batch_size} at a time in each process)" if args.fit_batch else ""
-    processes, memory = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), memory_of_machine() / 2**30
-    too_much = ""
-    if machine.device.type == "cpu" and processes * gigabytes > memory:  # who is killed for it cannot say so then
-        too_much = f", and there are {memory:.1f} in all: {LESS_MEMORY}"
-    return "\n".join(
-        [
-            f"model    {total:,} parameters{at_work}, {trained / total:.1%} of them trained",
-            f"data     {data.paths}: {data.n_tokens:,} tokens in {len(data):,} rows of {args.max_seq_len}, "
-            f"{data.real_share:.1%} of them real{cut}",
-            *describe_mixture(args, data),
-            f"machine  {machine.world_size} x {machine.device.type}, {str(machine.dtype).removeprefix('torch.')}, "
-            f"matrix products at {peak / 1e9:,.0f} GFLOP/s each, attention {attention}",
-            f"step     {rows} rows{at_a_time}, {rows * args.max_seq_len:,} tokens; "
-            f"about {gigabytes:.1f} GiB in each process{too_much}",
-            f"time     about {minutes:,.{0 if minutes > 10 else 1}f} minutes",
-        ]
-    )
-
-
-def describe_mixture(args: argparse.Namespace, data: TrainingData) -> list[str]:
-    """A line for each of several sources: its share, its size, and how often an epoch of the mixture reads it."""
-    if len(data.shares) == 1:
-        return []
-    times = data.times_seen(args.seed, epoch=1, row=0)
-    return [
-        f"         {name}: {share:.1%} of the tokens; its own {data.sources[name].n_tokens:,} are read "
-        f"{times[name]:.2f} times an epoch"
-        for name, share in data.shares.items()
-    ]
-
-
-def farewell(args: argparse.Namespace, progress: Progress, data: TrainingData, stopped: bool) -> str:
-    if stopped and progress.step == 0:
-        return "stopped before the first step: nothing to save"
-    if stopped:
-        command = command_line() + ("" if args.resume else " --resume")
-        return f"stopped at step {progress.step:,}, and saved; go on with:\n  {command}"
-    minutes = progress.seconds / 60
-    seen = ""
-    if len(data.shares) > 1:
-        times = data.times_seen(args.seed, progress.epoch, progress.row)
-        seen = f" ({', '.join(f'{name} {n:.2f} times' for name, n in times.items())})"
-    return f"done: {progress.step:,} steps, {progress.tokens:,} tokens{seen}, {minutes:.1f} minutes -> {args.out_dir}"

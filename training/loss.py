@@ -14,7 +14,7 @@ from model.model import CausalLM
 from model.operators import product_dtype
 from training.balance import expert_balance
 from training.machine import Machine
-from training.packing import IGNORE, Batch, Mixture
+from training.packing import IGNORE, Batch, PackedDataset
 from training.shard import call
 
 LOSS_CHUNK = 512  # tokens whose logits exist at a time: in a processor's cache
@@ -26,7 +26,7 @@ LossFunction = Callable[[CausalLM, Batch], tuple[Tensor, int, dict[str, float | 
 def next_token_loss(model: CausalLM, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]:
     """The sum over all scored tokens of -ln p(token | the tokens before it in its document), and their number."""
     routing = []
-    hidden = model.model(batch.input_ids, batch.position_ids, batch.documents_on_card, routing=routing)  # (B, T, H)
+    hidden = model.model(batch.input_ids, batch.position_ids, batch.cu_seqlens, routing=routing)  # (B, T, H)
     loss_sum = cross_entropy_sum(hidden, model.lm_head.weight, batch.labels)
     balance, metrics = expert_balance(model, batch, routing)
     return loss_sum + balance, batch.scored, metrics
@@ -69,8 +69,8 @@ def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def token_log_probs(model: CausalLM, batch: Batch, places: Tensor, routing: list | None = None) -> Tensor:
-    """ln p of the tokens that stand at `places` (M,) of the labels, as scored_places() counts, (M,)."""
-    hidden = model.model(batch.input_ids, batch.position_ids, batch.documents_on_card, routing=routing)  # (B, T, H)
+    """ln p of the tokens that stand at `places` (M,) of the labels, as scored_positions() counts, (M,)."""
+    hidden = model.model(batch.input_ids, batch.position_ids, batch.cu_seqlens, routing=routing)  # (B, T, H)
     return -token_losses(hidden.flatten(0, 1)[places], model.lm_head.weight, batch.labels.flatten()[places])
 
 
@@ -119,13 +119,13 @@ def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
 def evaluate(
     model: CausalLM,
     loss_fn: LossFunction,
-    data: Mixture,
+    data: PackedDataset,
     machine: Machine,
     batch_size: int,
     rows: int | None = None,
 ) -> dict[str, float]:
     """Over `rows` rows of each source, or all: mean loss a token (or pair) in nats; bits per byte, to compare between
-    tokenizers. Of several sources also the figures of each, and their mean counts each by its share of the mixture."""
+    tokenizers. Of several sources also the figures of each, and their mean counts each by its weight in the mixture."""
     model.eval()
     sums = {
         name: sum_up(model, loss_fn, data, chosen, machine, batch_size)
@@ -141,7 +141,7 @@ def evaluate(
     count = sum(part["count"] for part in sums.values())
     mixed = Counter()
     for name, part in sums.items():
-        weight = data.shares[name] * count / part["count"]  # 1 where there is one source
+        weight = data.weights[name] * count / part["count"]  # 1 where there is one source
         mixed.update({key: weight * value for key, value in part.items()})
     figures = means(mixed, data.group)
     if len(sums) > 1:
@@ -151,34 +151,31 @@ def evaluate(
 
 
 def sum_up(
-    model: CausalLM, loss_fn: LossFunction, data: Mixture, rows: np.ndarray, machine: Machine, batch_size: int
+    model: CausalLM, loss_fn: LossFunction, data: PackedDataset, rows: np.ndarray, machine: Machine, batch_size: int
 ) -> Counter:
     """Loss, count, UTF-8 bytes of the scored tokens, and metrics, summed over the rows by all processes together."""
 
-    def batches() -> Iterator[tuple[Batch, dict | None]]:
-        for share, counts in machine.share(rows, batch_size):
-            batch = data.batch(share)
-            n_bytes = data.token_bytes[batch.labels[batch.labels != IGNORE].numpy()].sum()
-            yield batch, {"bytes": n_bytes} if counts else None
+    def batches() -> Iterator[tuple[Batch, dict]]:
+        for batch in map(data.batch, machine.rank_rows(rows, batch_size)):
+            yield batch, {"bytes": data.token_bytes[batch.labels[batch.labels != IGNORE].numpy()].sum()}
 
     return sum_batches(model, loss_fn, batches(), machine)
 
 
 def sum_batches(
-    model: CausalLM, loss_fn: LossFunction, batches: Iterable[tuple[Batch, dict | None]], machine: Machine
+    model: CausalLM, loss_fn: LossFunction, batches: Iterable[tuple[Batch, dict]], machine: Machine
 ) -> Counter:
-    """Loss, count, metrics, and what stands beside each batch, summed by all processes; None: it does not count."""
+    """Loss, count, metrics, and the numbers given with each batch, summed over all processes."""
     found = []  # of each batch: numbers of the device, which are asked for at the end
     for batch, more in batches:
         batch = batch.to(machine.device)
         with machine.autocast():
             loss_sum, count, metrics = call(loss_fn, model, batch)
-        if more is not None:
-            found.append(metrics | {"loss": loss_sum, "count": count} | more)
+        found.append(metrics | {"loss": loss_sum, "count": count} | more)
     sums = Counter()
     for metrics in found:
         sums.update({name: float(value) for name, value in metrics.items()})
-    return machine.add_up(sums)
+    return machine.sum_counters(sums)
 
 
 def means(sums: Counter, group: int) -> dict[str, float]:

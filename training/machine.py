@@ -1,13 +1,10 @@
-"""The processes of a run and what they compute on."""
+"""The processes of a run (data parallel, over torch.distributed) and the device that each computes on."""
 
-import argparse
 import atexit
 import contextlib
-import ctypes
 import importlib
 import math
 import os
-import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -18,38 +15,39 @@ import torch.distributed as dist
 from torch import Tensor
 
 from base.cli import UserError, available_cores
+from model.device import choose_device, keep_freed_memory, return_freed_memory
 from model.operators import card_capability
 
 
 def all_reduce(tensor: Tensor):
-    """Adds up the tensors of all processes, in place."""
+    """Sums the tensors of all processes, in place."""
     with _waiting_for_others():
         dist.all_reduce(tensor)
 
 
 @contextlib.contextmanager
 def _waiting_for_others():
-    """ConnectionError in place of what torch says when another process is gone."""
+    """ConnectionError in place of torch's error where another process has ended."""
     try:
         yield
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise ConnectionError(f"another process of this run has ended; go on with --resume ({reason})") from None
+        raise ConnectionError(f"another process of this run has ended; continue with --resume ({reason})") from None
 
 
 @dataclass
 class Machine:
-    """Which of the processes this one is, and what it computes on."""
+    """This process among those of the run, and what it computes on."""
 
     rank: int
     world_size: int
     device: torch.device
     dtype: torch.dtype  # of matrix products; weights and optimizer are float32
-    shards: bool = False  # whether the model is spread over the processes (training/shard.py)
+    shards: bool = False  # --shard: whether the model is sharded over the processes (training/shard.py)
 
-    def making_model(self):
-        """A context: with --shard one process makes the weights, and sends the others their part (shard.place)."""
-        return torch.device("meta") if self.shards and self.rank else contextlib.nullcontext()
+    def init_device(self) -> torch.device:
+        """Where a new model's weights are initialized: with --shard only rank 0 does, and sends the others theirs."""
+        return torch.device("meta" if self.shards and self.rank else "cpu")
 
     def autocast(self):
         if self.dtype == torch.float32:
@@ -57,38 +55,38 @@ class Machine:
         return torch.autocast(self.device.type, self.dtype)
 
     def scaler(self) -> torch.amp.GradScaler:
-        """Keeps small gradients in float16's range; does nothing for other formats."""
+        """Keeps small gradients in float16's range (mixed precision); does nothing for other dtypes."""
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        scaler.scale(torch.zeros((), device=self.device))  # which makes its state, for a process without a row too
+        scaler.scale(torch.zeros((), device=self.device))  # creates its state, also in a process without a row
         return scaler
 
     def random_state(self) -> Tensor:
-        """Of the CPU, and then of the card: bytes."""
+        """Of the CPU, then of the GPU: bytes."""
         states = [torch.get_rng_state()]
         if self.device.type == "cuda":
             states.append(torch.cuda.get_rng_state(self.device))
         return torch.cat(states)
 
     def set_random_state(self, state: Tensor):
-        """What random_state gave, here or on a machine without a card."""
+        """Restores a random_state(), also one of a machine without a GPU."""
         size = len(torch.get_rng_state())
         torch.set_rng_state(state[:size])
         if self.device.type == "cuda" and len(state) > size:
             torch.cuda.set_rng_state(state[size:], self.device)
 
-    def share(self, rows: np.ndarray, batch_size: int) -> list[tuple[np.ndarray, bool]]:
-        """This process's part of the rows, a batch at a time, and whether it counts.
+    def rank_rows(self, rows: np.ndarray, batch_size: int) -> list[np.ndarray]:
+        """This process's micro-batches of the rows.
 
-        With --shard every pass needs all processes: one that has fewer batches takes a row again, which does not count.
+        With --shard every forward pass needs all processes: one that has a batch less gets an empty one at the end.
         """
         batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-        mine = [(batch, True) for batch in batches[self.rank :: self.world_size]]
+        mine = batches[self.rank :: self.world_size]
         if self.shards and len(mine) < len(batches[:: self.world_size]):
-            mine.append((rows[:1], False))
+            mine.append(rows[:0])
         return mine
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Adds up the tensors of all processes, in place."""
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sums the tensors of all processes, in place."""
         if self.world_size > 1:
             all_reduce(tensor)
         return tensor
@@ -101,86 +99,50 @@ class Machine:
                 dist.all_gather_object(values, value)
         return values
 
-    def add_up(self, counts: Counter) -> Counter:
-        """The counts of all processes, by name."""
+    def sum_counters(self, counts: Counter) -> Counter:
+        """The sums of the counts of all processes, by name."""
         total = Counter()
         for part in self.gather(counts):
             total.update(part)
         return total
 
 
-NO_CARD = "computing on the CPU, many times slower; look at `nvidia-smi` and the driver's version, or give --device cpu"
-
-
-def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """UserError when torch does not know, or this machine does not have, the device."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        if name == "cpu" and torch.version.cuda and local_rank == 0:
-            print(f"no card found, though this torch is made for CUDA {torch.version.cuda}: {NO_CARD}", file=sys.stderr)
-    try:
-        device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
-        if device.type == "meta" or (device.type == "cpu" and device.index):
-            raise RuntimeError("there is no such device")
-        torch.empty(1, device=device)
-        if device.type == "cuda":
-            torch.backends.cuda.enable_cudnn_sdp(False)  # its masked backward can give NaN (pytorch issue 196678)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    return device
-
-
-def keep_freed_memory():
-    """Has glibc keep freed memory for the next step, which wants the same sizes: to give it back to the system and get
-    it anew, page by page, takes a tenth of a CPU's training step."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation has a mapping of its own
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
-
-
-def return_freed_memory():
-    """Has glibc give freed memory back. With --shard layers come and go, of which one seldom fits in the gaps that
-    another left: a process would grow as large as one that holds the whole model."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-3, 2**20)  # M_MMAP_THRESHOLD: what is larger has a mapping of its own, always
-
-
-def start_machine(args: argparse.Namespace) -> Machine:
-    """Joins the other processes when torchrun started this one, and chooses device and number format."""
+def start_machine(device: str, dtype: str, seed: int, shard: bool = False, compile: bool = False) -> Machine:
+    """Joins the other processes if torchrun started this one, and chooses device and precision, as the flags say."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if args.shard and world_size == 1:
-        raise UserError("--shard spreads a model over several processes: torchrun --nproc_per_node N SCRIPT --shard")
-    device = choose_device(args.device, local_rank=int(os.environ.get("LOCAL_RANK", 0)))
+    if shard and world_size == 1:
+        raise UserError("--shard shards a model over several processes: torchrun --nproc_per_node N SCRIPT --shard")
+    device = choose_device(device, local_rank=int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif device.type == "cpu":
-        return_freed_memory() if args.shard else keep_freed_memory()
+        return_freed_memory() if shard else keep_freed_memory()
         torch.set_num_threads(max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if world_size > 1:
-        # torch's optimizers import this anyway. Imported when there is a group, it holds it beyond its end; and gloo's
-        # threads, which nobody joins then, may let go of a tensor while Python is ending: that aborts the process.
+        # torch's optimizers import this anyway. Imported while there is a process group, it keeps the group alive, and
+        # gloo's threads with it; one that frees a tensor while Python is shutting down aborts the process.
         importlib.import_module("torch._dynamo")
-        if device.type == "cuda" and dist.is_nccl_available():  # objects go over gloo, and not through the card
+        if device.type == "cuda" and dist.is_nccl_available():  # Python objects go over gloo, not through the GPU
             dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
         else:  # a CPU; or Windows, which has no NCCL
             dist.init_process_group("gloo")
         atexit.register(dist.destroy_process_group)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     capability = card_capability(device)
-    dtype = auto_dtype(name, capability) if args.dtype == "auto" else getattr(torch, args.dtype)
-    if dtype == torch.float32 and capability >= (8, 0) and not args.compile:
+    dtype = auto_dtype(name, capability) if dtype == "auto" else getattr(torch, dtype)
+    if dtype == torch.float32 and capability >= (8, 0) and not compile:
         torch.set_float32_matmul_precision("high")  # TF32; a router is exempt (operators.exact_linear)
-    if args.compile and device.type == "cuda" and not torch.utils._triton.has_triton():
+    if compile and device.type == "cuda" and not torch.utils._triton.has_triton():
         raise UserError("--compile needs Triton, which this torch does not find (Windows has none); leave it out")
-    torch.manual_seed(args.seed)
-    return Machine(int(os.environ.get("RANK", 0)), world_size, device, dtype, args.shard)
+    torch.manual_seed(seed)
+    return Machine(int(os.environ.get("RANK", 0)), world_size, device, dtype, shard)
 
 
 def auto_dtype(card: str, capability: tuple[int, int]) -> torch.dtype:
-    """The number format of matrix products that suits a card, by its name and compute capability; ("", (0, 0)): none.
+    """The precision of matrix products that suits a GPU, by its name and compute capability; ("", (0, 0)): no GPU.
 
-    bfloat16 before 8.0 is emulated: "supported", and slow. float16 is fast from 7.0 on, which brought tensor cores, but
-    for the GTX 16xx, which have none, and of which NaNs are known (pytorch issue 77955).
+    Before 8.0 bfloat16 is emulated: "supported", and slow. float16 is fast from 7.0 on, which brought tensor cores,
+    except on the GTX 16xx, which have none and are known to give NaNs (pytorch issue 77955).
     """
     if capability >= (8, 0):
         return torch.bfloat16
@@ -190,10 +152,10 @@ def auto_dtype(card: str, capability: tuple[int, int]) -> torch.dtype:
 
 
 def matmul_rate(machine: Machine, size: int = 2048, seconds: float = 5.0) -> float:
-    """The machine's limit: floating-point operations a second of a plain square matrix product, best of ten.
+    """Peak FLOP/s: floating-point operations per second of a plain square matrix product, best of ten.
 
-    On a card twenty are queued at a time, so that the way to it is not measured. Ends after `seconds`: in a format that
-    a CPU emulates, one product takes that long.
+    On a GPU twenty are queued at a time, so that the latency of a call is not measured. Ends after `seconds`: one
+    product takes that long in a dtype that a CPU emulates.
     """
     a = b = torch.ones(size, size, device=machine.device, dtype=machine.dtype)  # no random number is drawn
     queued = 20 if machine.device.type == "cuda" else 1

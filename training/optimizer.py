@@ -1,8 +1,8 @@
-"""The update: Muon and AdamW, the learning rate, and one buffer for all gradients."""
+"""The update: Muon and AdamW, and one buffer for all gradients."""
 
-import argparse
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,10 +13,19 @@ from model.checkpoint import whole
 from model.model import CausalLM
 from model.operators import card_capability
 from training.machine import Machine, all_reduce
-from training.packing import send
+from training.packing import to_device
 from training.shard import cut, is_spread, join, part, parts
 
-MUON_BATCH = 2**23  # numbers whose update is computed at a time: several copies of them exist then
+MUON_BATCH = 2**23  # numbers whose update is computed at a time: several copies of them exist meanwhile
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    optimizer: str = "adamw"  # or "muon"
+    learning_rate: float = 1e-4
+    embedding_factor: float = 1.0  # how much faster an untied embedding learns
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0  # largest norm of the gradient
 
 
 @torch.no_grad()
@@ -26,7 +35,7 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     The polynomial's coefficients are Keller Jordan's (Muon, 2024): they lift small singular values in few steps and
     leave all between about 0.7 and 1.2. In float32 where bfloat16 is emulated, which can be a hundred times slower.
     """
-    x = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices  # the products below are of the short side
+    x = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices  # so that the products below are small
     if card_capability(x.device) >= (8, 0):
         x = x.bfloat16()
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -38,35 +47,39 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 def _orthogonalize_together(matrices: Tensor) -> Tensor:
-    """orthogonalize() by all processes, a share of the matrices each: alone it took each a quarter of a `mini` step."""
+    """orthogonalize() by all processes, each a part of the matrices: all of them take a quarter of a `mini` step."""
     if not dist.is_initialized():
         return orthogonalize(matrices)
     rank, processes = dist.get_rank(), dist.get_world_size()
-    share = slice(len(matrices) * rank // processes, len(matrices) * (rank + 1) // processes)
+    mine = slice(len(matrices) * rank // processes, len(matrices) * (rank + 1) // processes)
     result = torch.zeros_like(matrices)
-    result[share] = orthogonalize(matrices[share])
+    result[mine] = orthogonalize(matrices[mine])
     all_reduce(result)  # the others' matrices are 0 here
     return result
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalized, for the matrices of the layers; Adam for embedding, head and norms.
+    """Momentum whose update is orthogonalized, for the matrices of the layers; AdamW for embedding, head and norms.
 
-    Scaled as in arXiv 2502.16982, eq. 4, so that an update is of the size of Adam's and both share a learning rate.
+    Scaled as in arXiv 2502.16982, eq. 4, so that an update is as large as Adam's and both share a learning rate.
     Matrices of one shape are updated in batches.
     """
 
-    def __init__(self, groups: list[dict], lr: float, momentum: float = 0.95, betas=(0.9, 0.95), eps: float = 1e-8):
-        super().__init__(groups, dict(lr=lr, momentum=momentum, betas=betas, eps=eps, weight_decay=0.0, matrices=False))
+    def __init__(self, groups: list[dict], lr: float, momentum: float = 0.95, betas=(0.9, 0.95)):
+        super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=0.0, matrices=False))
+        others = [group for group in self.param_groups if not group["matrices"]]  # the same dicts, so the same rates
+        self.adamw = torch.optim.AdamW(others, lr=lr, betas=betas, fused=True) if others else None
+        if self.adamw:
+            self.adamw.state = self.state  # saved and restored with the momenta
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            torch._foreach_mul_(parts(group["params"]), 1 - group["lr"] * group["weight_decay"])
             if group["matrices"]:
+                torch._foreach_mul_(parts(group["params"]), 1 - group["lr"] * group["weight_decay"])
                 self._muon(group)
-            else:
-                self._adam(group)
+        if self.adamw:
+            self.adamw.step()
 
     def _muon(self, group: dict):
         by_shape: dict[torch.Size, list[Tensor]] = {}
@@ -87,7 +100,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov
         size = -group["lr"] * 0.2 * max(parameters[0].shape) ** 0.5
-        # An expert that no token visited stays: whatever is left of its momentum would give a whole update.
+        # An expert that no token was routed to is not updated: any rest of its momentum would give a full update.
         visited = torch.stack([gradient.any() for gradient in gradients]).to(updates[0].dtype)
         if is_spread(parameters[0]):
             dist.all_reduce(visited, dist.ReduceOp.MAX)
@@ -96,29 +109,6 @@ class Muon(torch.optim.Optimizer):
         for parameter, update, factor in zip(parameters, updates, visited):
             part(parameter).addcmul_(part(cut(update, parameter)), factor, value=size)
 
-    def _adam(self, group: dict):
-        """Of all parameters of the group at once: on a card a kernel for each operation, not for each parameter."""
-        parameters, (beta1, beta2) = group["params"], group["betas"]
-        for parameter in parameters:
-            state = self.state[parameter]
-            if not state:
-                state |= {
-                    "step": torch.zeros(()),
-                    "mean": torch.zeros_like(parameter),
-                    "square": torch.zeros_like(parameter),
-                }
-            state["step"] = state["step"].cpu() + 1  # a resumed run finds it on the card, where asking for it waits
-        n = self.state[parameters[0]]["step"].item()
-        gradients = parts(parameter.grad for parameter in parameters)
-        means, squares = (parts(self.state[parameter][name] for parameter in parameters) for name in ("mean", "square"))
-        torch._foreach_lerp_(means, gradients, 1 - beta1)
-        torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, gradients, gradients, value=1 - beta2)
-        scales = torch._foreach_div(squares, 1 - beta2**n)
-        torch._foreach_sqrt_(scales)
-        torch._foreach_add_(scales, group["eps"])
-        torch._foreach_addcdiv_(parts(parameters), means, scales, value=-group["lr"] / (1 - beta1**n))
-
 
 def _kind(name: str, parameter: Tensor, tied: bool) -> str:
     """Which of build_optimizer's groups a parameter belongs to."""
@@ -126,14 +116,14 @@ def _kind(name: str, parameter: Tensor, tied: bool) -> str:
         return "vectors"
     if ".layers." in name and not name.endswith(".mlp.gate.weight"):
         return "matrices"
-    # Rows that belong to a token or an expert each, and have a size of their own.
+    # Each row belongs to a token or an expert, and has a norm of its own.
     return "embedding" if "embed_tokens" in name and not tied else "tables"
 
 
-def build_optimizer(model: CausalLM, args: argparse.Namespace) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101) or Muon. Vectors do not decay: shrinking a norm's weight would regularise nothing.
+def build_optimizer(model: CausalLM, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """AdamW (arXiv 1711.05101) or Muon. Vectors have no weight decay: to shrink a norm's weight regularizes nothing.
 
-    An embedding that is not also the head may learn faster: its rows move only where their tokens occur.
+    An embedding that is not tied to the head may learn faster: its rows get gradients only where their tokens occur.
     """
     parameters = {"matrices": [], "embedding": [], "tables": [], "vectors": []}
     for name, parameter in model.named_parameters():
@@ -143,38 +133,32 @@ def build_optimizer(model: CausalLM, args: argparse.Namespace) -> torch.optim.Op
         {
             "params": members,
             "matrices": kind == "matrices",
-            "weight_decay": 0.0 if kind == "vectors" else args.weight_decay,
-            "rate_factor": args.embedding_factor if kind == "embedding" else 1.0,
+            "weight_decay": 0.0 if kind == "vectors" else settings.weight_decay,
+            "lr_factor": settings.embedding_factor if kind == "embedding" else 1.0,
         }
         for kind, members in parameters.items()
         if members
     ]
-    if args.optimizer == "muon":
-        return Muon(groups, lr=args.learning_rate)
-    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
-
-
-def learning_rate(args: argparse.Namespace, step: int, share_done: float) -> float:
-    """Half a cosine from learning_rate to min_learning_rate as share_done goes from 0 to 1, times a linear warm-up."""
-    warm = min(1.0, (step + 1) / max(args.warmup_steps, 1))
-    cosine = 0.5 * (1 + math.cos(math.pi * min(share_done, 1.0)))
-    return warm * (args.min_learning_rate + (args.learning_rate - args.min_learning_rate) * cosine)
+    if settings.optimizer == "muon":
+        return Muon(groups, lr=settings.learning_rate)
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), fused=True)
 
 
 class GradientBuffer:
     """All gradients as views of one flat tensor, with the step's sums at its end: one all-reduce carries everything.
 
-    A parameter that no token reached keeps a zero there, so nothing waits for its gradient. The sums are SUMS and the
-    stage's metrics, which are declared with their shapes: each has the same place in every process.
+    A parameter that no token reached has a zero gradient there, which no process waits for. The sums are SUMS and the
+    stage's metrics, declared with their shapes, so that each has the same position in every process.
     """
 
-    SUMS = ("loss", "count", "real_tokens", "flops", "stop", "seconds")  # count: tokens or pairs in the loss
+    # count: tokens or pairs in the loss; positions: with padding; stop: processes that a signal asked to stop
+    SUMS = ("loss", "count", "real_tokens", "positions", "flops", "stop", "seconds")
 
     def __init__(self, parameters: list[Tensor], metrics: dict[str, tuple[int, ...]]):
         self.metrics = list(metrics)
         self.shapes = dict.fromkeys(self.SUMS, ()) | metrics
         sizes = {name: math.prod(shape) for name, shape in self.shapes.items()}
-        self.spread = is_spread(parameters[0])  # then each process has a part of the gradients, of all their sum
+        self.spread = is_spread(parameters[0])  # then each process has a shard of the summed gradients
         total = sum(rows.numel() for rows in parts(parameters))
         self.flat = torch.zeros(total + sum(sizes.values()), device=parameters[0].device)
         self.gradients, self.sums = self.flat[:total], self.flat[total:]
@@ -189,10 +173,10 @@ class GradientBuffer:
             parameter.grad = join(self.gradients[at : at + rows.numel()].view_as(rows), parameter)
             at += rows.numel()
 
-    def add(self, **sums: float | Tensor):
+    def add_sums(self, **sums: float | Tensor):
         """Adds to the sums of these names. KeyError for one that was not declared.
 
-        Numbers of the host stay there until the all-reduce: each copy to a card would be one to wait for.
+        Python numbers stay on the host until the all-reduce: each copy to the GPU would take its time.
         """
         for name, value in sums.items():
             where = self.slices[name]
@@ -202,21 +186,21 @@ class GradientBuffer:
                 self.host_sums[where] += value
 
     def all_reduce(self, machine: Machine, scale: float, unscale: Callable[[], None]) -> dict[str, float | np.ndarray]:
-        """Adds the gradients and sums of all processes, and makes the gradients those of the mean: multiplies them by
-        `scale` over the count, and calls unscale(). Returns the sums, and "grad_norm": for these numbers, and once a
-        step, the device is waited for.
+        """Sums gradients and sums over all processes, and divides the gradients by the count: multiplies them by
+        scale / count, and calls unscale(). Returns the sums, and "grad_norm"; for these numbers, once per step, the
+        host waits for the device.
         """
-        self.sums += send(torch.from_numpy(self.host_sums.copy()), self.flat.device)
+        self.sums += to_device(torch.from_numpy(self.host_sums.copy()), self.flat.device)
         self.host_sums[:] = 0
-        machine.sum(self.sums if self.spread else self.flat)
+        machine.all_reduce(self.sums if self.spread else self.flat)
         count = self.sums[self.slices["count"]][0]
         if count.device.type != "mps":  # which has no float64
             count = count.double()
         self.gradients.mul_((scale / count.clamp(min=1)).float())
         unscale()
-        # In pieces: on a CPU the squares of 100 million numbers, added up one by one in float32, are 2 % short.
+        # In pieces: on a CPU the squares of 100 million numbers, summed one by one in float32, are 2% too small.
         squares = torch.stack(torch._foreach_norm(self.gradients.split(2**16))).square().sum()
-        norm = (machine.sum(squares) if self.spread else squares).sqrt()
+        norm = (machine.all_reduce(squares) if self.spread else squares).sqrt()
         numbers = torch.cat((self.sums, norm[None])).cpu().numpy()
         result = {"grad_norm": numbers[-1].item()}
         for name, shape in self.shapes.items():
@@ -226,18 +210,18 @@ class GradientBuffer:
 
 
 def optimizer_step(optimizer, buffer: GradientBuffer, scaler, sums: dict, grad_clip: float) -> float:
-    """Clips the gradients' norm, updates the weights; returns the norm before clipping. sums: all_reduce's.
+    """Clips the gradients' norm and updates the weights; returns the norm before clipping. sums: all_reduce's.
 
-    Where it, or a sum, is not finite, on any process and so after the all-reduce on all of them, the weights stay as
-    they are.
+    The weights stay as they are, in all processes, where the norm or a sum is not finite in any of them (NaN is
+    returned), and where none of them had a token to learn from, so that momentum alone moves nothing.
     """
     norm = sums["grad_norm"]
-    if all(np.isfinite(value).all() for value in sums.values()):
+    if not all(np.isfinite(value).all() for value in sums.values()):
+        norm = math.nan
+    elif sums["real_tokens"]:
         if norm > grad_clip:
             buffer.gradients.mul_(grad_clip / norm)
-        optimizer.step()  # not scaler.step(), which asks the device what the norm has told
-    else:
-        norm = math.nan
+        optimizer.step()  # not scaler.step(), which asks the device for what the norm has already told
     scaler.update()
     buffer.flat.zero_()
     return norm

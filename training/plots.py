@@ -12,8 +12,8 @@ SHOWN = {  # how a value of a record is printed, where its name alone does not s
     "learning_rate": "lr {:.1e}",
     "grad_norm": "norm {:.2f}",
     "tokens_per_s": "{:,.0f} tok/s",
-    "share_of_peak": "{:.0%} of peak",
-    "real_share": "{:.0%} real",
+    "mfu": "{:.0%} of peak",
+    "real_fraction": "{:.0%} real",
     "minutes": "{:.1f} min",
     "minutes_left": "{:.1f} left",
     "load_max": "busiest expert {:.2f} x",
@@ -47,7 +47,7 @@ def plot(records: list[dict], path: Path):
 
 
 def plot_experts(records: list[dict], path: Path):
-    """Each layer's share of tokens by expert over the tokens seen; white is an even share, blue less, red more."""
+    """Each layer's fraction of tokens by expert over the tokens seen; white is an even load, blue less, red more."""
     from matplotlib.figure import Figure
 
     records = [record for record in records if "expert_load" in record]
@@ -63,5 +63,5 @@ def plot_experts(records: list[dict], path: Path):
         axes.set(ylabel=f"expert layer {i + 1}")
     axes.set(xlabel="million tokens")
     figure.colorbar(image, ax=panels, label="load of an expert / mean load", extend="max")
-    figure.suptitle("share of tokens by expert, one panel for each layer with experts")
+    figure.suptitle("fraction of tokens by expert, one panel for each layer with experts")
     figure.savefig(path, format="png", dpi=120)

@@ -1,35 +1,68 @@
-"""What a frozen model gives for each document of a split: computed once, and kept in a file for the next run."""
+"""The log-probabilities that a frozen reference model gives the answers of a dataset: computed once, kept in files."""
 
-import argparse
 import hashlib
 import json
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from base.cli import UserError
-from model.checkpoint import load_tensors, save_tensors, weights_fingerprint
+from model.checkpoint import load_model, load_tensors, save_tensors, weights_fingerprint
+from model.model import CausalLM
 from training.machine import Machine
-from training.packing import PackedDataset
+from training.packing import Batch, PackedDataset
+from training.shard import call, place
+
+LogProbFunction = Callable[[CausalLM, Batch], Tensor]  # -> a number for each document of the batch, (documents,)
 
 
-def computed_once(
-    args: argparse.Namespace, machine: Machine, data: PackedDataset, compute: Callable[[np.ndarray], Tensor]
-) -> Tensor:
-    """compute(all rows), a number in float32 for every document of the split, (documents,); read from a file beside
-    out_dir if an earlier run with the same model, data and rows has left it there.
+def reference_log_probs(
+    reference: Path,
+    datasets: tuple[PackedDataset, ...],
+    log_probs: LogProbFunction,
+    machine: Machine,
+    batch_size: int,
+    cache: Path,
+) -> dict[str, Tensor]:
+    """log_probs of every document under the model in `reference`, (documents,), by the dataset's split.
 
-    compute(rows) is 0 for documents of other rows. UserError where the file does not hold what the first rows give: it
-    is not ours, or the code of the model has changed since, and a loss would not begin where it should.
+    The model is freed at the end, so that training holds one model. cache: a folder for files that the next run reads.
     """
-    key = [weights_fingerprint(args.init_from), data.prepared.fingerprint, args.max_seq_len, str(machine.dtype)]
-    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    path = args.out_dir.parent / "dpo-reference" / f"{data.split}-{name}.safetensors"
-    rows = np.arange(len(data))
-    if all(machine.gather(path.exists())):  # of several machines one may have it, and all compute together
-        numbers, first = load_tensors(path)[0].get("numbers"), compute(rows[: args.batch_size])
+    model = place(load_model(reference), machine)
+
+    @torch.no_grad()
+    def compute(data: PackedDataset, rows: np.ndarray) -> Tensor:
+        """Of the documents in these rows, and 0 for the others."""
+        found = torch.zeros(data.n_documents, device=machine.device)
+        for own in machine.rank_rows(rows, batch_size):
+            batch = data.batch(own).to(machine.device)
+            with machine.autocast():
+                found[batch.documents] = call(log_probs, model, batch)
+        return machine.all_reduce(found).cpu()
+
+    found = {}
+    for data in datasets:
+        key = [weights_fingerprint(reference), data.fingerprint, data.max_seq_len, str(machine.dtype)]
+        name = f"{data.split}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.safetensors"
+        rows = np.arange(data.n_rows.sum())
+        found[data.split] = cached_log_probs(cache / name, rows, batch_size, partial(compute, data), machine)
+    return found
+
+
+def cached_log_probs(
+    path: Path, rows: np.ndarray, batch_size: int, compute: Callable[[np.ndarray], Tensor], machine: Machine
+) -> Tensor:
+    """compute(rows), from the file where an earlier run has left it.
+
+    UserError where the file does not agree with compute(the first rows): it is damaged, or the code of the model has
+    changed since, and the loss would not start at ln 2.
+    """
+    if all(machine.gather(path.exists())):  # of several machines one may have it: then all compute together
+        numbers, first = load_tensors(path)[0].get("numbers"), compute(rows[:batch_size])
         if numbers is None or not _agree(numbers, first):
             raise UserError(f"{path} does not hold what this model gives; delete it, and it is computed anew")
         return numbers

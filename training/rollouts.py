@@ -1,11 +1,10 @@
-"""What a model writes to learn from: groups of answers to each question, their rewards, and rows to train on."""
+"""What a model generates to learn from: groups of answers to each question, their rewards, and rows to train on."""
 
 import argparse
 import json
 import math
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from base.cli import UserError, one_line, positive
+from base.files import ROLLOUTS_FILE
 from corpus.prepared import Prepared
 from engine.decoding import pack_for_decoding, shared_copy
 from engine.generation import Engine, Sampling, Sequence
@@ -24,74 +24,93 @@ from engine.tools import load_tools
 from model.chat import THINK, TOOL_CALL, load_tokenizer, tokenizer_fingerprint, translate
 from model.lora import has_lora, merge_lora
 from model.model import CausalLM
-from training.loop import Run, StopRequest
-from training.loss import LossFunction
 from training.machine import Machine
-from training.packing import IGNORE, Batch, Piece, TrainingData, named_folders, pack
-from training.rewards import check_tasks, load_reward, read_reply
+from training.packing import IGNORE, Batch, PackedDataset, Piece, Pieces, named_folders, pack, read_mix
+from training.rewards import load_reward, read_reply
 
-ROLLOUT_FLAGS = {  # for stages whose model writes: name -> options of argparse's add_argument
+ROLLOUT_FLAGS = {  # for stages whose model generates: name -> options of argparse's add_argument
     "--questions": dict(type=positive, default=32, help="in a step, over all processes"),
     "--generations": dict(type=positive, default=8, help="answers to each question"),
     "--max_new_tokens": dict(type=positive, default=128, help="of an answer"),
-    "--rollout_rows": dict(type=positive, default=256, help="answers that a process writes at a time"),
+    "--rollout_rows": dict(type=positive, default=256, help="answers that a process generates at a time"),
     "--reward": dict(default="exact", help="exact, number, pattern, or FILE.py:FUNCTION"),
     "--tools": dict(nargs="+", default=[], metavar="NAME", help="what may be called: calculator, or FILE.py"),
 }
 
 
-class Tasks(TrainingData):
-    """One split of a folder of questions: prompts and notes, in an order that depends on the seed alone.
+@dataclass(frozen=True)
+class RolloutSettings:
+    generations: int  # answers to each question
+    max_new_tokens: int
+    rollout_rows: int  # answers that a process generates at a time
+    reward: str
+    tools: list[str]
 
-    A chat, too, is a question, up to its last answer; whether another answer is right no one knows then.
+
+class PromptDataset(PackedDataset):
+    """One split of folders of questions: prompts, and the notes that a reward function needs. A question is known by
+    the number of its document.
+
+    A chat is a question too, up to its last answer; no reward function knows whether another answer to it is right.
     """
 
-    def __init__(self, data: Path | list[str], split: str, args: argparse.Namespace, kinds: tuple[str, ...] = ("rl",)):
-        (name, folder), *more = named_folders(data).items()
-        if more or args.mix:
-            raise UserError("this stage reads one folder of questions: give --data DIR alone, and no --mix")
-        self.prepared = Prepared(folder, split)
-        super().__init__({name: self.prepared}, {name: 1.0})
-        if self.kind not in kinds:
-            raise UserError(
-                f"{folder} was made with `data_process.py {self.kind}`; this stage needs {' or '.join(kinds)} data"
-            )
-        self.checked = self.kind == "rl"
-        self.notes = self.prepared.notes() if self.checked else [{}] * len(self.prepared)
-        starts = self.prepared.offsets[:-1]
-        self.ends = self.prepared.offsets[1:] if self.checked else last_answers(self.prepared)  # of each prompt
-        lengths = self.ends - starts
-        room = max(args.max_seq_len - args.max_new_tokens, 0)  # beside an answer
-        self.kept = np.flatnonzero((lengths > 0) & (lengths <= room))
-        self.truncated, self.dropped = 0, len(lengths) - len(self.kept)
-        self.n_tokens, self.real_share = int(lengths[self.kept].sum()), 1.0
-        if not len(self.kept):
-            raise UserError(f"{folder}: no question of {split} has room in {args.max_seq_len} tokens beside its answer")
+    def __init__(
+        self,
+        data: Path | list[str],
+        split: str,
+        max_seq_len: int,
+        max_new_tokens: int,
+        weights: dict[str, float] | None = None,
+        kinds: tuple[str, ...] = ("rl", "sft"),
+    ):
+        """Prompts that leave no room for max_new_tokens in max_seq_len are dropped. UserError where none is left."""
+        self.room = max(max_seq_len - max_new_tokens, 0)
+        super().__init__(data, split, max_seq_len, weights, kinds)
+        if not len(self.piece_document):
+            raise UserError(f"{self.paths}: no question of {split} has room in {max_seq_len} tokens beside its answer")
+        self.checked = all(one.kind == "rl" for one in self.folders.values())  # whether rewards say what is right
 
-    def __len__(self) -> int:
-        return len(self.kept)
+    def pieces_of(self, prepared: Prepared) -> Pieces:
+        starts = prepared.offsets[:-1]
+        lengths = (prepared.offsets[1:] if prepared.kind == "rl" else last_answers(prepared)) - starts
+        kept = np.flatnonzero((lengths > 0) & (lengths <= self.room))
+        return Pieces(kept, starts[kept], lengths[kept], dropped=len(lengths) - len(kept))
 
-    def order(self, seed: int, epoch: int) -> np.ndarray:
-        """The numbers of the questions in the order of this epoch."""
-        return np.random.default_rng([seed, epoch]).permutation(self.kept)
+    def rows_of(self, lengths: np.ndarray) -> np.ndarray:
+        """Each prompt is a row of its own: its answers are packed when they are there."""
+        return np.arange(len(lengths))
+
+    @property
+    def real_fraction(self) -> float:
+        return 1.0
+
+    @cached_property
+    def notes(self) -> list[dict]:
+        """By document."""
+        folders = self.folders.values()
+        return [note for one in folders for note in (one.notes() if one.kind == "rl" else [{}] * len(one))]
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         return load_tokenizer(self.tokenizer_dir)
 
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """The questions in the order of this epoch."""
+        return self.piece_document[super().order(seed, epoch)]
+
     def prompt(self, question: int) -> list[int]:
-        return self.prepared.tokens[self.prepared.offsets[question] : self.ends[question]].tolist()
+        return self.pieces_in(np.searchsorted(self.piece_document, question))[0].input_ids.tolist()
 
 
-def open_tasks(args: argparse.Namespace, kinds: tuple[str, ...] = ("rl",)) -> tuple[Tasks, Tasks]:
-    """Questions to learn from, and to validate with. UserError under --shard: who writes needs the whole model."""
-    if args.shard:
-        raise UserError("the one who writes answers needs the whole model: this runs without --shard")
-    tasks = Tasks(args.data, "train", args, kinds), Tasks(args.data, "val", args, kinds)
-    for split in tasks:
-        if split.checked and getattr(args, "reward", None):
-            check_tasks(args.reward, split.notes, f"{split.prepared.folder}/{split.prepared.split}.jsonl")
-    return tasks
+def open_prompts(
+    data: Path | list[str], mix: list[str] | None, max_seq_len: int, max_new_tokens: int, *kinds: str
+) -> tuple[PromptDataset, PromptDataset]:
+    """The two splits, train and val, of folders of these kinds, as open_data opens them for the other stages."""
+    weights = read_mix(mix, list(named_folders(data)))
+    train_set, val_set = (
+        PromptDataset(data, split, max_seq_len, max_new_tokens, weights, kinds) for split in ("train", "val")
+    )
+    return train_set, val_set
 
 
 def last_answers(chats: Prepared) -> np.ndarray:
@@ -105,10 +124,10 @@ def last_answers(chats: Prepared) -> np.ndarray:
 class Rollout:
     """An answer to a question."""
 
-    question: int
+    question: int  # the number of its document
     sequence: Sequence
     reply: Reply | None  # None: it is no answer
-    reward: float
+    reward: float = 0.0
     advantage: float = 0.0
 
 
@@ -117,102 +136,110 @@ class RolloutBatch(Batch):
     """Rows of prompts with answers; only tokens that the model chose have a label."""
 
     advantages: Tensor  # (B, T)
-    old_log_probs: Tensor  # (B, T): when they were written
+    old_log_probs: Tensor  # (B, T): at generation
 
-    MORE = 2
+    EXTRA = 2
 
 
-class RolloutWriter:
-    """Writes answers with the model as it is now, and rewards them; each process takes its share of the questions."""
+class RolloutGenerator:
+    """Generates answers with the model as it is now; each process answers its part of the questions."""
 
-    def __init__(self, model: CausalLM, args: argparse.Namespace, machine: Machine, tokenizer_dir: Path):
-        self.model, self.args, self.machine = model, args, machine
+    def __init__(self, model: CausalLM, settings: RolloutSettings, machine: Machine, tokenizer_dir: Path):
+        if machine.shards:
+            raise UserError("generation needs the whole model in each process: this runs without --shard")
+        self.model, self.settings, self.machine = model, settings, machine
         self.tokenizer = load_tokenizer(tokenizer_dir)
         self.tokenizer_sha256 = tokenizer_fingerprint(tokenizer_dir)
-        self.reward = load_reward(args.reward)
-        self.tools = load_tools(args.tools)
+        self.reward = load_reward(settings.reward)
+        self.tools = load_tools(settings.tools)
 
-    def write(
-        self, tasks: Tasks, questions: np.ndarray, answers: int, seed: str, temperature: float = 1.0
+    def generate(
+        self, data: PromptDataset, questions: np.ndarray, answers: int, seed: str, temperature: float = 1.0
     ) -> list[list[Rollout]]:
-        """So many answers to each question: from the model's own distribution, of which nothing is left out.
+        """So many answers to each question, sampled from the model's own distribution without truncating it.
 
         The random numbers of an answer depend on `seed`, its question and its place alone, not on the process.
         """
-        args, sampling = self.args, Sampling(temperature)
-        flags = argparse.Namespace(max_new_tokens=args.max_new_tokens, think="show", max_think_tokens=0)
-        vars(flags).update(sampling._asdict())
+        how = argparse.Namespace(max_new_tokens=self.settings.max_new_tokens, think="show", max_think_tokens=0)
+        vars(how).update(Sampling(temperature)._asdict())
         model = decoding_copy(self.model)
-        session = Session(model, self.tokenizer, flags, self.tools)
-        engine = Engine(model, args.rollout_rows, keep_log_probs=True)
+        session = Session(model, self.tokenizer, how, self.tools)
+        engine = Engine(model, self.settings.rollout_rows, keep_log_probs=True)
         groups = []
-        for question in questions[self.machine.rank :: self.machine.world_size]:
-            prompt = tasks.prompt(question)
-            if tasks.tokenizer_sha256 != self.tokenizer_sha256:  # a teacher may have its own
-                prompt = translate(prompt, tasks.tokenizer, self.tokenizer)
+        for question in questions[self.machine.rank :: self.machine.world_size].tolist():
+            prompt = data.prompt(question)
+            if data.tokenizer_sha256 != self.tokenizer_sha256:  # a teacher may have its own
+                prompt = translate(prompt, data.tokenizer, self.tokenizer)
             sequences = [session.sequence(prompt, f"{seed}/{question}/{i}") for i in range(answers)]
-            groups.append((int(question), sequences))
+            groups.append([Rollout(question, sequence, None) for sequence in sequences])
             for sequence in sequences:
                 engine.submit(sequence)
         while engine.busy:
             engine.step()
-        return [[self._rewarded(question, tasks, one) for one in sequences] for question, sequences in groups]
+        for group in groups:
+            for one in group:
+                one.reply = read_reply(one.sequence, self.tokenizer)
+        return groups
 
-    def _rewarded(self, question: int, tasks: Tasks, sequence: Sequence) -> Rollout:
-        reply = read_reply(sequence, self.tokenizer)
-        if reply is None or not tasks.checked:
-            return Rollout(question, sequence, reply, 0.0)
-        note = tasks.notes[question]
-        try:
-            reward = float(self.reward(reply, note))
-            if not math.isfinite(reward):
-                raise ValueError(f"it gives {reward}")
-        except Exception as error:  # of a function of the user's, or of an answer that is none for it
-            what = f"{type(error).__name__}: {one_line(error)}"
-            raise UserError(f"--reward {self.args.reward} cannot judge an answer to {note!r:.200} ({what})") from None
-        return Rollout(question, sequence, reply, reward)
+    def score(self, data: PromptDataset, groups: list[list[Rollout]]):
+        """Gives each answer its reward; 0 where it is none, or where its question has no known answer."""
+        for one in (one for group in groups for one in group):
+            if one.reply is None or not data.checked:
+                continue
+            note = data.notes[one.question]
+            try:
+                one.reward = float(self.reward(one.reply, note))
+                if not math.isfinite(one.reward):
+                    raise ValueError(f"it gives {one.reward}")
+            except Exception as error:  # a user's function can raise anything
+                what = f"{type(error).__name__}: {one_line(error)}"
+                raise UserError(
+                    f"--reward {self.settings.reward} cannot judge an answer to {note!r:.200} ({what})"
+                ) from None
 
-    def validate(self, tasks: Tasks, limit: int | None) -> dict[str, float]:
+    def validate(self, data: PromptDataset, limit: int | None) -> dict[str, float]:
         """Mean rewards over the first `limit` questions, or all: of the likeliest answer, sampled ones, the best."""
-        questions = tasks.kept[:limit]
-        sums = Counter()
-        for (greedy,) in self.write(tasks, questions, 1, "greedy", temperature=0.0):
-            sums.update(accuracy=greedy.reward, length=len(greedy.sequence.tokens), questions=1)
-        for group in self.write(tasks, questions, self.args.generations, "sampled"):
+        questions, sums = data.piece_document[:limit], Counter()
+        greedy = self.generate(data, questions, 1, "greedy", temperature=0.0)
+        sampled = self.generate(data, questions, self.settings.generations, "sampled")
+        self.score(data, greedy + sampled)
+        for (one,) in greedy:
+            sums.update(accuracy=one.reward, length=len(one.sequence.tokens), questions=1)
+        for group in sampled:
             rewards = [one.reward for one in group]
             sums.update(sampled=sum(rewards) / len(rewards), best=max(rewards))
-        total = self.machine.add_up(sums)
+        total = self.machine.sum_counters(sums)
         names = ("accuracy", "sampled", "best", "length")
         return {f"val_{name}": total[name] / total["questions"] for name in names}
 
-    def write_samples(self, directory: Path, step: int, groups: list[list[Rollout]], tasks: Tasks):
+    def save_samples(self, directory: Path, step: int, groups: list[list[Rollout]], data: PromptDataset):
         """Appends the best and the worst answer of the first groups to rollouts.jsonl, to be read."""
         if self.machine.rank:
             return
-        with jsonlines.open(directory / "rollouts.jsonl", "a", dumps=partial(json.dumps, ensure_ascii=False)) as lines:
+        with jsonlines.open(directory / ROLLOUTS_FILE, "a", dumps=partial(json.dumps, ensure_ascii=False)) as lines:
             for group in groups[:4]:
                 for one in (max(group, key=lambda one: one.reward), min(group, key=lambda one: one.reward)):
                     text = self.tokenizer.decode(one.sequence.tokens, skip_special_tokens=False)
-                    lines.write({"step": step, **tasks.notes[one.question], "written": text, "reward": one.reward})
+                    lines.write({"step": step, **data.notes[one.question], "written": text, "reward": one.reward})
 
 
 def decoding_copy(model: CausalLM) -> CausalLM:
-    """The model as it is now, for an Engine: with its adapters merged, and on a CPU with layers laid out for it."""
-    writer = shared_copy(model).eval()
-    if has_lora(writer):
-        merge_lora(writer)  # its layers get matrices of their own
-    return pack_for_decoding(writer) if model.lm_head.weight.device.type == "cpu" else writer
+    """The model as it is now, for an Engine: with its adapters merged, and on a CPU packed for decoding."""
+    copy = shared_copy(model).eval()
+    if has_lora(copy):
+        merge_lora(copy)  # its layers get matrices of their own
+    return pack_for_decoding(copy) if model.lm_head.weight.device.type == "cpu" else copy
 
 
-# The sums of a step over its answers, which describe() makes means of.
+# The sums of a step over its answers, which rollout_metrics() turns into means.
 METRICS = (
     *("answers", "reward", "tokens", "ended", "thinks", "surprise", "groups", "solved", "all_right", "all_wrong"),
-    *("calls", "steps", "sampling_seconds", "gap", "scored", "places"),
+    *("calls", "steps", "sampling_seconds", "gap", "scored"),
 )
 
 
 def sums_of(groups: list[list[Rollout]]) -> dict[str, float]:
-    """What is counted of a step's answers: METRICS, but for those that learning adds."""
+    """METRICS of a step's answers, without those that the loss function adds."""
     sums = Counter(steps=1)  # one in each process
     for group in groups:
         rewards = [one.reward for one in group]
@@ -226,8 +253,8 @@ def sums_of(groups: list[list[Rollout]]) -> dict[str, float]:
     return dict(sums)
 
 
-def describe_rollouts(window: Counter) -> dict[str, float]:
-    """A line of the log from sums over steps. The mean surprise of sampled tokens, -ln p, estimates the entropy."""
+def rollout_metrics(window: Counter) -> dict[str, float]:
+    """A line of the log, from sums over steps. The mean surprise of sampled tokens, -ln p, estimates the entropy."""
     answers, groups = max(window["answers"], 1), max(window["groups"], 1)
     return {
         "reward": window["reward"] / answers,
@@ -244,66 +271,6 @@ def describe_rollouts(window: Counter) -> dict[str, float]:
     }
 
 
-def learn_from_rollouts(
-    run: Run,
-    writer: RolloutWriter,
-    train_set: Tasks,
-    loss_fn: LossFunction,
-    choose: Callable[[list[list[Rollout]]], tuple[list[Rollout], int]],
-    validate: Callable[[int | None], dict],
-    describe: Callable[[Counter], dict],
-    updates: int = 1,
-):
-    """The loop of a stage whose model writes what it learns from: write, choose, learn, log, validate, save.
-
-    choose(groups of answers) -> those to learn from, and what the sum of their loss is divided by, so that loss_fn
-    itself counts 0. `updates` steps of the optimizer are made with the same answers. validate, describe: as in
-    Run.end_step.
-    """
-    args, progress = run.args, run.progress
-    if progress.step == 0:
-        run.log.add(0.0, {"step": 0, "tokens": 0, **validate(args.eval_rows)})
-    order = train_set.order(args.seed, progress.epoch)
-    with StopRequest() as stop:
-        while run.share_done() < 1:
-            run.begin_step()
-
-            # Write answers to the next questions.
-            start = time.perf_counter()
-            questions = order[progress.row : progress.row + args.questions]
-            if stop.made:  # the other processes hear of it when the gradients are added up
-                questions = questions[:0]
-            groups = writer.write(train_set, questions, args.generations, f"{args.seed}/{progress.step}")
-            run.buffer.add(**sums_of(groups), sampling_seconds=time.perf_counter() - start)
-
-            # Learn.
-            chosen, count = choose(groups)
-            step_sums = Counter()
-            for update in range(updates):
-                run.buffer.add(count=count)
-                for batch in learning_batches(chosen, args.max_seq_len, args.batch_size):
-                    run.accumulate(loss_fn, batch)
-                sums = run.all_reduce(stop.made and update == 0)  # once the weights have moved, the step is finished
-                if sums["stop"]:
-                    break
-                grad_norm = run.update(sums) if sums["scored"] else run.skip_update()
-                step_sums.update(sums)
-            if sums["stop"]:  # leave the step out; --resume does it again
-                run.forget_step()
-                break
-            progress.advance(len(questions), len(train_set), step_sums)
-            if progress.row == 0:
-                order = train_set.order(args.seed, progress.epoch)
-            if not math.isfinite(grad_norm):
-                run.report_skipped()
-                continue
-
-            # Log, validate, save.
-            if run.end_step(step_sums, step_sums["places"], grad_norm, validate, describe):
-                writer.write_samples(run.log.directory, progress.step, groups, train_set)
-        run.finish(stop)
-
-
 def learning_batches(rollouts: list[Rollout], max_seq_len: int, batch_size: int) -> Iterator[RolloutBatch]:
     """The rollouts, packed into rows, batch_size rows at a time."""
     lengths = np.array([len(one.sequence.prompt) + len(one.sequence.tokens) - 1 for one in rollouts], np.int64)
@@ -315,7 +282,7 @@ def learning_batches(rollouts: list[Rollout], max_seq_len: int, batch_size: int)
 
 
 def _piece(one: Rollout) -> Piece:
-    """An answer after its prompt; what stands before the answer has no label."""
+    """An answer after its prompt; the prompt has no labels."""
     sequence = one.sequence
     ids = np.array(sequence.prompt + sequence.tokens)
     before = np.full(len(sequence.prompt) - 1, IGNORE)

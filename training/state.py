@@ -1,15 +1,14 @@
-"""Saving and resuming: what a run leaves in its folder, and how another goes on from there, bit for bit.
+"""Saving and resuming: what a run leaves in its folder, and how another run continues from there, bit for bit.
 
     out/<stage>/
         config.json  model.safetensors  tokenizer.json  …   the model, for its users (model/checkpoint.py)
         training_state/state.safetensors                    weights, optimizer, position, random states
         run.json  metrics.jsonl  loss.png                   how it was made
 
-Each file is written beside its place and renamed into it, so a kill leaves the old or the new one, whole; the training
-state has its own copy of the weights, so that what a run resumes from always belongs together.
+Each file is written under another name and renamed, so that a kill leaves the old or the new file, never a part of one.
+The training state has its own copy of the weights, so that what a run resumes from always belongs together.
 """
 
-import argparse
 import contextlib
 import json
 import math
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 
 from base.cli import UserError, command_line
-from base.files import finish_replacing, replace_directory, write_json
+from base.files import RUN_FILE, STATE_FILE, finish_replacing, replace_directory, write_json
 from model.checkpoint import (
     load_config,
     load_tensors,
@@ -40,42 +39,19 @@ from model.lora import has_lora, to_peft
 from model.model import CausalLM
 from training.log import Log
 from training.machine import Machine
-from training.packing import TrainingData
+from training.packing import PackedDataset
+from training.schedule import TrainState
 from training.shard import cut, part
 
-STATE_FILE = "training_state/state.safetensors"
 OWN_FLAGS = ("data", "mix", "init_from", "out_dir", "device", "wandb", "tensorboard")  # may differ by machine
-RUN_FILE = "run.json"
 
 
-@dataclass
-class Progress:
-    """Where a run stands. Rows, not steps, say where in the data: the number of processes may change on the way."""
-
-    step: int = 0
-    epoch: int = 0
-    row: int = 0  # of this epoch's order
-    tokens: int = 0  # real ones, in all
-    seconds: float = 0.0
-    skipped: int = 0  # steps in a row that were not finite
-
-    def share_done(self, args: argparse.Namespace, n_rows: int) -> float:
-        """From 0 to 1: the furthest of the limits that --epochs, --max_steps and --max_minutes set."""
-        shares = [(self.epoch * n_rows + self.row) / (args.epochs * n_rows)]
-        if args.max_steps:
-            shares.append(self.step / args.max_steps)
-        if args.max_minutes:
-            shares.append(self.seconds / (60 * args.max_minutes))
-        return max(shares)
-
-    def advance(self, rows: int, n_rows: int, sums: dict[str, float]):
-        self.step += 1
-        self.row += rows
-        self.tokens += int(sums["real_tokens"])
-        self.seconds += sums["seconds"]
-        if self.row >= n_rows:
-            self.epoch += 1
-            self.row = 0
+@dataclass(frozen=True)
+class SavingSettings:
+    out_dir: Path
+    init_from: Path | None
+    resume: str | None  # "must", "auto" or None
+    save_interval: int
 
 
 def state_file(out_dir: Path) -> Path:
@@ -87,27 +63,27 @@ def state_file(out_dir: Path) -> Path:
     return path
 
 
-def resumes(args: argparse.Namespace) -> bool:
-    """Whether this run goes on from the one in out_dir; UserError where it should and cannot.
+def should_resume(resume: str | None, out_dir: Path) -> bool:
+    """Whether this run continues the one in out_dir; UserError where it should and cannot.
 
-    torchrun --max-restarts starts the same command again: without --resume it would begin anew, and put away what the
-    run before it had saved.
+    torchrun --max-restarts starts the same command again: without --resume that would start over, and move away what
+    the run before it had saved.
     """
-    if args.resume == "must":
-        state_file(args.out_dir)
-    if args.resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-        raise UserError("this is a restart by torchrun, and would begin anew; give --resume auto")
-    finish_replacing(args.out_dir)
-    return args.resume is not None and (args.out_dir / STATE_FILE).exists()
+    if resume == "must":
+        state_file(out_dir)
+    if resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        raise UserError("this is a restart by torchrun, and would start over; give --resume auto")
+    finish_replacing(out_dir)
+    return resume is not None and (out_dir / STATE_FILE).exists()
 
 
-def settle_out_dir(out_dir: Path) -> Path:
-    """out_dir, or what a link or "." stands for: it is renamed when another run takes its place. UserError where that
-    cannot be."""
+def resolve_out_dir(out_dir: Path) -> Path:
+    """out_dir with links and "." resolved, since it is renamed when another run takes its place. UserError where that
+    is impossible."""
     try:
         if out_dir.is_symlink() or not out_dir.name:
             out_dir = out_dir.resolve()
-    except (OSError, RuntimeError) as error:  # links in a circle
+    except (OSError, RuntimeError) as error:  # links form a circle
         raise UserError(f"--out_dir {out_dir} leads nowhere ({error})") from None
     if os.path.ismount(out_dir):
         raise UserError(f"--out_dir {out_dir} is where a disk is mounted, and cannot be replaced; give a folder in it")
@@ -115,12 +91,12 @@ def settle_out_dir(out_dir: Path) -> Path:
 
 
 def lock_run(out_dir: Path) -> filelock.BaseFileLock:
-    """Held until the process ends, also by a kill. UserError while another run has it: their files would mix."""
+    """A lock until the process ends, also by a kill. UserError while another run has it: their files would mix."""
     path = out_dir.with_name(f".{out_dir.name}.lock")
     lock = filelock.FileLock(path)
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=1)  # server/runs.py holds it for a moment, to see whether it is held
+        lock.acquire(timeout=1)  # server/runs.py takes it for a moment, to see whether it is free
     except filelock.Timeout:
         if not path.exists():  # such as in /proc
             raise UserError(f"--out_dir {out_dir} cannot be written (no file can be made beside it)") from None
@@ -130,61 +106,71 @@ def lock_run(out_dir: Path) -> filelock.BaseFileLock:
     return lock
 
 
-def check_out_dir(args: argparse.Namespace):
-    """UserError where a new run would put away a model that it reads, or something that no run has made."""
-    old = args.out_dir.with_name(f"{args.out_dir.name}.old")  # goes when out_dir takes its name
-    for directory in (args.out_dir, old):
-        for flag in ("init_from", "teacher"):
-            model = vars(args).get(flag)
-            if model and directory.resolve() == model.resolve():
-                raise UserError(f"--out_dir {args.out_dir} would replace the model of --{flag}; choose another")
+def check_out_dir(out_dir: Path, flags: dict):
+    """UserError where a new run would replace a folder that it reads, or something that no run has made."""
+    old = out_dir.with_name(f"{out_dir.name}.old")  # deleted when out_dir takes its name
+    for directory in (out_dir, old):
+        for flag, value in flags.items():
+            if isinstance(value, Path) and flag != "out_dir" and directory.resolve() == value.resolve():
+                raise UserError(f"--out_dir {out_dir} would replace the folder of --{flag}; choose another")
         if not directory.exists() or (directory / RUN_FILE).exists():
             continue
         if not directory.is_dir() or any(directory.iterdir()):
-            raise UserError(f"{directory} holds something else than a run; choose another --out_dir, or move it away")
+            raise UserError(
+                f"{directory} contains something else than a run; choose another --out_dir, or move it away"
+            )
 
 
 class Checkpointer:
     """Writes out_dir: the model for its users, the state for --resume, and how the run was made.
 
-    Until the first save everything stands in a hidden neighbour, `directory`. With that save the neighbour becomes
-    out_dir, and an earlier run that stood there is moved to out_dir.old: this one has something to show for itself.
+    Until the first save everything is in a hidden neighbour, `directory`. That save renames the neighbour to out_dir,
+    and moves an earlier run that was there to out_dir.old: from then on this run has something to show for itself.
     """
 
     def __init__(
-        self, args: argparse.Namespace, machine: Machine, model: CausalLM, optimizer, scaler, data: TrainingData
+        self,
+        settings: SavingSettings,
+        flags: dict,
+        machine: Machine,
+        model: CausalLM,
+        optimizer,
+        scaler,
+        data: PackedDataset,
+        reference: Path | None = None,
     ):
-        self.args, self.machine, self.model = args, machine, model
+        """flags: of the command line, by name. reference: the folder of a model that the loss reads."""
+        self.settings, self.flags, self.machine, self.model = settings, flags, machine, model
         self.optimizer, self.scaler = optimizer, scaler
-        self.out_dir = args.out_dir = settle_out_dir(args.out_dir)
-        self.tokenizer_dir = args.init_from or data.tokenizer_dir
-        self.resumed = resumes(args)
+        self.out_dir = resolve_out_dir(settings.out_dir)
+        self.tokenizer_dir = settings.init_from or data.tokenizer_dir
+        self.resumed = should_resume(settings.resume, self.out_dir)
         self.directory = self.out_dir if self.resumed else self.out_dir.with_name(f".{self.out_dir.name}.writing")
         self.saved_step = 0
         self.names = {parameter: name for name, parameter in model.named_parameters()}
         self.must_agree = {
             "data": data.fingerprint,
-            "mix": data.shares if len(data.shares) > 1 else None,
+            "mix": data.weights if len(data.weights) > 1 else None,
             "tokenizer": data.tokenizer_sha256,
-            "seed": args.seed,
-            "max_seq_len": args.max_seq_len,
-            "base": weights_fingerprint(args.init_from) if has_lora(model) else None,  # which an adapter belongs to
-            "adapter": describe_adapter(model) if has_lora(model) else None,
-            "reference": weights_fingerprint(args.init_from) if data.kind in ("dpo", "rl") else None,
-            "optimizer": args.optimizer,
+            "seed": flags["seed"],
+            "max_seq_len": flags["max_seq_len"],
+            "base": weights_fingerprint(settings.init_from) if has_lora(model) else None,  # of the adapter
+            "adapter": adapter_summary(model) if has_lora(model) else None,
+            "reference": reference and weights_fingerprint(reference),
+            "optimizer": flags["optimizer"],
         }
         self.check_others()
         if machine.rank == 0:
             self.lock = lock_run(self.out_dir)
         if not self.resumed:
-            check_out_dir(args)
+            check_out_dir(self.out_dir, flags)
             if machine.rank == 0:
                 shutil.rmtree(self.directory, ignore_errors=True)
-                self.directory.mkdir(parents=True)  # one that cannot be written is known before the first step
+                self.directory.mkdir(parents=True)  # a folder that cannot be written is found before the first step
 
     def check_others(self):
-        """UserError where another process, maybe on another machine, was started with other flags or data."""
-        flags = {name: value for name, value in vars(self.args).items() if name not in OWN_FLAGS}
+        """UserError where another process, perhaps on another machine, was started with other flags or data."""
+        flags = {name: value for name, value in self.flags.items() if name not in OWN_FLAGS}
         here = self.must_agree | flags
         for rank, there in enumerate(self.machine.gather(here)):
             for name, value in here.items():
@@ -192,75 +178,75 @@ class Checkpointer:
                     both = f"process {rank} has {there.get(name)}, process {self.machine.rank} {value}"
                     raise UserError(f"all processes must be started alike; of {name} {both}")
 
-    def save(self, progress: Progress, log: Log):
+    def save(self, state: TrainState, log: Log):
         tensors = {}
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 tensors[f"weight.{name}"] = parameter.data
         for name, buffer in self.model.named_buffers():
             tensors[f"buffer.{name}"] = buffer
-        for parameter, state in self.optimizer.state.items():
-            for entry, value in state.items():
+        for parameter, moments in self.optimizer.state.items():
+            for entry, value in moments.items():
                 tensors[f"optimizer.{self.names[parameter]}/{entry}"] = value
-        for rank, state in enumerate(self.machine.gather(self.machine.random_state())):
-            tensors[f"random.{rank}"] = state
+        for rank, random_state in enumerate(self.machine.gather(self.machine.random_state())):
+            tensors[f"random.{rank}"] = random_state
         if self.machine.rank == 0:
-            info = {"progress": asdict(progress), "must_agree": self.must_agree, "scaler": self.scaler.state_dict()}
+            info = {"progress": asdict(state), "must_agree": self.must_agree, "scaler": self.scaler.state_dict()}
             save_tensors(self.directory / STATE_FILE, tensors, info=json.dumps(info))
-        elif self.machine.shards:  # the first process can gather nothing alone
+        elif self.machine.shards:  # every process must take part in a gather
             for tensor in tensors.values():
                 whole(tensor)
-        self.write_model()
+        self.export_model()
         if self.machine.rank == 0:
             write_json(self.directory / RUN_FILE, self.run_record())
             log.draw()
             if self.directory != self.out_dir:
                 replace_directory(self.out_dir, self.directory, keep_old=True)
         self.directory = log.directory = self.out_dir
-        self.saved_step = progress.step
+        self.saved_step = state.step
 
-    def write_model(self):
+    def export_model(self):
         """The model for its users."""
         if self.machine.rank == 0:
-            save_model(self.directory, self.model, self.tokenizer_dir, self.args.init_from)
+            save_model(self.directory, self.model, self.tokenizer_dir, self.settings.init_from)
         elif self.machine.shards:
             for tensor in tensors_on_disk(self.model).values():
                 whole(tensor)
 
     def discard(self):
-        """When a run ends before its first save."""
+        """Deletes the hidden neighbour of a run that ends before its first save."""
         if self.directory != self.out_dir and self.machine.rank == 0:
             shutil.rmtree(self.directory, ignore_errors=True)
 
-    def resume(self) -> Progress:
-        """Takes weights, optimizer, position and random states from out_dir. UserError names what does not agree."""
+    def resume(self) -> TrainState:
+        """Restores weights, optimizer, position and random states from out_dir. UserError names what does not agree."""
         if not has_lora(self.model):
             check_same_config(load_config(self.out_dir), self.model.config, self.out_dir)
-        device = "cpu" if self.machine.shards else self.machine.device  # where a file is read as it is needed
+        device = "cpu" if self.machine.shards else self.machine.device  # there a file is read lazily
         path = state_file(self.out_dir)
         tensors, texts = load_tensors(path, device)
         try:
             info = json.loads(texts["info"])
-            agreed, progress = dict(info["must_agree"]), Progress(**info["progress"])
-            math.fsum(vars(progress).values())
+            agreed, state = dict(info["must_agree"]), TrainState(**info["progress"])
+            math.fsum(vars(state).values())
         except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{path} is not the state of a run: its info is missing or damaged") from None
         for name, here in self.must_agree.items():
-            there = agreed.get(name, here)  # a run may be older than "mix"
+            there = agreed.get(name, here)  # older runs have no "mix"
             if there != here:
                 raise UserError(f"cannot resume {self.out_dir}: its {name} was {there}, and is {here} now")
         try:
-            self.take(tensors)
+            self.restore(tensors)
         except (KeyError, AttributeError, RuntimeError, TypeError) as error:
             raise UserError(f"{path} is not the state of this model and optimizer: {error}") from None
-        if self.scaler.is_enabled() and info.get("scaler"):  # of a run in another format there is none
+        if self.scaler.is_enabled() and info.get("scaler"):  # a run in another dtype has none
             self.scaler.load_state_dict(info["scaler"])
-        self.write_model()  # a kill may have come between the state and the model, in the last step of all
-        self.saved_step = progress.step
-        return progress
+        self.export_model()  # a kill may have come after the state was saved and before the model was
+        self.saved_step = state.step
+        return state
 
-    def take(self, tensors: dict[str, Tensor]):
-        """Puts what save() wrote where it was."""
+    def restore(self, tensors: dict[str, Tensor]):
+        """Puts the tensors that save() wrote back into model, optimizer and random states."""
         parameters = {name: parameter for parameter, name in self.names.items()}
         for key, tensor in tensors.items():
             kind, _, name = key.partition(".")
@@ -279,7 +265,7 @@ class Checkpointer:
             raise KeyError(f"weight.{missing[0]} is missing")
 
     def run_record(self) -> dict:
-        arguments = {name: str(v) if isinstance(v, Path) else v for name, v in vars(self.args).items()}
+        arguments = {name: str(v) if isinstance(v, Path) else v for name, v in self.flags.items()}
         return {
             "command": command_line(),
             "arguments": arguments,
@@ -290,14 +276,14 @@ class Checkpointer:
         }
 
 
-def describe_adapter(model: CausalLM) -> str:
-    """What its weights mean."""
+def adapter_summary(model: CausalLM) -> str:
+    """Rank, alpha and matrices: what its weights mean."""
     _, config = to_peft(model)
     return f"rank {config['r']}, alpha {config['lora_alpha']:g}, on {' '.join(config['target_modules'])}"
 
 
 def git_commit() -> str | None:
-    """Of this code; None where it is no git checkout, or the machine has no git."""
+    """Of this code; None outside a git checkout, or without git."""
     with contextlib.suppress(OSError):
         command = ["git", "rev-parse", "HEAD"]
         result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
@@ -311,4 +297,4 @@ def check_same_config(found: LMConfig, wanted: LMConfig, directory: Path):
     differing = [name for name in vars(wanted) if getattr(found, name) != getattr(wanted, name)]
     if differing:
         details = ", ".join(f"{name} {getattr(found, name)} there, {getattr(wanted, name)} here" for name in differing)
-        raise UserError(f"{directory} holds another model ({details}); use its --preset, or another --out_dir")
+        raise UserError(f"{directory} contains another model ({details}); use its --preset, or another --out_dir")

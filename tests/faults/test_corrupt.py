@@ -11,6 +11,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,9 +30,9 @@ from model.LMConfig import LMConfig
 from model.lora import apply_lora
 from model.model import CausalLM
 from training import loop
-from training.flags import LORA_FLAGS, parse_flags
+from training.flags import LORA_FLAGS, parse_flags, run_settings
 from training.log import read_metrics
-from training.loss import next_token_loss
+from training.loss import evaluate, next_token_loss
 from training.machine import start_machine
 from training.optimizer import build_optimizer
 from training.packing import PackedDataset, open_data
@@ -114,13 +115,19 @@ def arguments(data: Path, out_dir: Path, *flags: str):
 def train_run(folder: Path, data: Path, seed: int, base: Path | None = None) -> Path:
     """A run of two steps; with `base`, of an adapter for it."""
     args = arguments(data, folder, "--seed", str(seed), *(["--init_from", str(base)] if base else []))
-    machine = start_machine(args)
+    machine = start_machine(args.device, args.dtype, args.seed)
     model = load_model(base) if base else CausalLM(CONFIG)
     if base:
         apply_lora(model, 2, targets=["q_proj"])
     with pytest.MonkeyPatch.context() as patch:
         hurry(patch.setattr)
-        loop.train(args, machine, model, *open_data(args, "pretrain"), next_token_loss)
+        train_set, val_set = open_data(data, None, args.max_seq_len, "pretrain")
+        run = loop.Run(run_settings(args), machine, model, train_set)
+        with run:
+            for rows in run.steps(args.batch_size):
+                run.forward_backward(next_token_loss, run.batches(rows))
+                run.update()
+                run.log_step(partial(evaluate, model, next_token_loss, val_set, machine, args.batch_size))
     return folder
 
 
@@ -156,12 +163,14 @@ def read_model(folder: Path):
 def read_state(data: Path, folder: Path, base: Path | None = None):
     """What a resumed run begins with."""
     args = arguments(data, folder, "--resume", *(["--init_from", str(base)] if base else []))
-    machine, (train_set, _) = start_machine(args), open_data(args, "pretrain")
+    machine = start_machine(args.device, args.dtype, args.seed)
+    train_set, _ = open_data(data, None, args.max_seq_len, "pretrain")
     model = load_model(base) if base else CausalLM(CONFIG)
     if base:
         apply_lora(model, 2, targets=["q_proj"])
-    optimizer = build_optimizer(model, args)
-    checkpointer = Checkpointer(args, machine, model, optimizer, machine.scaler(), train_set)
+    settings = run_settings(args)
+    optimizer = build_optimizer(model, settings.optimizer)
+    checkpointer = Checkpointer(settings.saving, settings.flags, machine, model, optimizer, machine.scaler(), train_set)
     try:
         progress = checkpointer.resume()
     finally:

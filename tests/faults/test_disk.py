@@ -18,7 +18,7 @@ from helpers import make_pairs, make_text, saved_progress, snapshot, write_data
 from corpus.prepared import check_prepared
 from demo import tasks
 from model.checkpoint import check_model
-from training.state import Progress
+from training.schedule import TrainState
 
 SIZE = 64 * 2**20
 
@@ -93,14 +93,14 @@ def test_a_disk_that_cannot_be_written_is_known_before_the_first_step(flags, dis
 
 
 def test_a_folder_that_vanishes_is_one_line(flags, disk, run_here, monkeypatch):
-    advance = Progress.advance
+    advance = TrainState.advance
 
     def advance_and_lose(self, *args):
         advance(self, *args)
         if self.step == 2:
             shutil.rmtree(disk.folder / "out")
 
-    monkeypatch.setattr(Progress, "advance", advance_and_lose)
+    monkeypatch.setattr(TrainState, "advance", advance_and_lose)
     result = run_here("1-pretrain.py", *flags, "--max_steps", "3")
     assert "metrics.jsonl" in result.error_line(status=1)
 

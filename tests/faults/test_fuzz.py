@@ -661,8 +661,10 @@ def test_the_calculator_answers_whatever_is_asked(expression, number):
 def packed(tokens: np.ndarray, mask: np.ndarray | None, lengths: list[int], group: int, max_seq_len: int):
     """The packed dataset of these documents, without files."""
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    meta = {"vocab_size": 2**16, "tokenizer_sha256": "", "masked": mask is not None}
     prepared = SimpleNamespace(
-        tokens=tokens, mask=mask, offsets=offsets, group=group, token_bytes=np.ones(2**16), folder=Path("x")
+        **dict(tokens=tokens, mask=mask, offsets=offsets, group=group, token_bytes=np.ones(2**16)),
+        **dict(folder=Path("x"), tokenizer_dir=Path("x"), kind="pretrain", meta=meta),
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packing, "Prepared", lambda folder, split: prepared)

@@ -37,7 +37,7 @@ from training.log import METRICS_FILE
 from training.state import STATE_FILE
 
 KILLS, SEED = int(os.environ.get("KILLS", 3)), os.environ.get("KILL_SEED", "0")
-TIMES = ("tokens_per_s", "share_of_peak", "minutes", "minutes_left", "sampling_seconds")  # of a record; not its content
+TIMES = ("tokens_per_s", "mfu", "minutes", "minutes_left", "sampling_seconds")  # of a record; not its content
 ADAPTER = "--lora_rank 2 --lora_dropout 0.2".split()
 STAGES = {  # stage: flags of its own
     "1-pretrain.py": ["--preset", "tiny"],

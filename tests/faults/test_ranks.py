@@ -40,7 +40,7 @@ def test_the_others_say_in_one_line_that_one_is_gone(rank, optimizer, data, star
     assert time.monotonic() - died < 60
     assert results[rank].status == -signal.SIGKILL, results[rank].err
     line = results[1 - rank].error_line(status=1)
-    assert "another process of this run has ended; go on with --resume" in line
+    assert "another process of this run has ended; continue with --resume" in line
     assert saved_progress(tmp_path / "out")["step"] == 2
 
 

@@ -60,17 +60,17 @@ def test_what_fails_while_modules_are_loaded_keeps_its_traceback(tmp_path):
 # ----------------------------------------------------------------------------------------------------------- a training
 
 PHASES = {  # name: a function that is at work then, and the how manieth call of it
-    "reading data": ("training.packing:open_sources", 2),
-    "making the model": ("training.machine:Machine.making_model", 1),
+    "reading data": ("training.packing:PackedDataset.__init__", 2),
+    "making the model": ("training.machine:Machine.init_device", 1),
     "measuring the machine": ("training.loop:matmul_rate", 1),
-    "first validation": ("training.loop:evaluate", 1),
+    "first validation": ("training.loss:evaluate", 1),
     "a step": ("training.loss:next_token_loss", 6),
     "an update": ("training.loop:optimizer_step", 3),
-    "a validation": ("training.loop:evaluate", 2),
+    "a validation": ("training.loss:evaluate", 2),
     "saving the state": ("training.state:save_tensors", 1),
     "saving the model": ("training.state:save_model", 1),
     "the first save's end": ("training.state:replace_directory", 1),
-    "the last validation": ("training.loop:evaluate", 5),
+    "the last validation": ("training.loss:evaluate", 5),
     "the last save": ("training.state:save_model", 4),
     "the end": ("training.log:Log.close", 1),
 }
@@ -116,7 +116,7 @@ def test_a_signal_in_any_phase_costs_nothing(phase, number, data, whole, start, 
         assert not (tmp_path / "out").exists()
     elif result.status:
         assert (result.status, result.err) == (128 + number, "")
-        assert "go on with:" in result.out
+        assert "continue with:" in result.out
     (result,) = start("1-pretrain.py", *flags).wait()
     assert (result.status, result.err) == (0, "")
     assert_same_tensors(whole, tmp_path / "out")
@@ -125,7 +125,7 @@ def test_a_signal_in_any_phase_costs_nothing(phase, number, data, whole, start, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-@pytest.mark.parametrize("function", ["training.rollouts:RolloutWriter.write", "training.state:save_model"])
+@pytest.mark.parametrize("function", ["training.rollouts:RolloutGenerator.generate", "training.state:save_model"])
 def test_a_signal_while_a_stage_of_rewards_writes_or_saves(function, number, tasks, brief_dir, start, tmp_path):
     flags = ["--data", tasks, "--init_from", brief_dir, "--out_dir", tmp_path / "out", "--max_seq_len", "64"]
     flags += "--questions 4 --generations 4 --max_new_tokens 4 --batch_size 2 --max_steps 4 --resume auto".split()

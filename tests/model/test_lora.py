@@ -116,9 +116,9 @@ def test_the_stage_trains_resumes_and_merges(base_dir, chat_data, run_here, tmp_
     result = run_here("3-lora.py", *flags, "--out_dir", out, "--max_steps", 4, "--eval_interval", 2)
     assert result.status == 0, result.err
     assert "of them trained" in result.out
-    merged = run_here("3-lora.py", "--init_from", base_dir, "--out_dir", out, "--merge", tmp_path / "merged")
+    merged = run_here("export.py", out, "--to", "merged")
     assert merged.status == 0, merged.err
-    whole, apart = load_model(tmp_path / "merged"), load_model(base_dir)
+    whole, apart = load_model(tmp_path / "lora-merged"), load_model(base_dir)
     load_adapter(apart, out, base_dir)
     with torch.no_grad():
         assert (whole(IDS) - apart(IDS)).abs().max() < 1e-4
@@ -132,8 +132,9 @@ def test_a_merged_model_replaces_no_model_that_it_is_made_of_and_no_work(adapted
         (tmp_path / "mine" / name).write_text("{}")
     before = snapshot(tmp_path) | snapshot(base_dir)
     for output in (base_dir, tmp_path / "adapter", tmp_path / "mine", tmp_path / "mine" / "thesis.md"):
-        flags = ["--init_from", base_dir, "--out_dir", tmp_path / "adapter", "--merge", output]
-        assert "--merge" in run_here("3-lora.py", *flags).error_line(status=2)
+        for flags in ([tmp_path / "adapter"], [base_dir, "--lora", tmp_path / "adapter"]):
+            result = run_here("export.py", *flags, "--to", "merged", "--output", output)
+            assert "--output" in result.error_line(status=2)
     assert snapshot(tmp_path) | snapshot(base_dir) == before
 
 

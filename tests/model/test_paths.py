@@ -77,9 +77,9 @@ def test_a_batch_brings_its_offsets_and_they_are_those_of_its_positions():
     batch = made_up_batch(4, 128, 6400)
     moved = batch.to(torch.device("meta"))
     assert moved.input_ids.shape == moved.labels.shape == (4, 128)
-    assert moved.documents_on_card.cu_seqlens.dtype == torch.int32
+    assert moved.cu_seqlens.cu_seqlens.dtype == torch.int32
     found = document_mask(batch.position_ids, "flash").cu_seqlens.tolist()
-    assert len(moved.documents_on_card.cu_seqlens) == 1 << (len(found) - 1).bit_length()
+    assert len(moved.cu_seqlens.cu_seqlens) == 1 << (len(found) - 1).bit_length()
     assert found[0] == 0
     assert found[-1] == 4 * 128
     assert document_mask(batch.position_ids, "flash", CuSeqlens(moved.position_ids, 1)).max_seqlen == 1

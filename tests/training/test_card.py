@@ -21,14 +21,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from base.cli import UserError
 from bench.train_speed import made_up_batch
+from model.device import choose_device
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
 from training import loss
 from training.balance import count_each
-from training.flags import parse_flags
 from training.loss import CARD_CHUNK, TokenLosses, cross_entropy_sum, next_token_loss, token_losses
-from training.machine import Machine, auto_dtype, choose_device
-from training.optimizer import GradientBuffer, build_optimizer, optimizer_step
+from training.machine import Machine, auto_dtype
+from training.optimizer import GradientBuffer, OptimizerSettings, build_optimizer, optimizer_step
 from training.packing import IGNORE, PackedDataset
 from training.rollouts import RolloutBatch
 
@@ -110,20 +110,21 @@ class Transfers(TorchDispatchMode):
 
 
 def test_a_step_copies_a_batch_once_and_waits_once(monkeypatch):
-    """On tensors without values; any other question to the device raises. (AdamW is torch's, in one kernel.)"""
-    monkeypatch.setattr("sys.argv", ["test", "--optimizer", "muon"])
+    """On tensors without values, of which torch's AdamW has no fused kernel; any other question to them raises."""
+    adamw = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, fused, **options: adamw(groups, **options))
     machine, device = Machine(0, 1, torch.device("meta"), torch.float32), torch.device("meta")
     with device:
         model = CausalLM(LMConfig(**PRESETS["tiny"])).train()
     buffer = GradientBuffer(list(model.parameters()), metrics={})
-    optimizer = build_optimizer(model, parse_flags(""))
+    optimizer = build_optimizer(model, OptimizerSettings("muon"))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     batch = made_up_batch(2, 64, 6400)
     with Transfers() as transfers:
         on_device = batch.to(device)
         loss_sum, count, _ = next_token_loss(model, on_device)
         loss_sum.backward()
-        buffer.add(loss=loss_sum.detach(), count=count, real_tokens=batch.real_tokens, flops=1e9)
+        buffer.add_sums(loss=loss_sum.detach(), count=count, real_tokens=batch.real_tokens, flops=1e9)
         assert (transfers.to_device, transfers.to_host) == (1, 0)
         sums = buffer.all_reduce(machine, 1.0, lambda: None)
         assert (transfers.to_device, transfers.to_host) == (2, 1)
@@ -219,8 +220,8 @@ def test_the_first_lines_say_how_it_attends(data, tmp_path, capsys):
 def test_sums_of_the_host_and_of_the_device_add_up():
     buffer = GradientBuffer([torch.nn.Parameter(torch.zeros(2))], {"load": (2,)})
     buffer.gradients[:] = torch.tensor([3.0, 4.0])
-    buffer.add(loss=torch.tensor(2.0), count=3, load=torch.tensor([1, 2]))
-    buffer.add(loss=1.5, count=2, load=torch.tensor([1, 2]))
+    buffer.add_sums(loss=torch.tensor(2.0), count=3, load=torch.tensor([1, 2]))
+    buffer.add_sums(loss=1.5, count=2, load=torch.tensor([1, 2]))
     sums = buffer.all_reduce(Machine(0, 1, torch.device("cpu"), torch.float32), 10.0, lambda: None)
     assert (sums["loss"], sums["count"], sums["grad_norm"]) == (3.5, 5, 10.0)
     assert np.array_equal(sums["load"], [2, 4])

@@ -40,9 +40,9 @@ def test_what_is_damaged_in_a_log_is_left_out(tmp_path):
 
 def test_a_metric_that_was_not_declared_is_an_error():
     buffer = GradientBuffer([torch.nn.Parameter(torch.zeros(3))], {"accuracy": (), "load": (2, 2)})
-    buffer.add(accuracy=1.0, load=torch.ones(2, 2))
+    buffer.add_sums(accuracy=1.0, load=torch.ones(2, 2))
     with pytest.raises(KeyError, match="margin"):
-        buffer.add(margin=1.0)
+        buffer.add_sums(margin=1.0)
 
 
 def test_the_chunked_loss_is_the_plain_one():

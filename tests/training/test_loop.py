@@ -31,14 +31,14 @@ from helpers import (
 from safetensors.torch import load_file, save_file
 
 from base.cli import run
-from model.LMConfig import TRAINING_FLAGS
 from model.model import CausalLM
-from training import loop, loss
-from training.flags import parse_flags
+from training import loss
+from training.flags import TRAINING_FLAGS, parse_flags
 from training.machine import start_machine
-from training.optimizer import orthogonalize
+from training.optimizer import OptimizerSettings, build_optimizer, orthogonalize
 from training.packing import IGNORE, PackedDataset
 from training.plots import plot
+from training.schedule import Schedule
 
 MUON = ["--optimizer", "muon", "--learning_rate", "1e-2", "--max_steps", "3"]
 
@@ -52,8 +52,7 @@ class TwoProcesses:
     def __init__(self, folder: Path, data: Path, chats: Path, one_row_data: Path):
         self.folder, self.data, self.chats, self.one_row_data = folder, data, chats, one_row_data
         self.rank = int(os.environ["RANK"])
-        sys.argv = ["test", "--device", "cpu"]
-        self.machine = start_machine(parse_flags(""))
+        self.machine = start_machine("cpu", "float32", 0)
         self.calls = 0
         self.suspects = []
 
@@ -293,18 +292,16 @@ def test_a_gradient_that_is_not_finite_skips_the_step_though_the_loss_is(data, t
         (150, 1.2, 1e-4),
     ],
 )
-def test_learning_rate_rises_then_follows_half_a_cosine(step, done, expected, monkeypatch):
-    flags = ["--learning_rate", "1e-3", "--min_learning_rate", "1e-4", "--warmup_steps", "10"]
-    monkeypatch.setattr(sys, "argv", ["test", *flags])
-    assert loop.learning_rate(parse_flags(""), step, done) == pytest.approx(expected)
+def test_learning_rate_rises_then_follows_half_a_cosine(step, done, expected):
+    schedule = Schedule(learning_rate=1e-3, min_learning_rate=1e-4, warmup_steps=10, epochs=1)
+    assert schedule.rate(step, done) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_only_matrices_decay(optimizer, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["test", "--optimizer", optimizer, "--weight_decay", "0.5"])
+def test_only_matrices_decay(optimizer):
     model = CausalLM(SMALL_CONFIG)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    updater = loop.build_optimizer(model, parse_flags("", learning_rate=0.1))
+    updater = build_optimizer(model, OptimizerSettings(optimizer, learning_rate=0.1, weight_decay=0.5))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     updater.step()
@@ -343,15 +340,12 @@ def test_orthogonalized_matrices_turn_and_do_not_stretch(shape):
     assert (F.cosine_similarity(result.flatten(1), (u @ v).flatten(1)) > 0.97).all()
 
 
-def test_muon_keeps_momentum_for_matrices_and_is_adam_for_the_rest(monkeypatch):
-    flags = ["--optimizer", "muon", "--weight_decay", "0.1", "--learning_rate", "0.01"]
-    monkeypatch.setattr(sys, "argv", ["test", *flags])
+def test_muon_keeps_momentum_for_matrices_and_is_adam_for_the_rest():
     torch.manual_seed(0)
     model, twin = CausalLM(SMALL_CONFIG), CausalLM(SMALL_CONFIG)
     twin.load_state_dict(model.state_dict())
-    muon = loop.build_optimizer(model, parse_flags(""))
-    monkeypatch.setattr(sys, "argv", ["test", *flags, "--optimizer", "adamw"])
-    adam = loop.build_optimizer(twin, parse_flags(""))
+    muon = build_optimizer(model, OptimizerSettings("muon", learning_rate=0.01))
+    adam = build_optimizer(twin, OptimizerSettings("adamw", learning_rate=0.01))
     name = "model.layers.1.mlp.up_proj.weight"
     matrix, gradients = model.get_parameter(name), []
     for _ in range(4):

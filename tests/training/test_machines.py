@@ -107,7 +107,7 @@ def test_a_machine_that_dies_and_returns_goes_on_with_the_others(data, tmp_path)
 
 
 LEAVES = """
-import argparse, atexit, os, sys
+import atexit, os, sys
 sys.path.insert(0, {root!r})
 
 @atexit.register  # runs last
@@ -115,8 +115,7 @@ def tell():
     print([open(f"/proc/self/task/{{task}}/comm").read().strip() for task in os.listdir("/proc/self/task")])
 
 from training.machine import start_machine
-args = dict(device="cpu", dtype="float32", seed=0, shard=False, compile=False)
-machine = start_machine(argparse.Namespace(**args))
+machine = start_machine("cpu", "float32", seed=0)
 import torch
 torch.optim.AdamW([torch.zeros(1)])
 machine.gather("said just before the end")

@@ -1,4 +1,4 @@
-"""Several sources: shares that are exact, every row of a source before any comes again, and figures of each source."""
+"""Several folders: exact proportions, every row of one before any comes again, and figures of each."""
 
 import json
 import math
@@ -26,7 +26,7 @@ from model.model import CausalLM
 from training import loss
 from training.loss import evaluate, next_token_loss
 from training.machine import Machine
-from training.packing import IGNORE, Mixture, PackedDataset, open_sources, read_mix
+from training.packing import IGNORE, PackedDataset, named_folders, read_mix
 from training.plots import plot
 
 MIX = {"zh": 0.7, "en": 0.3}
@@ -42,8 +42,8 @@ def folders(tmp_path_factory):
     return [directory / "zh", directory / "en"]
 
 
-def mixture(folders, shares=None, split: str = "train") -> Mixture:
-    return Mixture(open_sources(folders, split, 64), shares)
+def mixture(folders, weights=None, split: str = "train") -> PackedDataset:
+    return PackedDataset(folders, split, 64, weights)
 
 
 def pairs(batch) -> Counter:
@@ -51,7 +51,7 @@ def pairs(batch) -> Counter:
     return Counter(zip(batch.input_ids[scored].tolist(), batch.labels[scored].tolist()))
 
 
-def rows_by_source(mixed: Mixture, epochs: int) -> list[np.ndarray]:
+def rows_by_source(mixed: PackedDataset, epochs: int) -> list[np.ndarray]:
     """Of each source its rows, numbered as it numbers them, in the order of so many epochs."""
     order = np.concatenate([mixed.order(seed=5, epoch=epoch) for epoch in range(epochs)])
     ends = [*mixed.first_row[1:], sum(mixed.n_rows)]
@@ -64,7 +64,7 @@ def rows_by_source(mixed: Mixture, epochs: int) -> list[np.ndarray]:
 def test_one_source_is_read_as_if_it_stood_alone(folders):
     alone = PackedDataset(folders[0], "train", 64)
     mixed = mixture(folders[:1])
-    assert (len(mixed), mixed.n_tokens, mixed.real_share) == (len(alone), alone.n_tokens, alone.real_share)
+    assert (len(mixed), mixed.n_tokens, mixed.real_fraction) == (len(alone), alone.n_tokens, alone.real_fraction)
     for seed in (0, 3):
         for epoch in (0, 1, 7):
             order = mixed.order(seed, epoch)
@@ -75,7 +75,7 @@ def test_one_source_is_read_as_if_it_stood_alone(folders):
                 assert same(value, getattr(other, name)), name
 
 
-def test_without_shares_every_token_of_all_sources_is_trained_once_an_epoch(folders):
+def test_without_weights_every_token_of_all_sources_is_trained_once_an_epoch(folders):
     mixed = mixture(folders)
     expected = Counter()
     for folder in folders:
@@ -86,7 +86,7 @@ def test_without_shares_every_token_of_all_sources_is_trained_once_an_epoch(fold
     assert mixed.n_tokens == sum(expected.values())
 
 
-def test_shares_are_exact_in_every_epoch(folders):
+def test_weights_are_exact_in_every_epoch(folders):
     mixed = mixture(folders, MIX)
     for epoch in range(4):
         order = mixed.order(seed=0, epoch=epoch)
@@ -117,7 +117,7 @@ def test_times_seen_counts_what_the_order_holds(folders):
     mixed = mixture(folders, MIX)
     rows = np.concatenate([mixed.order(0, 0), mixed.order(0, 1)[:10]])
     counts = Counter("zh" if row >= mixed.first_row[1] else "en" for row in rows)
-    sizes = dict(zip(mixed.sources, mixed.n_rows))
+    sizes = dict(zip(mixed.folders, mixed.n_rows))
     assert mixed.times_seen(0, epoch=1, row=10) == {name: counts[name] / sizes[name] for name in ("en", "zh")}
 
 
@@ -125,14 +125,13 @@ def test_rows_of_a_batch_are_those_of_their_sources(folders):
     mixed = mixture(folders, MIX)
     en, zh = (PackedDataset(folder, "train", 64) for folder in folders[::-1])
     batch = mixed.batch(np.array([mixed.first_row[1] + 2, 3]))
-    parts = [en.batch(np.array([3])), zh.batch(np.array([2]))]
+    parts = [zh.batch(np.array([2])), en.batch(np.array([3]))]
     for b, part in enumerate(parts):
         for name in ("input_ids", "labels", "position_ids"):
             assert getattr(batch, name)[b].equal(getattr(part, name)[0]), name
-    of_en, of_zh = (part.documents for part in parts)
-    n_en = len(en.prepared.offsets) - 1  # documents of the source before
-    assert batch.documents == of_en + [n_en + document for document in of_zh]
-    shifted = torch.where(parts[1].document_index < 0, -1, parts[1].document_index + len(of_en))
+    of_zh, of_en = (part.documents for part in parts)
+    assert batch.documents == [en.n_documents + document for document in of_zh] + of_en
+    shifted = torch.where(parts[1].document_index < 0, -1, parts[1].document_index + len(of_zh))
     assert batch.document_index[0].equal(parts[0].document_index[0])
     assert batch.document_index[1].equal(shifted[0])
     assert mixed.samples(batch.documents) == {str(folders[0]): sorted({*of_zh}), str(folders[1]): sorted({*of_en})}
@@ -141,7 +140,7 @@ def test_rows_of_a_batch_are_those_of_their_sources(folders):
 # ------------------------------------------------------------------------------------------------------------- figures
 
 
-def test_figures_by_source_are_those_of_each_alone_and_the_mean_counts_shares(folders):
+def test_figures_by_source_are_those_of_each_alone_and_the_mean_counts_weights(folders):
     torch.manual_seed(0)
     model, machine = CausalLM(SMALL_CONFIG), Machine(0, 1, torch.device("cpu"), torch.float32)
     figures = evaluate(model, next_token_loss, mixture(folders, MIX, "val"), machine, batch_size=3)
@@ -152,8 +151,8 @@ def test_figures_by_source_are_those_of_each_alone_and_the_mean_counts_shares(fo
         for key, value in alone[name].items():
             assert figures[f"{key}_{name}"] == value
         bytes_a_token[name] = alone[name]["val_loss"] / math.log(2) / alone[name]["val_bits_per_byte"]
-    mean = sum(share * alone[name]["val_loss"] for name, share in MIX.items())
-    mean_bytes = sum(share * bytes_a_token[name] for name, share in MIX.items())
+    mean = sum(weight * alone[name]["val_loss"] for name, weight in MIX.items())
+    mean_bytes = sum(weight * bytes_a_token[name] for name, weight in MIX.items())
     assert figures["val_loss"] == pytest.approx(mean, rel=1e-9)
     assert figures["val_bits_per_byte"] == pytest.approx(mean / math.log(2) / mean_bytes, rel=1e-9)
 
@@ -231,13 +230,13 @@ def test_preferences_of_several_sources_start_at_ln_2(base_dir, run_here, tmp_pa
         assert first[name] == pytest.approx(math.log(2), abs=1e-4)
     assert last["loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert first["val_reward_chosen_a"] == pytest.approx(0, abs=1e-3)
-    assert len([*(tmp_path / "dpo-reference").iterdir()]) == 4
+    assert len([*(tmp_path / "dpo-reference").iterdir()]) == 2
 
 
 # ------------------------------------------------------------------------------------------------------------- mistakes
 
 
-def test_shares_come_from_words_or_a_file(tmp_path):
+def test_weights_come_from_words_or_a_file(tmp_path):
     assert read_mix(["zh=7", "en=3"], ["en", "zh"]) == {"zh": 7, "en": 3}
     (tmp_path / "mix.json").write_text(json.dumps(MIX))
     assert read_mix([str(tmp_path / "mix.json")], ["en", "zh"]) == MIX
@@ -251,21 +250,20 @@ def test_shares_come_from_words_or_a_file(tmp_path):
         ("zh=1 en=1 fr=1", "fr"),
         ("zh=1 en=0", "above 0"),
         ("zh=1 en=much", "above 0"),
-        ("zh", "neither NAME=SHARE nor a file"),
+        ("zh", "neither NAME=WEIGHT nor a file"),
     ],
 )
-def test_shares_that_do_not_fit_are_one_line(mix, message, folders, run_here):
+def test_weights_that_do_not_fit_are_one_line(mix, message, folders, run_here):
     result = run_here("1-pretrain.py", "--data", *folders, "--mix", *mix.split())
     assert message in result.error_line(status=2)
 
 
 def test_names_are_the_folders_or_given(folders, tmp_path):
-    assert [*open_sources(folders, "val", 64)] == ["zh", "en"]
-    assert [*open_sources([f"a={folders[0]}", f"b={folders[0]}"], "val", 64)] == ["a", "b"]
-    write_data(tmp_path / "x=1" / "c", [[1, 5, 2]], [[1, 5, 2]])
-    assert [*open_sources([tmp_path / "x=1" / "c"], "val", 64)] == ["c"]
+    assert [*named_folders(folders)] == ["zh", "en"]
+    assert [*named_folders([f"a={folders[0]}", f"b={folders[0]}"])] == ["a", "b"]
+    assert named_folders([tmp_path / "x=1" / "c"]) == {"c": tmp_path / "x=1" / "c"}
     with pytest.raises(UserError, match=f"two sources have the name zh; give --data NAME={folders[0]}"):
-        open_sources([folders[0], folders[0]], "val", 64)
+        named_folders([folders[0], folders[0]])
 
 
 def test_every_source_must_be_of_the_stage_s_kind(folders, chat_data, base_dir, run_here):

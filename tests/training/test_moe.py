@@ -39,11 +39,10 @@ from model.lora import apply_lora, lora_layers
 from model.model import CausalLM, MoEFeedForward
 from training.balance import balance_loss, expert_balance, move_router_bias
 from training.cost import step_flops
-from training.flags import parse_flags
-from training.log import describe_load
+from training.log import expert_load_metrics
 from training.loss import next_token_loss
 from training.machine import start_machine
-from training.optimizer import build_optimizer
+from training.optimizer import OptimizerSettings, build_optimizer
 from training.packing import PackedDataset
 from training.plots import plot_experts
 
@@ -210,8 +209,8 @@ def test_the_bias_moves_against_the_load_and_changes_the_choice_alone():
     assert again.equal(scores)
     expected = scores.gather(1, chosen)
     torch.testing.assert_close(weights, expected / expected.sum(-1, keepdim=True))
-    before = describe_load(scores.topk(3).indices.flatten().bincount(minlength=6)[None].numpy())["load_max"]
-    after = describe_load(chosen.flatten().bincount(minlength=6)[None].numpy())["load_max"]
+    before = expert_load_metrics(scores.topk(3).indices.flatten().bincount(minlength=6)[None].numpy())["load_max"]
+    after = expert_load_metrics(chosen.flatten().bincount(minlength=6)[None].numpy())["load_max"]
     assert before > 1.3
     assert after < 1.2
     gate.weight.requires_grad_(False)
@@ -311,7 +310,7 @@ def test_lora_adapts_attention_and_says_why_nothing_else(tmp_path):
 
 def two_processes_one_row(folder, data):
     sys.argv = ["test", "--device", "cpu"]
-    machine = start_machine(parse_flags(""))
+    machine = start_machine("cpu", "float32", 0)
     torch.manual_seed(0)
     model = CausalLM(LMConfig(**SMALL))
     flags = ["--batch_size", 1, "--epochs", 3, *ONCE]
@@ -329,10 +328,9 @@ def test_a_process_without_a_row_moves_its_bias_with_the_others(tmp_path):
         assert bias.equal(other[name])
 
 
-def test_muon_leaves_an_expert_alone_that_no_token_visits(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["test", "--optimizer", "muon", "--weight_decay", "0"])
+def test_muon_leaves_an_expert_alone_that_no_token_visits():
     model = moe_model()
-    optimizer = build_optimizer(model, parse_flags(""))
+    optimizer = build_optimizer(model, OptimizerSettings("muon", weight_decay=0.0))
     gate = model.model.layers[1].mlp.gate.weight
     assert any(gate is p for group in optimizer.param_groups if not group["matrices"] for p in group["params"])
     expert, other = (model.model.layers[1].mlp.experts[i].up_proj.weight for i in range(2))
@@ -401,13 +399,13 @@ def test_all_stages_run_with_experts(data, chat_data, run_here, tmp_path):
     result = run_here("2-sft.py", "--data", chat_data, "--init_from", pretrain, "--out_dir", sft, *short)
     assert result.status == 0, result.err
     assert "busiest expert" in result.out
-    assert "at work on a token" in result.out
+    assert "active per token" in result.out
     lora = ["--data", chat_data, "--init_from", sft, "--out_dir", tmp_path / "lora", *short]
     assert run_here("3-lora.py", *lora).status == 0
     bias = load_file(sft / "model.safetensors")["model.layers.1.mlp.gate.e_score_correction_bias"]
     assert bias.abs().max() > 0, "the bias went into the checkpoint"
-    assert run_here("3-lora.py", *lora, "--merge", tmp_path / "merged").status == 0
-    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert run_here("export.py", tmp_path / "lora", "--to", "merged").status == 0
+    merged = load_file(tmp_path / "lora-merged" / "model.safetensors")
     assert merged["model.layers.1.mlp.gate.e_score_correction_bias"].equal(bias)
     pairs = make_pairs(10)
     dpo_data = write_data(tmp_path / "pairs", pairs[:16], pairs[16:20], kind="dpo")
@@ -451,8 +449,8 @@ def test_the_heat_map_can_be_drawn(tmp_path):
 
 
 def test_the_load_is_described():
-    described = describe_load(torch.tensor([[2.0, 2, 2, 2], [8, 0, 0, 0]]).numpy())
-    assert describe_load(torch.tensor([[1.0, 2]]).numpy())["expert_load"] == [[0.33333, 0.66667]]
+    described = expert_load_metrics(torch.tensor([[2.0, 2, 2, 2], [8, 0, 0, 0]]).numpy())
+    assert expert_load_metrics(torch.tensor([[1.0, 2]]).numpy())["expert_load"] == [[0.33333, 0.66667]]
     assert described["load_max"] == pytest.approx(4)
     assert described["load_entropy"] == pytest.approx(0, abs=1e-6)
     assert described["idle_experts"] == 3

@@ -9,6 +9,9 @@ import pytest
 from helpers import change_meta, make_documents, write_data
 
 from base.cli import UserError
+from model.LMConfig import PRESETS, LMConfig
+from model.model import CausalLM
+from training.loss import next_token_loss
 from training.packing import IGNORE, PackedDataset, pack
 
 
@@ -55,16 +58,16 @@ def test_rows_of_texts_of_natural_length_are_full(tmp_path):
     data = write_data(tmp_path / "data", documents, documents[:1])
     for max_seq_len in (128, 256, 512):
         dataset = PackedDataset(data, "train", max_seq_len)
-        assert dataset.real_share >= 0.97, max_seq_len
+        assert dataset.real_fraction >= 0.97, max_seq_len
         batch = all_rows(dataset)
-        assert dataset.real_share == pytest.approx((batch.labels != IGNORE).float().mean().item())
+        assert dataset.real_fraction == pytest.approx((batch.labels != IGNORE).float().mean().item())
         assert batch.real_tokens == dataset.n_tokens
 
 
 def test_rows_of_chats_of_natural_length_are_full(tmp_path):
     chats = make_documents("sft", 600, seed=4)
     dataset = PackedDataset(write_data(tmp_path / "data", chats, chats[:1], kind="sft"), "train", 512)
-    assert dataset.real_share >= 0.90
+    assert dataset.real_fraction >= 0.90
 
 
 def test_packing_never_overfills_a_row_nor_loses_a_document():
@@ -238,4 +241,17 @@ def test_a_folder_that_is_not_there_names_the_command(tmp_path):
 def test_a_split_without_documents_has_no_rows(tmp_path):
     data = write_data(tmp_path / "data", [[1, 2, 3]], [])
     assert len(PackedDataset(data, "val", 16)) == 0
-    assert PackedDataset(data, "val", 16).real_share == 0
+    assert PackedDataset(data, "val", 16).real_fraction == 0
+
+
+@pytest.mark.parametrize("preset", ["tiny", "tiny-moe"])
+def test_a_batch_of_no_rows_is_padding_that_adds_nothing(preset, data):
+    """With --shard a process without a row takes part in the pass with such a batch."""
+    batch = PackedDataset(data, "train", 32).batch(np.arange(0))
+    assert (batch.documents, batch.real_tokens, batch.attention_pairs, batch.scored) == ([], 0, 0, 0)
+    model = CausalLM(LMConfig(**PRESETS[preset])).train()
+    loss_sum, count, metrics = next_token_loss(model, batch)
+    loss_sum.backward()
+    assert (loss_sum.item(), count) == (0, 0)
+    assert all(not metric.any() for metric in metrics.values())
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())

@@ -31,9 +31,9 @@ from base.cli import python_command
 from model.checkpoint import load_model, load_tensors, save_model, save_tensors
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
-from training import loss, state
+from training import loss, schedule, state
 from training.loss import next_token_loss
-from training.packing import Mixture, PackedDataset, open_sources
+from training.packing import PackedDataset
 
 # 27 rows, 6 a step: an epoch is 5 steps, the last one of 3 rows and one pass, which makes 9 passes.
 # Saved after steps 3 and 6, ended after step 8, in the second epoch.
@@ -43,7 +43,7 @@ RUN += "--save_interval 3 --eval_interval 4".split()
 
 def record_documents(file: str, killed_in_pass: int | None = None):
     """Writes the documents of every whole step into a file of each process, one line a step."""
-    documents, advance = [], state.Progress.advance
+    documents, advance = [], schedule.TrainState.advance
     if killed_in_pass:
         signal_in_pass(killed_in_pass, signal.SIGKILL)
     loss_fn = loss.next_token_loss
@@ -59,7 +59,7 @@ def record_documents(file: str, killed_in_pass: int | None = None):
             print(json.dumps([self.step, documents]), file=lines)
         documents.clear()
 
-    loss.next_token_loss, state.Progress.advance = recording_loss, recording_advance
+    loss.next_token_loss, schedule.TrainState.advance = recording_loss, recording_advance
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +187,7 @@ def test_two_processes_killed_and_one_resumed_see_every_document_once(mix, data,
     for line in Path(record + "0").read_text().splitlines():
         seen.update(json.loads(line)[1])
     if mix:
-        mixture = Mixture(open_sources(sources, "train", 64), {"pretrain": 2, "more": 1})
+        mixture = PackedDataset(sources, "train", 64, {"pretrain": 2, "more": 1})
         assert seen == Counter(mixture.batch(mixture.order(0, 0)).documents)
     else:
         assert seen == Counter(PackedDataset(data, "train", 64).piece_document.tolist())

@@ -1,6 +1,5 @@
 """--shard: what a run learns, saves and resumes is the same as without, and no process holds all of it."""
 
-import argparse
 import dataclasses
 import json
 import math
@@ -36,9 +35,8 @@ from model.checkpoint import load_model
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
 from training import loop, loss, machine
-from training.cost import memory_estimate
-from training.flags import parse_flags
-from training.rollouts import open_tasks
+from training.cost import StepSettings, memory_estimate
+from training.rollouts import RolloutGenerator
 from training.shard import part
 
 MOE = ["--preset", "tiny-moe", "--optimizer", "muon", "--grad_checkpointing", "--batch_size", "1"]
@@ -65,7 +63,7 @@ class ManyRuns:
     def main(self):
         hurry()
         sys.argv = ["test", "--device", "cpu"]
-        self.machine = machine.start_machine(parse_flags(""))
+        self.machine = machine.start_machine("cpu", "float32", 0)
         PRESETS["tiny-moe"] |= dict(num_hidden_layers=2, n_routed_experts=6)
         machine.start_machine = self.same_machine
         self.optimizer_step, loop.optimizer_step = loop.optimizer_step, self.observed_step
@@ -87,9 +85,9 @@ class ManyRuns:
         with suppress(SystemExit):
             runpy.run_path(str(ROOT / script), run_name="__main__")
 
-    def same_machine(self, args):
-        torch.manual_seed(args.seed)
-        return dataclasses.replace(self.machine, shards=args.shard)
+    def same_machine(self, device, dtype, seed, shard, compile):
+        torch.manual_seed(seed)
+        return dataclasses.replace(self.machine, shards=shard)
 
     def observed_step(self, optimizer, buffer, scaler, sums, grad_clip):
         norm = self.optimizer_step(optimizer, buffer, scaler, sums, grad_clip)
@@ -233,17 +231,17 @@ def test_the_estimate_falls_by_what_is_spread():
     """The first line of the table in docs/hardware.md."""
     with torch.device("meta"):
         model = CausalLM(LMConfig(**PRESETS["xl"]))
-    args = argparse.Namespace(batch_size=8, max_seq_len=512, optimizer="adamw", grad_checkpointing=True)
-    estimates = [memory_estimate(model, args, 2, "flash", processes) / 2**30 for processes in (1, 2, 4, 8)]
+    step = StepSettings(8, 1, 512, grad_checkpointing=True, optimizer="adamw")
+    estimates = [memory_estimate(model, step, 2, "flash", processes) / 2**30 for processes in (1, 2, 4, 8)]
     assert estimates == pytest.approx([18.3, 11.9, 8.3, 6.4], abs=0.051)
 
 
 def test_what_cannot_be_sharded_is_refused(data, run_here, tmp_path):
     flags = ["--data", data, "--out_dir", tmp_path / "out", "--shard"]
     assert "torchrun --nproc_per_node" in run_here("1-pretrain.py", *flags).error_line(status=2)
-    assert "without --shard" in run_here("5-grpo.py", *flags).error_line(status=2)
-    with pytest.raises(UserError, match="whole model: this runs without --shard"):  # 6-distill.py --mode on_policy, too
-        open_tasks(argparse.Namespace(shard=True), ("rl", "sft"))
+    sharded = machine.Machine(0, 2, torch.device("cpu"), torch.float32, shards=True)
+    with pytest.raises(UserError, match="this runs without --shard"):  # 5-grpo.py, and 6-distill.py where it generates
+        RolloutGenerator(None, None, sharded, None)
     result = run_here("1-pretrain.py", *flags, "--batch_size", "auto")
     assert result.status == 2
     assert "--shard" in result.err

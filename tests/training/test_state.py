@@ -193,7 +193,7 @@ def test_a_folder_that_no_run_has_made_is_not_put_away(name, data, run_here, tmp
     (tmp_path / name / "thesis.md").write_text("years of work")
     flags = ["--data", data, "--out_dir", tmp_path / "out", "--preset", "tiny", "--max_steps", "1"]
     error = run_here("1-pretrain.py", *flags).error_line(status=2)
-    assert f"{name} holds something else than a run" in error
+    assert f"{name} contains something else than a run" in error
     assert (tmp_path / name / "thesis.md").read_text() == "years of work"
 
 
