@@ -2,7 +2,7 @@
 
     python data_process.py list                                # data sets that are known by name
     python data_process.py fetch minimind-sft-mini             # one of them -> data/; from ModelScope with --hub ms
-    python data_process.py look data/minimind-sft-mini         # what is in a file, and the command to go on with
+    python data_process.py look data/minimind-sft-mini         # what is in a file, and the next command
     python data_process.py pretrain corpus/ more.jsonl.gz      # cleans and tokenizes -> dataset/pretrain
     python data_process.py sft chats.jsonl                     # -> dataset/sft
     python data_process.py dpo pairs.jsonl                     # -> dataset/dpo
@@ -13,8 +13,8 @@
     python data_process.py tokenizer corpus/ --output my_tokenizer --vocab_size 6400
     python data_process.py demo --output demo                  # made-up questions and answers for every stage
 
-The commands' work is done in corpus/: files.py reads, records.py knows the shapes, cleaning.py the rules, kinds.py what
-each command makes of a record, pipeline.py sends it through worker processes, prepared.py writes. docs/data_en.md
+The code is in corpus/: files.py reads, records.py knows the record formats, cleaning.py has the rules, kinds.py says what
+each command makes of a record, pipeline.py distributes the work over processes, prepared.py writes. docs/data_en.md
 describes the files.
 """
 
@@ -67,7 +67,7 @@ def prepare(args: argparse.Namespace):
     tokenizer_dir = Path(args.tokenizer)
     layout = dict(masked=kind.masked, group=len(kind.titles), noted=kind.noted)
     with writing_prepared(args.output, args.command, tokenizer_dir, **layout) as writer:
-        if args.val:  # first, so that what it holds is dropped from the training documents
+        if args.val:  # first, so that its documents are dropped from the training documents
             for document in read_documents(args, args.val, report):
                 writer.add("val", document.parts, document.size, document.note)
         val_fraction = 0 if args.val else args.val_fraction
@@ -119,7 +119,7 @@ def train_tokenizer(args: argparse.Namespace):
         for text in each_record(path, args.options, lambda record: text_of(record, args.text_field)):
             characters += len(text)
             tokens += len(chat.encode(tokenizer, text))
-        print(f"{path}: {characters / tokens:.3f} characters a token")
+        print(f"{path}: {characters / tokens:.3f} characters per token")
 
 
 def show(args: argparse.Namespace):
@@ -139,7 +139,7 @@ def show(args: argparse.Namespace):
 
 
 def check(args: argparse.Namespace):
-    """The command check: hold every file of prepared data, or of models and runs, against its sum."""
+    """The command check: compare every file of prepared data, or of models and runs, with its SHA-256 sum."""
     from model.checkpoint import check_model  # torch takes long to import
 
     for folder in args.folders:
@@ -170,7 +170,7 @@ def fetch(args: argparse.Namespace):
             paths = fetch_part(hub, files, folder, args.max_mb, args.max_records)
         else:
             paths = fetch_files(hub, files, folder)
-        few = len(paths) < 4 and all(map(suffix_of, paths))  # an archive's files lie beside it
+        few = len(paths) < 4 and all(map(suffix_of, paths))  # an archive's files are beside it
         command = [entry.stage, *map(str, paths if few else [folder]), *entry.flags]
         if entry.stage == "exam":
             print(f"score a model on it: {join_words([python_command(), 'eval.py', '--choice', str(folder)])}")
@@ -182,11 +182,11 @@ def fetch(args: argparse.Namespace):
 
 
 def look(args: argparse.Namespace):
-    """The command look: what files hold, and the command to go on with."""
+    """The command look: what files contain, and the command to continue with."""
     check_parts(args.fields, {part: None for reading in READINGS for part in reading.fields})
     options = ReadOptions("text", args.encoding or "", args.speaker, args.redact)
     seen = first_look(args.inputs, args.records, args.fields, options)
-    about = f" of about {seen.records / seen.share:,.0f}" if seen.share < 1 else ""
+    about = f" of about {seen.records / seen.fraction:,.0f}" if seen.fraction < 1 else ""
     names = printable(", ".join(seen.names))
     print(f"{', '.join(args.inputs)}: the first {seen.records:,}{about} records, with the fields {names}")
     if seen.reading is None:
@@ -194,7 +194,7 @@ def look(args: argparse.Namespace):
             f"{args.inputs[0]}: the records are of no known format: say which field is which with --fields, such as "
             "question=NAME,answer=NAME or text=NAME"
         )
-    print(f"taken for: {seen.reading.what}")
+    print(f"record format: {seen.reading.what}")
     flags = ["--fields", ",".join(map("=".join, args.fields.items()))] if args.fields else []
     for name in ("encoding", "speaker"):
         flags += [f"--{name}", getattr(args, name)] if getattr(args, name) else []
@@ -216,7 +216,7 @@ def look(args: argparse.Namespace):
     script = ["data_process.py", *command]
     if seen.reading.command == "exam":
         script = ["eval.py", "--choice", *args.inputs]
-    print(f"go on with: {join_words([python_command(), *script])}")
+    print(f"continue with: {join_words([python_command(), *script])}")
 
 
 COMMANDS = {  # name -> function, description
@@ -262,8 +262,8 @@ def add_flags(name: str, command: argparse.ArgumentParser):
     add("--skip_rules", type=lambda names: names.split(","), default=[], help=f"some of {','.join(kind.rules)}")
     command.set_defaults(add_rules=[])
     if kind.optional:
-        add("--add_rules", choices=kind.optional, nargs="+", help="rules that do not work unasked")
-    add("--exclude", nargs="+", default=(), metavar="FILE", help="drop what holds a question of these exams")
+        add("--add_rules", choices=kind.optional, nargs="+", help="rules that are off by default")
+    add("--exclude", nargs="+", default=(), metavar="FILE", help="drop what contains a question of these exams")
     add("--languages", nargs="+", default=(), metavar="CODE", help="drop what is in none of these, such as zh en")
     add("--fields", type=mapping, default={}, metavar="PART=NAME,…", help=f"parts are {', '.join(kind.fields)}")
     add("--text_field", default="text", help="the field with the text of a record; the same as --fields text=NAME")
@@ -294,10 +294,10 @@ def add_flags(name: str, command: argparse.ArgumentParser):
         add("--vocab_size", type=positive, default=6400, help="with the 16 control tokens and 256 bytes")
         add("--character_coverage", type=fraction, default=0.995, help="the characters beyond it are kept as bytes")
         add("--max_mb", type=above_zero, default=100, help="of more text, take a random sample of this size")
-        add("--val", nargs="+", default=[], metavar="FILE", help="print the characters a token on these")
+        add("--val", nargs="+", default=[], metavar="FILE", help="print the characters per token on these")
 
 
-FETCH = """Licence and size are printed first. A download that was cut goes on when the command is run again.
+FETCH = """Licence and size are printed first. An interrupted download resumes when the command is run again.
 
 HF_ENDPOINT names a mirror of Hugging Face, HF_TOKEN a token, HF_HOME where its cache is; MODELSCOPE_ENDPOINT and
 MODELSCOPE_API_TOKEN are the same for ModelScope."""
@@ -309,7 +309,7 @@ def check_parts(fields: dict[str, str], known: Iterable[str]):
 
 
 def settle(args: argparse.Namespace):
-    """Adds what the pipeline wants to the arguments of a command that reads records."""
+    """Adds what the pipeline needs to the arguments of a command that reads records."""
     known = KINDS[args.command].fields
     check_parts(args.fields, known)
     if "text" in known:
@@ -358,7 +358,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--max_records", type=natural, default=0, help="only so many of the first records; 0: all")
     add("--prepare", action="store_true", help="run the command that prepares it, too")
     add("--language", **languages)
-    command = commands.add_parser("look", help="what is in files, and how to go on", formatter_class=HelpFormatter)
+    command = commands.add_parser("look", help="what is in files, and the next command", formatter_class=HelpFormatter)
     command.set_defaults(function=look)
     add = command.add_argument
     add("inputs", nargs="+", metavar="FILE", help="files, or folders of files")

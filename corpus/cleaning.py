@@ -92,16 +92,18 @@ def length(text: str) -> str | None:
 
 
 def readable(text: str) -> str | None:
-    """Drops texts of which, blanks aside, more than 60% is neither letter nor digit nor Han character.
+    """Drops texts of which, blanks aside, more than half is neither letter nor digit nor Han character.
 
-    Combining vowels and the joiners between letters, of which some scripts consist to a third, count as letters. Dense
-    code reaches 55%.
+    Vowel signs and joiners, a third of the characters in some scripts, count as letters. Code stays: up to three
+    quarters, if less than a fifth is in runs of six and more, of which rulers and ornaments consist.
     """
-    limit = 0.6 * sum(map(len, text.split()))
+    size = sum(map(len, text.split()))
     others = re.findall(r"[^\w\s]", text)
-    if len(others) <= limit:  # nearly always: spare the slow way
+    if len(others) <= 0.5 * size:  # nearly always: spare the slow way
         return text
-    return text if sum(unicodedata.category(letter) not in MARKS for letter in others) <= limit else None
+    count = sum(unicodedata.category(letter) not in MARKS for letter in others)
+    in_runs = sum(map(len, re.findall(r"[^\w\s]{6,}", text)))
+    return text if count <= 0.5 * size or (count <= 0.75 * size and in_runs < 0.2 * size) else None
 
 
 def repetition(text: str) -> str | None:
@@ -117,12 +119,12 @@ PLACEHOLDERS = {"", "无", "none", "null", "nan", "n/a"}
 
 
 def is_placeholder(answer: str) -> bool:
-    """Whether it stands where an answer is missing: it would be learnt as one."""
+    """Whether a text is only a placeholder for a missing answer, which would be learned as one."""
     return answer.strip(" \n.。").lower() in PLACEHOLDERS
 
 
 def known_languages() -> set[str]:
-    """The codes that --languages may hold: "zh", "en" …; zh is both ways to write it. UserError without pycld2."""
+    """The codes that --languages accepts, such as "zh" for simplified and traditional Chinese. UserError without pycld2."""
     try:
         import pycld2
     except ImportError:
@@ -133,12 +135,12 @@ def known_languages() -> set[str]:
 
 
 def is_other_language(text: str, languages: tuple[str, ...]) -> bool:
-    """Whether most of it is, as Chrome's CLD2 is sure, in none of these languages; what it cannot tell, it may be."""
+    """Whether CLD2 is sure that most of the text is in none of these languages; a text that it cannot tell is not."""
     import pycld2
 
     try:
         reliable, _, found = pycld2.detect(text.encode())
-    except pycld2.error:  # it refuses control characters, which stand here if their rule is skipped
+    except pycld2.error:  # it refuses control characters, which are here if their rule is skipped
         return False
     language = found[0][1].partition("-")[0]  # zh-Hant is zh
     return reliable and language != "un" and language not in languages

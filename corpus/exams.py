@@ -54,8 +54,8 @@ class Exams:
         order = np.argsort(hashes, kind="stable")
         self.hashes, self.owners = hashes[order], owners[order]  # (windows of all,)
 
-    def stand_in(self, text: str) -> bool:
-        """Whether any of the questions does."""
+    def occur_in(self, text: str) -> bool:
+        """Whether the text contains any of the questions."""
         hashes = np.unique(window_hashes(letters_of(text), WINDOW))
         first, end = (np.searchsorted(self.hashes, hashes, side) for side in ("left", "right"))
         shared = np.flatnonzero(end > first)
@@ -66,7 +66,7 @@ class Exams:
 
 
 def question_in(record: dict) -> str:
-    """Of a record of an exam in any of the shapes: what is asked; with the options, where that is short."""
+    """The question of a record of an exam in any record format; with the options, where it is short."""
     record = {str(name).lower(): value for name, value in record.items()}
     asked = [message["content"] for message in prompt_of(record, PROMPT_FIELDS).messages if message["role"] == "user"]
     question = asked[-1] if asked else str(record.get("text", ""))
@@ -77,7 +77,7 @@ def question_in(record: dict) -> str:
 
 @cache
 def load_exams(paths: tuple[str, ...]) -> Exams:
-    """The questions of files and folders. A record that holds none, such as a heading, is left out."""
+    """The questions of files and folders. A record without one, such as a heading, is left out."""
     questions = []
     for batch in read_batches(find_files(paths), "text"):
         for _, record in batch.records:
@@ -106,7 +106,7 @@ def read_exam(path: str | Path, encoding: str = "") -> tuple["DataFrame", "DataF
     questions = pd.concat(tables, ignore_index=True)
     answered = questions[questions["answer"] != ""]
     if answered.empty:
-        raise UserError(f"{path} holds no answers")
+        raise UserError(f"{path} has no answers")
     categories = {subject: name for name, subjects in ceval_categories().items() for subject in subjects}
     answered = answered.assign(category=answered["subject"].map(categories))
     part = next(part for part in PARTS if part in set(answered["part"]))
@@ -135,7 +135,7 @@ def _zipped_files(path: Path, options: ReadOptions) -> Iterator[tuple[Path, list
             names = [name for name in sorted(archive.namelist()) if suffix_of(Path(name)) in TABLES]
             names = [name for name in names if not Path(name).name.startswith(".")]  # a Mac adds ._NAME to every NAME
             if not names:
-                raise UserError(f"{path} holds no file that ends in {', '.join(TABLES)}")
+                raise UserError(f"{path} has no file that ends in {', '.join(TABLES)}")
             for name in names:
                 stream = io.BufferedReader(io.BytesIO(archive.read(name)))
                 yield path / name, list(read_records(path / name, open_decompressed(stream), options))
@@ -161,7 +161,7 @@ def read_table(file: Path, records: Iterable[tuple[int, object]]) -> "DataFrame"
         if len(record) < len(original):
             raise UserError(f"{file}: two columns differ only in capital letters")
     if not rows:
-        raise UserError(f"{file} holds no questions")
+        raise UserError(f"{file} has no questions")
     part = next((part for part in PARTS if part and part in (file.parent.name, file.stem.rpartition("_")[2])), "")
     answers = [row["answer"].strip().lower() for row in rows]
     for number, (row, answer) in enumerate(zip(rows, answers), 1):

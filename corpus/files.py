@@ -119,7 +119,7 @@ def _tell_passed_over(paths: list[Path]):
 
 
 def check_signature(head: bytes):
-    """WrongFile if a file that should hold text begins like another format."""
+    """WrongFile if a file that should contain text begins like another format."""
     known = SIGNATURES
     if head.startswith(b"PK\x03\x04"):
         known = [(b"PK", what, advice) for mark, what, advice in ZIPPED if mark in head]
@@ -133,7 +133,7 @@ def encoding_of(head: bytes) -> str:
     for mark, encoding in BOMS:
         if head.startswith(mark):
             return encoding
-    even, odd = head[:64:2], head[1:64:2]  # of ASCII in UTF-16 one byte of two is 0
+    even, odd = head[:4:2], head[1:4:2]  # the first two characters of JSON and of tables are ASCII: a byte and a 0
     if odd and not any(odd) and all(even):
         return "utf-16-le"
     if odd and not any(even) and all(odd):
@@ -250,7 +250,7 @@ def read_json_values(file: TextIO, structure: Structure) -> Iterator[tuple[int, 
             return
         try:
             value, end = DECODER.raw_decode(text, position)
-            if structure.closing and not follows.match(text, end):  # a number may go on
+            if structure.closing and not follows.match(text, end):  # a number may continue
                 raise ValueError("a comma, or the end of the array, must follow")
         except (ValueError, RecursionError) as error:
             more = file.read(max(2**20, len(text) - position))  # as much again, so that the work stays linear
@@ -311,7 +311,7 @@ END_TAGS = {"<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "
 
 def read_text(file: TextIO, text_field: str) -> Iterator[tuple[int, dict]]:
     """Documents from running text: 4,000 to 16,000 characters each, cut at a blank line or else at a line end, and at
-    a line that holds nothing but the tag with which other formats end a document."""
+    a line with nothing but the tag with which other formats end a document."""
     lines, size = [], 0
     number, start = 0, 1
     while line := file.readline(8192):  # a longer line is cut, so that a file without line ends takes no more memory
@@ -363,7 +363,7 @@ def read_csv(file: TextIO) -> Iterator[tuple[int, dict | BadRecord]]:
         raise ValueError("the first line, where the columns have their names, is blank")
     if twice := [name for name, count in Counter(header).items() if name and count > 1]:
         raise ValueError(f'the first line has the column "{twice[0]}" twice')
-    place = 1
+    place, before = 1, len(header)  # fields of the row before
     while True:
         place += len(lines.taken)
         lines.taken.clear()
@@ -378,7 +378,10 @@ def read_csv(file: TextIO) -> Iterator[tuple[int, dict | BadRecord]]:
             continue
         if not row:
             continue
-        if len(row) != len(header):
+        continues, before = before < len(header) == before + len(row) - 1, len(row)
+        if continues:
+            yield place, BadRecord("it continues the row before, which a line end cuts: put quotes around that field")
+        elif len(row) != len(header):
             yield (
                 place,
                 BadRecord(

@@ -41,7 +41,7 @@ class Document(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """How a record becomes a document, and what is to know of the prepared folder."""
+    """How a record becomes a document, and what the prepared folder of such documents is like."""
 
     read: Callable[[int, dict, argparse.Namespace, Counter], Document]  # Dropped or BadRecord where it cannot
     rules: tuple[str, ...]  # that may drop or change it, in the report's order
@@ -50,12 +50,12 @@ class Kind(NamedTuple):
     titles: tuple[str, ...] = ()  # of the sequences that a record becomes, which stay together; none: not prepared
     masked: bool = False  # whether only some tokens are trained
     noted: bool = False  # whether each record has a note
-    optional: tuple[str, ...] = ()  # those of the rules that work only where --add_rules says so
+    optional: tuple[str, ...] = ()  # rules that are off unless --add_rules names them
 
 
 class Encoder(NamedTuple):
     tokenizer: Tokenizer
-    encode: Callable[[str], list[int]]  # for much text
+    encode: Callable[[str], list[int]]  # fast, for a lot of text
     sizes: np.ndarray  # UTF-8 bytes of each id, (V,)
     dtype: np.dtype  # of ids on disk
 
@@ -115,7 +115,7 @@ def tokenize_texts(documents: list[Document], args: argparse.Namespace) -> list[
 
 
 def cut(text: str, size: int) -> Iterator[str]:
-    """Pieces of at most `size` characters, cut at a line end where there is one, for no token spans one."""
+    """Pieces of at most `size` characters, cut at a line end where possible, because no token spans one."""
     start = 0
     while start < len(text):
         end = start + size
@@ -230,7 +230,7 @@ def _says_nothing(message: dict) -> bool:
     return message["role"] == "assistant" and len(message) == 2 and is_placeholder(message["content"])
 
 
-TEXT_FIELDS: Fields = {"text": ("text", "completion")}  # --text_field says another
+TEXT_FIELDS: Fields = {"text": ("text", "completion")}  # unless --text_field names another
 OF_ALL = ("other_language", "exam_question", "exact_duplicate", "near_duplicate")  # rules for every kind
 TEXT_NAMES = (*TEXT_RULES, *OF_ALL)
 OF_TURNS = ("empty_input", "second_system", "open_question", "double_answer", "bad_label")

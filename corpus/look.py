@@ -32,7 +32,7 @@ from corpus.records import (
 )  # fmt: skip
 from model import chat
 
-# Characters a token of the tokenizer that ships, on texts that it has not seen; model/tokenizer/README.md says which.
+# Characters per token of model/tokenizer on texts that it was not trained on, from its README.md.
 REFERENCE = {"Han": ("Chinese", 1.22), "Latin": ("English", 2.84)}
 KEPT = 4096  # characters of a text that are kept to be encoded
 GREEN, REVERSED = ("\033[32m", "\033[39m"), ("\033[7m", "\033[27m")
@@ -41,7 +41,7 @@ PROBED = 64  # records of a batch that are tried in every record format
 
 
 class Reading(NamedTuple):
-    """What a record may be taken for."""
+    """A kind of data that a record may be."""
 
     what: str
     command: str  # of data_process.py; "exam" is for eval.py
@@ -55,7 +55,7 @@ def _read_exam(record: dict, fields: Fields):
 
 
 def _read_task(record: dict, fields: Fields):
-    """Any question and answer could be a task; here its answer says by its place or form that it is to be checked."""
+    """Any question and answer could be a task; the place or the form of this answer says that it can be checked."""
     task_of(record, fields)
     if not {"gt", "answer_only"} & record.keys() and "####" not in str(record.get("answer")):
         raise BadRecord("the answer may be no more than a text")
@@ -74,7 +74,7 @@ class Look(NamedTuple):
     reading: Reading | None  # what most records are; None: nothing that is known
     batches: list[RecordBatch]
     records: int
-    share: float  # of the input, as it lies on disk, that was read
+    fraction: float  # of the input's bytes on disk that was read
     names: list[str]  # of a record's fields
 
 
@@ -107,8 +107,8 @@ def first_look(
         raise UserError(faults[0])
     [(most_common, _)] = taken.most_common(1)
     total = sum(path.stat().st_size for path in files)
-    share = min(batches[-1].position / total, 1.0) if total else 1.0
-    return Look(None if most_common is None else READINGS[most_common], batches, count, share, names)
+    fraction = min(batches[-1].position / total, 1.0) if total else 1.0
+    return Look(None if most_common is None else READINGS[most_common], batches, count, fraction, names)
 
 
 def _takes(reading: Reading, record: dict, mapping: dict[str, str]) -> bool:
@@ -164,15 +164,15 @@ def describe(
         if rule["dropped"]:
             lines.append(f"  {rule['dropped']:,} dropped by {name}, such as {rule['example'][:EXAMPLE]!r}")
     if documents and (near := count_near_duplicates(documents)):
-        lines.append(f"  {near:,} of those kept are nearly like another: --add_rules near_duplicate would drop them")
+        lines.append(f"  {near:,} of those kept are near duplicates: --add_rules near_duplicate would drop them")
     for name, example in changed.items():
         lines.append(f"  {report.rules[name]['changed']:,} changed by {name}, such as {example[:EXAMPLE]!r}")
     for name, count in report.formats.most_common():
         lines.append(f"  {count / report.formats.total():.1%} of the records have: {name}")
     lines += lines_of(report.figures.as_dict())
-    for script, ratio in characters_a_token(documents, tokenizer_dir).items():
+    for script, ratio in characters_per_token(documents, tokenizer_dir).items():
         language, reference = REFERENCE[script]
-        lines.append(f"{ratio:.2f} characters a token in {script} texts (reference: {language}, {reference})")
+        lines.append(f"{ratio:.2f} characters per token in {script} texts (reference: {language}, {reference})")
     lines = [printable(line) for line in lines]
     encoder = load_encoder(tokenizer_dir)
     for document in some(documents):
@@ -192,13 +192,13 @@ def some(items: list) -> list:
 
 
 def count_near_duplicates(documents: list[Document]) -> int:
-    """How many of the documents are nearly like an earlier one."""
+    """How many of the documents are near duplicates of an earlier one."""
     bands = band_hashes([document.text for document in documents])
-    keys = np.arange(1, len(bands) + 1, dtype=np.uint64)  # each another, for what is equal is gone already
+    keys = np.arange(1, len(bands) + 1, dtype=np.uint64)  # all different, because equal documents are gone already
     return sum(rule is not None for rule in Duplicates(exact=False).rules(keys, bands))
 
 
-def characters_a_token(documents: list[Document], tokenizer_dir: str) -> dict[str, float]:
+def characters_per_token(documents: list[Document], tokenizer_dir: str) -> dict[str, float]:
     """Of up to 500 texts, by the script that has most of a text's letters, where there is a reference for it."""
     tokenizer = load_encoder(tokenizer_dir).tokenizer
     characters, tokens = Counter(), Counter()

@@ -86,7 +86,7 @@ def unpack(value: Any) -> Any:
 
 
 def check_json(value: Any) -> Any:
-    """BadRecord for what JSON, in which a chat has its tools, cannot hold: NaN, and the dates and bytes of Parquet."""
+    """BadRecord for what JSON cannot express, and so no tool of a chat: NaN, and the dates and bytes of Parquet."""
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -117,7 +117,7 @@ def messages_of(turn: Any) -> Messages:
 
 
 def _assistant_message(turn: dict, content: str) -> dict:
-    """With thoughts and calls of tools apart from the content, whether fields or tags in the text hold them."""
+    """With thoughts and calls of tools apart from the content, whether they are in fields or in tags."""
     reasoning = next((turn[field] for field in REASONING if is_filled(turn.get(field))), "")
     reasoning = as_text(reasoning, "the reasoning of a message")
     thought, rest = split_thought(content)

@@ -57,7 +57,7 @@ def work(
     examples: for each rule that changes a record, receives the first of them.
     """
     kind = KINDS[args.command]
-    rules = rules_at_work(args)
+    rules = active_rules(args)
     exams = load_exams(args.exclude) if args.exclude and "exam_question" in rules else None
     languages = args.languages if "other_language" in rules else ()
     documents, bad, dropped = [], [], []
@@ -71,7 +71,7 @@ def work(
                 examples.update({rule: line for rule in +changed if rule not in examples})
             if languages and is_other_language(document.text, languages):
                 raise Dropped("other_language", document.text[:sample])
-            if exams and exams.stand_in(document.text):
+            if exams and exams.occur_in(document.text):
                 raise Dropped("exam_question", document.text[:sample])
             documents.append(document)
         except Dropped as drop:
@@ -87,7 +87,7 @@ def work(
             bad.append((place, "lists or objects in each other, too deep to be read"))
             continue
         formats[format_of(record, args.names)] += 1
-    # What follows goes over the whole batch step by step: a fifth faster than text by text, for the processor's caches.
+    # The steps below process the whole batch one after the other: a fifth faster than text by text, because of caches.
     if kind.tokenize:
         documents = kind.tokenize(documents, args)
     keys = np.array([document.key for document in documents], np.uint64)
@@ -100,7 +100,7 @@ def work(
     return Result(batch._replace(records=[]), count, documents, keys, bands, figures, bad, dropped, changed, formats)
 
 
-def rules_at_work(args: argparse.Namespace) -> set[str]:
+def active_rules(args: argparse.Namespace) -> set[str]:
     kind = KINDS[args.command]
     return set(kind.rules) - set(args.skip_rules) - (set(kind.optional) - set(args.add_rules))
 
@@ -131,13 +131,13 @@ def in_order(function: Callable, tasks: Iterable, workers: int) -> Iterator:
         while pending:
             yield pending.popleft().result()
     except BrokenProcessPool:
-        raise OSError("a worker process died, maybe for want of memory: try --workers 1") from None
+        raise OSError("a worker process died, maybe because of too little memory: try --workers 1") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 class Report:
-    """What became of the records, and what the documents are like that were kept."""
+    """Counts of what happened to the records, and figures of the documents that were kept."""
 
     def __init__(self, args: argparse.Namespace):
         self.skipped = args.skip_rules
@@ -152,7 +152,7 @@ class Report:
         self.duplicates = Duplicates(exact="exact_duplicate" not in args.skip_rules)
 
     def without_duplicates(self, result: Result) -> Iterator[Document]:
-        """Counts what a worker found, and yields the documents that are not like an earlier one."""
+        """Counts what a worker found, and yields the documents that are not duplicates."""
         path = result.batch.path
         dropped = list(result.dropped)
         self.records[path] += result.count
@@ -181,7 +181,7 @@ class Report:
         if self.bad > self.max_bad_fraction * self.records.total():
             raise UserError(
                 f"{self.bad_examples[0]} (this and more, {self.bad} of {self.records.total()} records, are bad: "
-                f"mend them, or allow for them with --max_bad_fraction, now {self.max_bad_fraction})"
+                f"repair them, or allow for them with --max_bad_fraction, now {self.max_bad_fraction})"
             )
 
     def as_dict(self) -> dict:
@@ -218,4 +218,4 @@ def read_documents(args: argparse.Namespace, inputs: list[str], report: Report) 
     report.check_bad()
     if report.kept == kept_before:
         print(report, file=sys.stderr)
-        raise UserError(f"{', '.join(inputs)}: no document is left; the report above says what became of the records")
+        raise UserError(f"{', '.join(inputs)}: no document is left; the report above says why")

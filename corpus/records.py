@@ -83,13 +83,13 @@ def parse(record: bytes | object) -> dict:
 
 
 def map_fields(known: Fields, mapping: dict[str, str]) -> Fields:
-    """The table of fields with a user's mapping of parts; who says where the question is means no other field."""
+    """The table of fields with a user's mapping of parts; a mapped question excludes the other question fields."""
     silent = ASKED.keys() - mapping.keys() if ASKED.keys() & mapping.keys() else set()
     return {part: (mapping[part],) if part in mapping else names for part, names in known.items() if part not in silent}
 
 
 def pick_fields(record: dict, fields: Fields) -> dict[str, str]:
-    """Part -> the field of this record that holds it, for the parts that it has."""
+    """Part -> the field of this record that contains it, for the parts that it has."""
     picked = {}
     for part, names in fields.items():
         there = [name for name in names if name in record]
@@ -125,7 +125,7 @@ def text_of(record: dict, field: str) -> str:
     text = record.get(field)
     if not isinstance(text, str):
         if field in record:
-            raise BadRecord(f'the field "{field}" holds no text but {json.dumps(text, default=str)[:40]}')
+            raise BadRecord(f'the field "{field}" is not a text but {json.dumps(text, default=str)[:40]}')
         raise BadRecord(f'no text in the field "{field}" (see --text_field); there is {_fields(record)}')
     return text
 
@@ -285,7 +285,7 @@ def pair_of(record: dict, fields: Fields = PAIR_FIELDS) -> Pair:
 
 
 def _whole_chat(prompt: Messages, answer: Any) -> Messages:
-    """The prompt may be in the answer already; but a system text that stands beside it still belongs in front."""
+    """The prompt may be in the answer already; but a separate system text still belongs in front."""
     answer = (isinstance(answer, str) and not prompt and split_turns(answer)) or answer_of(answer)
     if answer[0]["role"] == "assistant":
         return prompt + answer

@@ -812,7 +812,7 @@ def test_bad_lines_are_skipped_and_named():
     assert report("out")["bad_examples"] == [
         "a.jsonl:2: expected a JSON object, found: int",
         "a.jsonl:3: expected a JSON object, found: NoneType",
-        'a.jsonl:4: the field "text" holds no text but 1',
+        'a.jsonl:4: the field "text" is not a text but 1',
         'a.jsonl:5: no text in the field "text" (see --text_field); there is body',
         "a.jsonl:6: broken JSON: 'utf-8' codec can't decode byte 0xff in position 10: invalid start byte",
     ]
@@ -870,7 +870,7 @@ def test_a_folder_that_is_not_ours_is_left_alone(extra, capsys):
     Path("mine/thesis.md").write_text("years of work")
     Path("mine", extra).write_text("{}")
     run("pretrain", "a.jsonl", "--output", "mine", status=2)
-    assert "mine holds something else than prepared data" in capsys.readouterr().err
+    assert "mine contains more than prepared data" in capsys.readouterr().err
     assert Path("mine/thesis.md").read_text() == "years of work"
 
 

@@ -40,7 +40,7 @@ def write(name: str, records: list[dict]):
     Path(name).write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "utf-8")
 
 
-KINDS = {  # records, what they are taken for, the command to go on with
+KINDS = {  # records, what they are, the next command
     "texts": ([{"text": han(30)}, {"text": han(40)}], "pretrain"),
     "chats": ([{"question": "问一", "answer": "答一"}, {"messages": [], "question": "问二", "answer": "答二"}], "sft"),
     "pairs": ([{"system": "短。", "question": "问", "chosen": "好", "rejected": "差"}], "dpo"),
@@ -56,7 +56,7 @@ def test_a_file_is_taken_for_what_it_is(what, capsys):
     run("look", "a.jsonl")
     out = capsys.readouterr().out
     assert f"a.jsonl: the first {len(records)} records, with the fields {', '.join(records[0])}\n" in out
-    assert f"taken for: {what}\n" in out
+    assert f"record format: {what}\n" in out
     assert f"{command} a.jsonl" in out.splitlines()[-1]
 
 
@@ -125,7 +125,7 @@ def test_near_duplicates_of_chats_are_counted(capsys):
     run("look", "a.jsonl")
     out = capsys.readouterr().out
     assert "3 would be kept" in out
-    assert "2 of those kept are nearly like another: --add_rules near_duplicate" in out
+    assert "2 of those kept are near duplicates: --add_rules near_duplicate" in out
 
 
 def test_only_the_beginning_of_a_large_file_is_read_and_its_size_told(capsys):
@@ -146,7 +146,7 @@ def test_unknown_fields_are_named_and_can_be_mapped(capsys):
     assert "no part is called prose: it is messages, question" in capsys.readouterr().err
     run("look", "a.jsonl", "--fields", "question=ask,answer=reply")
     out = capsys.readouterr().out
-    assert "taken for: chats" in out
+    assert "record format: chats" in out
     assert "sft a.jsonl --fields question=ask,answer=reply" in out
     write("b.jsonl", [{"body": han(50)}])
     run("look", "b.jsonl", "--fields", "text=body")

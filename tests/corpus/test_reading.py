@@ -211,8 +211,8 @@ def test_a_readme_beside_data_is_not_trained():
 
 TABLES = {  # content, the rows that are read, the places of bad rows
     "a comma without quotes": (f"text\n{GARDEN}\nfine\n", [{"text": "fine"}], [2]),
-    "a line end without quotes": ("text,n\nThe garden\nwas quiet,1\nx,2\n", [{"text": "was quiet", "n": "1"}], [2]),
-    "quotes that swallow lines": ('id,text\n1,"a\n2,b\n3,c"\n4,d\n', ["2", "4"], [2, 4]),
+    "a line end without quotes": ("text,n\nThe garden\nwas quiet,1\nx,2\n", [{"text": "x", "n": "2"}], [2, 3]),
+    "quotes that swallow lines": ('id,text\n1,"a\n2,b\n3,c"\n4,d\n', ["2", "3", "4"], [2]),
     "stray quotes": ('text\n"Hello" he said\nfine\n"Yes\nno" then\nlast\n', ["fine", "no\" then", "last"], [2, 4]),
     "one that stays open": ('text\nfine\n"open\nlast\n', ["fine", "last"], [3]),
     "an honest line end": ('text,n\n"one\ntwo",1\n', [{"text": "one\ntwo", "n": "1"}], []),
@@ -382,7 +382,7 @@ def test_what_changes_a_chat_is_counted_by_name(capsys):
     rules = report["rules"]
     assert [rules[name]["changed"] for name in ("empty_input", "second_system", "open_question")] == [2, 1, 1]
     assert (rules["double_answer"]["changed"], rules["double_answer"]["dropped"]) == (2, 1)
-    assert rules["line_ends"]["changed"] == 5
+    assert rules["line_ends"]["changed"] == 4
     assert all("无" not in text and "nan" not in text and "\r" not in text for text, _ in got)
     assert got[4][0].count("问") == 1
     assert got[5][1].count("一") == 2
@@ -450,7 +450,7 @@ SCRIPTS = {
     "Hebrew with points": "בְּרֵאשִׁית בָּרָא אֱלֹהִים אֵת הַשָּׁמַיִם",
     "Hindi": "सभी मनुष्यों को गौरव और अधिकारों के मामले में",
     "Thai": "มนุษย์ทั้งหลายเกิดมามีอิสระและเสมอภาคกัน",
-    "C": "for(;;){*(a+i)=b[i++];if(a[i]<0)f(&a[i],~x);}",
+    "C": "for (i = 0; i < n; ++i) { *p++ = (a[i] >> 8) & 0xff; *p++ = ~(b[i] ^ c[j]) | (d << 1); }",
 }
 
 

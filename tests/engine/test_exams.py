@@ -156,7 +156,7 @@ def test_an_exam_without_questions_or_answers_is_refused(tmp_path):
     with pytest.raises(UserError, match="no file in this folder"):
         read_exam(tmp_path)
     write_csv(tmp_path / "test" / "law_test.csv", without_answers([ROW]))
-    with pytest.raises(UserError, match="holds no answers"):
+    with pytest.raises(UserError, match="has no answers"):
         read_exam(tmp_path)
 
 
