@@ -13,7 +13,7 @@
     python data_process.py tokenizer corpus/ --output my_tokenizer --vocab_size 6400
     python data_process.py demo --output demo                  # made-up questions and answers for every stage
 
-The code is in corpus/: files.py reads, records.py knows the record formats, cleaning.py has the rules, kinds.py says what
+The code is in corpus/: files.py reads, records.py knows record formats, cleaning.py has the rules, kinds.py says what
 each command makes of a record, pipeline.py distributes the work over processes, prepared.py writes. docs/data_en.md
 describes the files.
 """
@@ -48,6 +48,7 @@ from base.files import sha256, write_file, write_json
 from corpus.cleaning import known_languages
 from corpus.enough import is_it_enough
 from corpus.exams import load_exams
+from corpus.exports import speakers_of
 from corpus.fetch import HUBS, choose_files, fetch_files, fetch_part, find_entry, open_hub, read_catalogue
 from corpus.figures import draw
 from corpus.files import SUFFIXES, ReadOptions, find_files, suffix_of
@@ -195,6 +196,9 @@ def look(args: argparse.Namespace):
             "question=NAME,answer=NAME or text=NAME"
         )
     print(f"record format: {seen.reading.what}")
+    first = seen.batches[0].records[0][1]
+    if isinstance(first, dict) and (speakers := speakers_of(str(first.get("text")))):
+        print(printable(f"it seems a chat export: sft with --speaker {' or '.join(speakers)} makes chats of it"))
     flags = ["--fields", ",".join(map("=".join, args.fields.items()))] if args.fields else []
     for name in ("encoding", "speaker"):
         flags += [f"--{name}", getattr(args, name)] if getattr(args, name) else []

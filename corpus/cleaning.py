@@ -45,7 +45,8 @@ def whitespace(text: str) -> str:
 NEWLINES = r"\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029"  # what str.splitlines cuts at
 OTHERS = (  # all but their first character, "<" or "["
     r"\|im_start\|>(?:(?:system|user|assistant|tool)\r?\n)?|\|[A-Za-z0-9_]{1,40}\|>|｜[^<>｜\n]{1,40}｜>"
-    r"|start_of_turn>(?:(?:user|model)\r?\n)?|end_of_turn>|(?:bos|eos|pad|unk)>|/?INST\]|</?SYS>>"
+    r"|start_of_turn>(?:(?:user|model)\r?\n)?|end_of_turn>|(?:bos|eos|pad|unk|sep|eod|eop|sop|eo[ahrt])>"
+    r"|(?:reserved|extra_id)_\d+>|/?INST\]|</?SYS>>|(?:CLS|SEP|PAD|UNK|g?MASK|EOS|BOS)\]"
     r"|/?(?:TOOL_CALLS|TOOL_RESULTS|AVAILABLE_TOOLS)\]|s>(?=\s*\[INST\])"
     rf"|/s>(?=\s*(?:<s>|[{NEWLINES}]|\Z))"
 )
@@ -124,7 +125,7 @@ def is_placeholder(answer: str) -> bool:
 
 
 def known_languages() -> set[str]:
-    """The codes that --languages accepts, such as "zh" for simplified and traditional Chinese. UserError without pycld2."""
+    """The codes that --languages accepts; "zh" covers both ways to write Chinese. UserError without pycld2."""
     try:
         import pycld2
     except ImportError:

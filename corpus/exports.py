@@ -59,6 +59,15 @@ def read_text_export(text: str) -> list[Said]:
     return [message._replace(name=message.name.strip().rstrip(":：")) for message in messages]
 
 
+def speakers_of(text: str) -> list[str]:
+    """The two speakers of a text that is a chat export; [] for any other text."""
+    try:
+        names = Counter(message.name for message in read_text_export(text))
+    except WrongFile:
+        return []
+    return list(names) if len(names) == 2 and names.total() > 2 else []
+
+
 def read_telegram(values: Iterable[tuple[int, object]]) -> list[Said]:
     """The messages of Telegram's result.json."""
     messages = []

@@ -124,7 +124,7 @@ def check_signature(head: bytes):
     if head.startswith(b"PK\x03\x04"):
         known = [(b"PK", what, advice) for mark, what, advice in ZIPPED if mark in head]
     for mark, what, advice in known:
-        if head.lstrip()[: len(mark)].lower() == mark.lower():
+        if head.removeprefix(codecs.BOM_UTF8).lstrip()[: len(mark)].lower() == mark.lower():
             raise WrongFile(f"it is {what}: {advice}")
 
 
@@ -281,27 +281,15 @@ def _check_end(rest: str, file: TextIO, structure: Structure):
         raise ValueError(f"the object has more than one list of records ({lists[0]}): write each to its own file")
 
 
-def _read_lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    number = 0
-    while line := stream.readline(MAX_RECORD):
-        number += 1
-        if number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)
-        if len(line) == MAX_RECORD:
-            raise ValueError(f"line {number} is longer than {MAX_RECORD >> 20} MiB")
-        if not line.isspace():
-            yield number, line
-
-
-def _read_decoded_lines(file: TextIO) -> Iterator[tuple[int, bytes]]:
-    """The same from text in another encoding."""
+def _read_lines(file: BinaryIO | TextIO) -> Iterator[tuple[int, bytes]]:
+    """Yield (number, line) for the lines that are not blank, in UTF-8."""
     number = 0
     while line := file.readline(MAX_RECORD):
         number += 1
         if len(line) == MAX_RECORD:
-            raise ValueError(f"line {number} is longer than {MAX_RECORD >> 20} Mi characters")
+            raise ValueError(f"line {number} is longer than {MAX_RECORD >> 20} MiB")
         if not line.isspace():
-            yield number, line.encode("utf-8", "surrogatepass")
+            yield number, line if isinstance(line, bytes) else line.encode("utf-8", "surrogatepass")
 
 
 # ---------------------------------------------------------------------------------------------------- text and tables
@@ -458,10 +446,9 @@ def read_records(path: Path, stream: BinaryIO, options: ReadOptions) -> Iterator
         yield from read_text(as_text(), options.text_field)
     elif not structure.lines:
         yield from read_json_values(as_text(), structure)
-    elif encoding == "utf-8-sig":
-        yield from _read_lines(stream)
     else:
-        yield from _read_decoded_lines(as_text(newline="\n"))
+        stream.read(len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0)
+        yield from _read_lines(stream if encoding == "utf-8-sig" else as_text(newline="\n"))
 
 
 def _read_parquet(stream: BinaryIO) -> Iterator[tuple[int, dict]]:

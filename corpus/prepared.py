@@ -25,9 +25,7 @@ from model.chat import TOKENIZER_FILES, load_tokenizer, token_bytes, tokenizer_f
 FORMAT_VERSION = 2
 SPLITS = ("train", "val")
 META, TOKENIZER, TOKEN_BYTES = "meta.json", "tokenizer", "token_bytes.bin"
-CHECKED = (
-    2**26
-)  # bytes: only `data_process.py check` compares larger files with their sums; smaller ones are always compared
+CHECKED = 2**26  # bytes: readers compare smaller files with their sums, `data_process.py check` all of them
 
 
 class PreparedWriter:
@@ -108,9 +106,7 @@ def writing_prepared(
     ours = {f"{split}.{suffix}" for split in SPLITS for suffix in ("bin", "idx", "mask", "jsonl")}
     ours |= {META, TOKENIZER, TOKEN_BYTES}
     if names and not (META in names and names <= ours):
-        raise UserError(
-            f"{folder} contains something other than prepared data: choose another --output, or move it away"
-        )
+        raise UserError(f"{folder} contains more than prepared data: choose another --output, or move it away")
     with replacing_directory(folder) as new:
         with contextlib.ExitStack() as stack:
             writer = PreparedWriter(new, kind, tokenizer_dir, masked, group, noted, stack)

@@ -254,6 +254,8 @@ def said(content, **fields) -> dict:
         f"<start_of_turn>model\n{GARDEN}<end_of_turn>",
         f"<｜User｜>{GARDEN}<｜end▁of▁sentence｜>",
         f"<think>\nhm\n</think>{GARDEN}",
+        f"<reserved_106>{GARDEN}<eoh>",
+        f"[CLS] {GARDEN} [SEP]",
     ],
 )
 def test_control_tags_in_texts_are_taken_out_and_counted(text):
@@ -534,8 +536,10 @@ def test_redaction():
 
 
 def test_a_chat_export_without_a_speaker_says_what_to_do(capsys):
-    Path("a.txt").write_text(EXPORTS["WeChat.txt"])
+    Path("a.txt").write_text(EXPORTS["WeChat.txt"] + EXPORTS["WeChat.txt"])
     run("sft", "a.txt", status=2)
     assert "--speaker NAME for a chat export" in capsys.readouterr().err
+    run("look", "a.txt")
+    assert "it seems a chat export: sft with --speaker Ann or Ben Li makes chats" in capsys.readouterr().out
     run("sft", "a.txt", "--redact", status=2)
     assert "--redact is for a chat export" in capsys.readouterr().err
