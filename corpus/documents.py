@@ -5,7 +5,7 @@ from pathlib import Path
 
 from base.cli import UserError, import_extra, one_line
 
-DOCUMENTS = (".docx", ".pdf", ".html", ".htm", ".epub")
+DOCUMENTS = {".docx": b"PK", ".pdf": b"%PDF", ".html": b"", ".htm": b"", ".epub": b"PK"}  # how their bytes begin
 REQUIREMENTS = "pip install -r requirements/documents.txt -c constraints.txt"
 
 

@@ -25,7 +25,7 @@ from base.files import read_json
 from corpus.duplicates import window_hashes
 from corpus.errors import BadRecord
 from corpus.files import BROKEN, ReadOptions, find_files, open_decompressed, read_batches, read_records, suffix_of
-from corpus.messages import as_text
+from corpus.messages import as_text, or_number
 from corpus.records import PROMPT_FIELDS, parse, prompt_of
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def read_table(file: Path, records: Iterable[tuple[int, object]]) -> "DataFrame"
         try:
             original = parse(raw)
             record = {str(name).strip().lower(): value for name, value in original.items()}
-            rows.append({name: as_text(record.get(name), name) for name in ("question", *LETTERS, "answer")})
+            rows.append({name: as_text(or_number(record.get(name)), name) for name in ("question", *LETTERS, "answer")})
             json.dumps(rows[-1], ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise UserError(f"{file}:{place}: not UTF-8, or half a surrogate pair") from None

@@ -82,7 +82,7 @@ def draw(figures: dict, path: Path):
 
     names: Iterable[str] = [name for name in LENGTHS if name in figures]
     figure = Figure(figsize=(4 * (len(names) + 1), 3), layout="constrained")
-    *panels, last = figure.subplots(1, len(names) + 1)
+    *panels, last = figure.subplots(1, len(names) + 1, squeeze=False)[0]
     for axes, name in zip(panels, names):
         starts, counts = zip(*figures[name]["from"].items())
         axes.bar([f"{start:,}" for start in starts], counts)

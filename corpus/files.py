@@ -394,6 +394,8 @@ def _swallows(taken: list[str], row: list[str]) -> bool:
     number: a line of prose often has one comma."""
     if len(taken) < 2 or len(row) < 2 or (len(row) == 2 and not row[0].strip().isdigit()):
         return False
+    if len(row[0].splitlines()) > 1:  # then the last line begins within the first field
+        return False
     own = list(csv.reader(line for line in taken[1:] if line.strip()))
     return all(len(fields) == len(row) and fields[0].isdigit() == row[0].isdigit() for fields in own)
 
@@ -510,7 +512,10 @@ def read_batches(files: list[Path], options: ReadOptions | str) -> Iterator[Reco
 
 
 def _records_of(path: Path, raw: BinaryIO, options: ReadOptions) -> Iterator[tuple[int, bytes | object]]:
-    if suffix_of(path) in DOCUMENTS:
+    if (suffix := suffix_of(path)) in DOCUMENTS:
+        if not (head := raw.peek(64)).startswith(DOCUMENTS[suffix]):
+            check_signature(head)
+            raise WrongFile(f"it is not a {suffix} document: give it the name of what it is, or download it again")
         yield 1, read_document(path, options.text_field)
     else:
         yield from read_records(path, open_decompressed(raw), options)

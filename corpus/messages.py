@@ -50,16 +50,19 @@ def is_filled(value: Any) -> bool:
 
 
 def as_text(value: Any, what: str) -> str:
-    """A text, a number as it is written, or the texts of OpenAI's list of parts; "" where it is missing."""
+    """A text, or the texts of OpenAI's list of parts; "" where it is missing."""
     if isinstance(value, str):
         return value
     if is_missing(value):
         return ""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
     if isinstance(value, list):
         return "".join(_part_text(part, what) for part in value)
     raise BadRecord(f"{what} is not a text but {type(value).__name__}")
+
+
+def or_number(value: Any) -> Any:
+    """A number as it is written; anything else as it is."""
+    return str(value) if isinstance(value, int | float) and is_filled(value) else value
 
 
 def _part_text(part: Any, what: str) -> str:

@@ -18,6 +18,7 @@ from corpus.messages import (
     is_filled,
     is_missing,
     messages_of,
+    or_number,
     take_tools,
     unpack,
 )
@@ -168,7 +169,7 @@ def answer_of(value: Any, reasoning: Any = None) -> Messages:
             return [message for turn in turns for message in messages_of(turn)]
     elif isinstance(value, list) and value:
         raise BadRecord(f"expected an answer that is a text, or messages, found a list of {len(value)}")
-    return messages_of({"role": "assistant", "content": value, "reasoning_content": reasoning})
+    return messages_of({"role": "assistant", "content": or_number(value), "reasoning_content": reasoning})
 
 
 def split_turns(text: str) -> Messages:
@@ -218,7 +219,7 @@ def _history_of(values: dict) -> Messages:
 def _question_of(values: dict, question: Any, changes: Changes) -> Messages:
     """The user's turn, of a question or of Alpaca's instruction and input; none where there is neither."""
     if not is_filled(question):
-        parts = [as_text(values.get(part), f"the {part}") for part in ("instruction", "input")]
+        parts = [as_text(or_number(values.get(part)), f"the {part}") for part in ("instruction", "input")]
         placeholder = parts[1].strip() and (is_placeholder(parts[1]) or parts[1].strip().lower() in NO_INPUTS)
         if parts[0].strip() and placeholder and changes("empty_input"):
             parts.pop()

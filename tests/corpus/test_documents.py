@@ -62,13 +62,13 @@ def write_pdf(path: Path):
         "<</Type/Catalog/Pages 2 0 R>>",
         "<</Type/Pages/Kids[3 0 R]/Count 1>>",
         "<</Type/Page/Parent 2 0 R/MediaBox[0 0 612 792]/Contents 4 0 R/Resources<</Font<</F1 5 0 R>>>>>>",
-        f"<</Length {len(text)}>>stream\n{text}\nendstream",
+        f"<</Length {len(text)}>>\nstream\n{text}\nendstream",
         "<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>",
     ]
     out, offsets = "%PDF-1.4\n", []
     for number, content in enumerate(objects, 1):
         offsets.append(len(out))
-        out += f"{number} 0 obj{content}endobj\n"
+        out += f"{number} 0 obj\n{content}\nendobj\n"
     table = "".join(f"{offset:010} 00000 n \n" for offset in offsets)
     size = len(objects) + 1
     end = f"xref\n0 {size}\n{FREE}{table}trailer<</Size {size}/Root 1 0 R>>\nstartxref\n{len(out)}\n%%EOF"
@@ -120,5 +120,8 @@ def test_a_document_is_a_record_with_its_title(name, tmp_path):
 def test_a_document_that_is_not_what_its_name_says_is_one_line(tmp_path):
     for name in ("a.docx", "a.pdf", "a.epub"):
         (tmp_path / name).write_bytes(b"no document")
-        with pytest.raises(UserError, match=f"{name}: .*repair it, or remove it"):
+        with pytest.raises(UserError, match=f"{name}: it is not a .{name[2:]} document"):
             list(read_batches([tmp_path / name], "text"))
+    zipped(tmp_path / "b.docx", {"word/document.xml": "<w"})
+    with pytest.raises(UserError, match="b.docx: cannot be converted to text .*repair it, or remove it"):
+        list(read_batches([tmp_path / "b.docx"], "text"))
