@@ -4,6 +4,8 @@ import ast
 import re
 
 import pytest
+import torch
+import torch.nn.functional as F
 from helpers import PAGES, ROOT, inline_code
 
 from base.cli import UserError
@@ -72,6 +74,17 @@ def test_pictures_of_the_structure_can_be_drawn(tmp_path, monkeypatch):
     draw.main()
     names = ("LLM-structure", "LLM-structure-moe", "packages", "token-path", "loss-annotated")
     assert {path.name for path in tmp_path.iterdir()} == {f"{name}_en.png" for name in names}
+
+
+@pytest.mark.parametrize("page", ["pretrain.md", "pretrain_en.md"])
+def test_the_attention_that_a_page_builds_equals_torchs(page, capsys):
+    section = (ROOT / "docs" / page).read_text("utf-8").split("\n## ")[1]
+    exec("".join(re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)), found := {})
+    expected = F.scaled_dot_product_attention(found["q"], found["k"], found["v"], is_causal=True)
+    weights = found["scores"].masked_fill(found["future"], -torch.inf).softmax(-1)
+    assert torch.allclose(weights @ found["v"], expected, atol=1e-6)
+    for line in capsys.readouterr().out.splitlines():  # what it prints is on the page
+        assert line.strip() in section
 
 
 def test_messages_in_the_troubleshooting_pages_are_printed():
