@@ -62,7 +62,8 @@ def as_text(value: Any, what: str) -> str:
 
 def or_number(value: Any) -> Any:
     """A number as it is written; anything else as it is."""
-    return str(value) if isinstance(value, int | float) and is_filled(value) else value
+    number = isinstance(value, int | float) and not isinstance(value, bool) and not is_missing(value)
+    return str(value) if number else value
 
 
 def _part_text(part: Any, what: str) -> str:
