@@ -48,7 +48,5 @@ def _about_validation(train: int, val: int) -> str:
     if val >= FEW_VALIDATION:
         return f"{val:,} for validation"
     few = f"validation on {val:,} is too few to trust" if val else "nothing is left for validation"
-    fraction = GOOD_VALIDATION / max(train + val, 1)
-    if fraction > 0.2:
-        return f"{few}: add records, or give a file with --val FILE"
-    return f"{few}: --val_fraction {max(round(fraction, 2), 0.02):.2g}, or --val FILE"
+    fraction = min(max(GOOD_VALIDATION / max(train + val, 1), 0.02), 0.2)
+    return f"{few}: give --val_fraction {fraction:.2g}, or a file with --val FILE"

@@ -390,14 +390,11 @@ def _csv_fault(error: csv.Error) -> str:
 
 
 def _swallows(taken: list[str], row: list[str]) -> bool:
-    """Whether every further line of a row is by itself a row of the same form. Of two columns only if both begin with a
-    number: a line of prose often has one comma."""
-    if len(taken) < 2 or len(row) < 2 or (len(row) == 2 and not row[0].strip().isdigit()):
+    """Whether every further line of a row is by itself a row that begins with a number, as this one does."""
+    if len(taken) < 2 or len(row) < 2 or not row[0].isdigit():
         return False
-    if len(row[0].splitlines()) > 1:  # then the last line begins within the first field
-        return False
-    own = list(csv.reader(line for line in taken[1:] if line.strip()))
-    return all(len(fields) == len(row) and fields[0].isdigit() == row[0].isdigit() for fields in own)
+    own = csv.reader(line for line in taken[1:] if line.strip())
+    return all(len(fields) == len(row) and fields[0].isdigit() for fields in own)
 
 
 # ------------------------------------------------------------------------------------------------------------- reading

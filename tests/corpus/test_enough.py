@@ -33,8 +33,10 @@ def test_few_chats_and_a_small_validation_split_are_named_with_the_fix():
     assert "85 chats are few (85 were memorized" in is_it_enough("sft", counts(85, 100), 1, 6400)
     assert "few (" not in is_it_enough("sft", counts(5000, 100), 1, 6400)
     assert "1,000 pairs; validation on 50" in is_it_enough("dpo", counts(2000, 100), 2, 6400)
-    assert "too few to trust: --val_fraction 0.06, or --val" in is_it_enough("sft", counts(5000, 50), 1, 6400)
-    assert "on 4 is too few to trust: add records, or give a file" in is_it_enough("sft", counts(396, 4), 1, 6400)
+    assert "too few to trust: give --val_fraction 0.059, or a file" in is_it_enough("sft", counts(5000, 50), 1, 6400)
+    assert "on 4 is too few to trust: give --val_fraction 0.2, or a file" in is_it_enough(
+        "sft", counts(396, 4), 1, 6400
+    )
     assert "nothing is left for validation" in is_it_enough("sft", counts(1, 0), 1, 6400)
 
 

@@ -191,7 +191,7 @@ def test_files_of_a_folder_that_are_not_read_are_listed(capsys, monkeypatch):
     Path("in").mkdir()
     Path("in/a.txt").write_text(GARDEN * 10)
     for name in ("b.docx", "c.pdf", "d.xyz", ".hidden"):
-        Path("in", name).write_bytes(b"x")
+        Path("in", name).write_bytes(b"PK")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert [path.name for path in find_files(["in"])] == ["a.txt"]
     told = capsys.readouterr().err
@@ -215,6 +215,7 @@ TABLES = {  # content, the rows that are read, the places of bad rows
     "quotes that swallow lines": ('id,text\n1,"a\n2,b\n3,c"\n4,d\n', ["2", "3", "4"], [2]),
     "stray quotes": ('text\n"Hello" he said\nfine\n"Yes\nno" then\nlast\n', ["fine", "no\" then", "last"], [2, 4]),
     "one that stays open": ('text\nfine\n"open\nlast\n', ["fine", "last"], [3]),
+    "an honest line end in the middle": ('n,text,m\nx,"one\nand, two",1\n', [{"n": "x", "text": "one\nand, two", "m": "1"}], []),
     "an honest line end": ('text,n\n"one\ntwo",1\n', [{"text": "one\ntwo", "n": "1"}], []),
     "blanks around names": (" text ,n\na,1\n", [{"text": "a", "n": "1"}], []),
 }  # fmt: skip

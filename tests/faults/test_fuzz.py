@@ -384,6 +384,7 @@ def test_an_array_is_read_element_by_element(elements, size, indent, rest, numbe
 def test_a_csv_file_comes_back_as_it_was_written(rows, number):
     COUNTS["CSV rows"] += 1
     file = io.StringIO(newline="")
+    rows = [(f"x{row[0]}", *row[1:]) for row in rows]  # a number there may be a sign that a quote took in lines
     csv.writer(file).writerows([("a", "b", "c"), *rows])
     content = file.getvalue().encode("utf-8", "surrogatepass")
     read_back = io.TextIOWrapper(io.BytesIO(content), "utf-8", "surrogateescape", newline="")
@@ -785,6 +786,7 @@ def test_a_damaged_exam_is_read_or_refused(file, number, folder):
 def test_an_exam_comes_back_as_it_was_written(rows, number):
     COUNTS["exam rows"] += 1
     file = io.StringIO(newline="")
+    rows = [(f"x{row[0]}", *row[1:]) for row in rows]
     csv.writer(file, quoting=csv.QUOTE_ALL).writerows([("question", *"ABCD", "answer"), *rows])
     file.seek(0)
     table = read_table(Path("x_val.csv"), read_csv(file))
