@@ -7,11 +7,10 @@ of language, facts and style is whatever makes that number fall.
 
     python data_process.py pretrain YOUR_FILES                  text -> dataset/pretrain
     python 1-pretrain.py                                        dataset/pretrain -> out/pretrain
-    torchrun --nproc_per_node 2 1-pretrain.py --preset mini     the same in two processes: two GPUs, or two CPU cores
+    python 1-pretrain.py --nproc_per_node 2 --preset mini     the same in two processes: two GPUs, or two CPU cores
     python eval.py --model out/pretrain --prompt 春天           what it has learnt
 """
 
-from functools import partial
 from pathlib import Path
 
 from base.cli import run
@@ -23,11 +22,13 @@ from training.loop import Run
 from training.loss import evaluate, next_token_loss
 from training.machine import start_machine
 from training.packing import open_data
+from training.sample import sample_text
 
 
 def main():
     args = parse_flags(
         __doc__,
+        {"--sample_prompt": dict(help='what each validation continues; without it, a text\'s beginning; "": nothing')},
         data=Path("dataset/pretrain"),
         out_dir=Path("out/pretrain"),
         epochs=5,
@@ -46,7 +47,11 @@ def main():
             model = CausalLM(LMConfig(**PRESETS[args.preset]) if args.preset else LMConfig())
 
     training = Run(run_settings(args), machine, model, train_set)
-    validate = partial(evaluate, model, next_token_loss, val_set, machine, training.batch_size)
+
+    def validate(rows: int | None) -> dict:
+        figures = evaluate(model, next_token_loss, val_set, machine, training.batch_size, rows)
+        return figures | sample_text(model, machine, val_set, args.sample_prompt)
+
     rows_per_step = args.batch_size * args.accumulation_steps * machine.world_size
     training.log_start(validate)  # the loss of random weights: ln V
     with training:  # saves at the end, also where Ctrl-C ends it

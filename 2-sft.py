@@ -7,7 +7,7 @@ are, and do not see each other. (InstructGPT, arXiv 2203.02155, step 1.)
     python data_process.py sft YOUR_CHATS.jsonl      chats -> dataset/sft
     python data_process.py show dataset/sft          a chat, with the tokens marked that the loss counts
     python 2-sft.py                                  out/pretrain and dataset/sft -> out/sft
-    torchrun --nproc_per_node 2 2-sft.py             the same in two processes
+    python 2-sft.py --nproc_per_node 2               the same in two processes
     python eval.py                                   talk to it
 """
 
@@ -34,9 +34,8 @@ def assistant_loss(model: CausalLM, batch: Batch):
 
     two tokens have a label, "2" and the <|im_end|> after it, and the rest is only read.
     """
-    assistant = batch.scored_positions()  # (M,): where in the B * T positions the M tokens with a label are
     routing = []  # of a mixture of experts
-    log_probs = token_log_probs(model, batch, assistant, routing)  # (M,)
+    log_probs = token_log_probs(model, batch, routing)  # (M,): of the M tokens with a label
     balance, metrics = expert_balance(model, batch, routing)  # 0 for a dense model
     return balance - log_probs.sum(), batch.scored, metrics
 

@@ -7,7 +7,7 @@ have many adapters. B starts at zero, so step 0 is exactly the base model (arXiv
 
     python data_process.py sft YOUR_CHATS.jsonl --output dataset/lora    chats -> dataset/lora
     python 3-lora.py                                                     out/sft and dataset/lora -> out/lora
-    torchrun --nproc_per_node 2 3-lora.py                                the same in two processes
+    python 3-lora.py --nproc_per_node 2                                the same in two processes
     python eval.py --model out/sft --lora out/lora                       base and adapter
     python export.py out/lora --to merged                                both as one model, in out/lora-merged
 """

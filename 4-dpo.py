@@ -7,7 +7,7 @@ reference never changes, so its log-probabilities are computed once and kept in 
 
     python data_process.py dpo YOUR_PAIRS.jsonl      pairs -> dataset/dpo
     python 4-dpo.py                                  out/sft and dataset/dpo -> out/dpo
-    torchrun --nproc_per_node 2 4-dpo.py             the same in two processes
+    python 4-dpo.py --nproc_per_node 2               the same in two processes
     python 4-dpo.py --lora_rank 8                    trains an adapter in place of the whole model
 """
 
@@ -38,7 +38,7 @@ METRICS = ("accuracy", "reward_margin", "reward_chosen", "reward_rejected", "log
 def answer_log_probs(model: CausalLM, batch: Batch, routing: list | None = None) -> tuple[Tensor, Tensor]:
     """ln p(answer | prompt) of every chat and the answer's number of tokens, (C,) each; chosen and rejected in turn."""
     scored = batch.scored_positions()  # (M,): of the answers' tokens
-    log_probs = token_log_probs(model, batch, scored, routing)  # (M,)
+    log_probs = token_log_probs(model, batch, routing)  # (M,)
     chat = batch.document_index.flatten()[scored]  # (M,)
     sums = log_probs.new_zeros(2, len(batch.documents))
     return sums[0].index_add(0, chat, log_probs), sums[1].index_add(0, chat, torch.ones_like(log_probs))
@@ -49,7 +49,7 @@ def preference_loss(chosen: Tensor, rejected: Tensor, beta: float, kind: str, la
 
     sigmoid  -ln sigmoid(beta * margin): DPO, arXiv 2305.18290, eq. 7; with label_smoothing, the probability that a pair
              is the wrong way round, conservative DPO, arXiv 2305.18290 and Mitchell 2023, eq. 3.
-    ipo      (margin - 1 / (2 beta))^2: arXiv 2310.12036, eq. 17. It has a finite optimum where DPO goes on pushing.
+    ipo      (margin - 1 / (2 beta))^2: arXiv 2310.12036, eq. 17. It has a finite optimum where DPO keeps pushing.
     """
     margin = chosen - rejected
     if kind == "ipo":
@@ -63,19 +63,19 @@ def main():
         __doc__,
         LORA_FLAGS
         | {
-            "--beta": dict(type=above_zero, default=0.1, help="how much a step away from the reference counts"),
+            "--beta": dict(type=above_zero, default=0.1, help="weight of the log-ratio to the reference"),
             "--loss": dict(choices=["sigmoid", "ipo"], default="sigmoid", help="see preference_loss"),
             "--label_smoothing": dict(type=fraction, default=0.0, help="fraction of pairs whose order is wrong"),
             "--length_normalized": dict(action="store_true", help="divide log-ratios by the answer's length"),
             "--sft_weight": dict(
-                type=not_negative, default=0.0, help="of the chosen answer's own loss a token (2404.19733)"
+                type=not_negative, default=0.0, help="of the chosen answer's own loss per token (2404.19733)"
             ),
         },
         data=Path("dataset/dpo"),
         init_from=Path("out/sft"),
         out_dir=Path("out/dpo"),
         epochs=2,
-        batch_size=4,  # rows; a row holds several pairs
+        batch_size=4,  # rows; a row contains several pairs
         max_seq_len=1024,  # each answer, with its prompt, may fill half of it
         learning_rate=5e-5,
         min_learning_rate=5e-6,

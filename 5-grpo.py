@@ -9,7 +9,7 @@ no reference model holds the model back (--beta 0), so there is no second model.
 
     python data_process.py rl QUESTIONS.jsonl                    {"prompt", "answer"} -> dataset/rl
     python 5-grpo.py                                             out/sft and dataset/rl -> out/grpo
-    torchrun --nproc_per_node 2 5-grpo.py                        the same in two processes
+    python 5-grpo.py --nproc_per_node 2                          the same in two processes
     python 5-grpo.py --reward my_rewards.py:score                a function of your own: score(reply, task) -> number
 """
 
@@ -79,7 +79,7 @@ def main():
         out_dir=Path("out/grpo"),
         epochs=100,
         max_steps=150,
-        batch_size=8,  # rows; a row holds several answers
+        batch_size=8,  # rows; a row contains several answers
         learning_rate=2e-4,
         warmup_steps=10,
         weight_decay=0.0,
@@ -112,12 +112,12 @@ def main():
     def grpo_loss(model: CausalLM, batch: RolloutBatch) -> tuple[Tensor, int, dict[str, Tensor]]:
         scored = batch.scored_positions()  # (M,): of the tokens that the model chose
         old = batch.old_log_probs.flatten()[scored]
-        log_probs = token_log_probs(model, batch, scored)
+        log_probs = token_log_probs(model, batch)
         advantages = batch.advantages.flatten()[scored]
         losses = policy_loss(log_probs, old, advantages, args.clip_low, args.clip_high)
         if reference is not None:  # k3, an estimate of the distance that is never negative: 2402.03300, eq. 4
             with torch.no_grad():
-                reference_log_probs = token_log_probs(reference, batch, scored)
+                reference_log_probs = token_log_probs(reference, batch)
             difference = reference_log_probs - log_probs
             losses = losses + args.beta * (difference.exp() - difference - 1)
         if args.loss == "grpo":  # the mean of each answer

@@ -13,7 +13,7 @@ The student is the model of --init_from, some layers of it (--keep_layers), or a
     python 6-distill.py --teacher out/large                              out/sft and dataset/sft -> out/distill
     python 6-distill.py --teacher out/large --mode on_policy --data dataset/rl
     python 6-distill.py --teacher out/large --preset tiny --data dataset/pretrain        pretraining with a teacher
-    torchrun --nproc_per_node 2 6-distill.py --teacher out/large         the same in two processes
+    python 6-distill.py --nproc_per_node 2 --teacher out/large           the same in two processes
 """
 
 import argparse

@@ -36,12 +36,11 @@ from base.cli import (
     above_zero,
     available_cores,
     fraction,
-    join_words,
     natural,
+    next_step,
     not_negative,
     positive,
     printable,
-    python_command,
     run,
 )
 from base.files import sha256, write_file, write_json
@@ -85,6 +84,11 @@ def prepare(args: argparse.Namespace):
     for name, counts in writer.counts.items():
         print(f"{args.output / name}: " + ", ".join(f"{count:,} {unit}" for unit, count in counts.items()))
     print(is_it_enough(args.command, writer.counts, len(kind.titles), writer.meta["vocab_size"]))
+    script, model = TRAINED_BY[args.command]
+    if model is None or Path(model).exists():
+        print(next_step(script, "--data", args.output))
+    else:
+        print(next_step("data_process.py", "show", args.output, "--index", 0))
 
 
 def clean_files(args: argparse.Namespace):
@@ -103,6 +107,7 @@ def clean_files(args: argparse.Namespace):
     if args.report:
         write_json(args.report, report.as_dict())
     print(report)
+    print(next_step("data_process.py", "look", args.output))
 
 
 def train_tokenizer(args: argparse.Namespace):
@@ -121,6 +126,8 @@ def train_tokenizer(args: argparse.Namespace):
             characters += len(text)
             tokens += len(chat.encode(tokenizer, text))
         print(f"{path}: {characters / tokens:.3f} characters per token")
+    fields = [] if args.text_field == "text" else ["--text_field", args.text_field]
+    print(next_step("data_process.py", "pretrain", *args.inputs, *fields, "--tokenizer", args.output))
 
 
 def show(args: argparse.Namespace):
@@ -174,12 +181,12 @@ def fetch(args: argparse.Namespace):
         few = len(paths) < 4 and all(map(suffix_of, paths))  # an archive's files are beside it
         command = [entry.stage, *map(str, paths if few else [folder]), *entry.flags]
         if entry.stage == "exam":
-            print(f"score a model on it: {join_words([python_command(), 'eval.py', '--choice', str(folder)])}")
             print(f"keep it out of a training text: data_process.py with --exclude {folder}")
+            print(next_step("eval.py", "--choice", folder))
         elif args.prepare:
             main(command)
         else:
-            print(f"prepare it with: {join_words([python_command(), 'data_process.py', *command])}")
+            print(next_step("data_process.py", *command))
 
 
 def look(args: argparse.Namespace):
@@ -217,10 +224,8 @@ def look(args: argparse.Namespace):
         for place, record in some(seen.batches[0].records):
             text = json.dumps(parse(record), ensure_ascii=False, default=str)
             print(f"--- record {place}\n{printable(text[:SHOWN])}")
-    script = ["data_process.py", *command]
-    if seen.reading.command == "exam":
-        script = ["eval.py", "--choice", *args.inputs]
-    print(f"continue with: {join_words([python_command(), *script])}")
+    is_exam = seen.reading.command == "exam"
+    print(next_step("eval.py", "--choice", *args.inputs) if is_exam else next_step("data_process.py", *command))
 
 
 COMMANDS = {  # name -> function, description
@@ -233,6 +238,12 @@ COMMANDS = {  # name -> function, description
 }
 
 
+TRAINED_BY = {  # kind of data -> script, and the model that it starts from
+    "pretrain": ("1-pretrain.py", None),
+    "sft": ("2-sft.py", "out/pretrain"),
+    "dpo": ("4-dpo.py", "out/sft"),
+    "rl": ("5-grpo.py", "out/sft"),
+}
 DEFAULT_TOKENIZER = "model/tokenizer"
 if not Path(DEFAULT_TOKENIZER).exists():  # started from another folder
     DEFAULT_TOKENIZER = str(Path(chat.__file__).parent / "tokenizer")
@@ -389,7 +400,7 @@ def main(arguments: list[str] | None = None):
         stream.reconfigure(errors="backslashreplace")  # for terminals that cannot show Chinese, and lone surrogates
     words = sys.argv[1:] if arguments is None else arguments
     if words[:1] == ["demo"]:  # a program of its own, which imports this project and not the other way round
-        sys.argv = ["data_process.py demo", *words[1:]]
+        sys.argv = [sys.argv[0], *words[1:]]
         runpy.run_module("demo", run_name="__main__")
         return
     args = parse_arguments(words)

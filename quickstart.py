@@ -1,8 +1,8 @@
 """One command to start with: makes an environment, installs what is missing, trains a small model, and chats with it.
 
-The demonstration itself is demo/tour.py, which this starts in the environment; `python quickstart.py test` lints and
-tests instead. Needs only Python's standard library; runs on Linux, macOS and Windows. The environment is the virtual
-environment that is active; else `.venv` in this folder; else this Python, if it has all packages already; else a new
+The demonstration itself is demo/tour.py, which this runs in the environment; `python quickstart.py test` lints and
+tests instead. It needs only Python's standard library, on Linux, macOS or Windows. The environment is the virtual
+environment that is active, else `.venv` in this folder, else this Python if it has all packages already, else a new
 `.venv`.
 """
 
@@ -38,12 +38,12 @@ HELP = """usage: python quickstart.py [--minutes N] [--clean] [--no-chat]
        python quickstart.py COMMAND
 
 Without a command: installs what is missing, trains a small model through all four stages, counts after each how many
-questions it answers rightly, and chats with it. All files go to out/quickstart; started again, it goes on from where it
+questions it answers correctly, and chats with it. All files go to out/quickstart. Started again, it continues where it
 stopped.
 
   --minutes N           minutes of training, in all (default: 9)
-  --clean               begin again
-  --no-chat             leave when the table stands
+  --clean               start over
+  --no-chat             end after the table of results
 
 commands:
   rewards [--minutes N] after the above: a model learns from rewards that thinking pays (default: 3 minutes, and 5 more)
@@ -107,7 +107,7 @@ def give_up(what, status, found=None):
 
 
 def answers(python, *arguments):
-    """Whether a Python ends with status 0; it sees no package index, and prints nothing."""
+    """Whether a Python exits with status 0. It gets no package index, and its output is dropped."""
     environment = {key: value for key, value in os.environ.items() if key != "PIP_FIND_LINKS"}
     environment["PIP_CONFIG_FILE"] = os.devnull
     try:
@@ -135,7 +135,7 @@ def find_environment(names):
     if own.exists() and answers(python, "-c", "pass"):
         supported = "import sys; sys.exit(not {} <= sys.version_info[:2] <= {})".format(OLDEST, NEWEST)
         if not answers(python, "-c", supported):
-            fail(".venv holds a Python that is too old or too new; delete that folder and run this again")
+            fail(".venv has a Python that is too old or too new; delete that folder and run this again")
         return str(python), own
     if not own.exists() and has_packages(sys.executable, names):
         return sys.executable, Path(sys.prefix)
@@ -145,7 +145,7 @@ def find_environment(names):
             "this Python cannot make virtual environments, since its venv or ensurepip module is missing; "
             "on Debian and Ubuntu install it with: apt install python{}.{}-venv".format(*sys.version_info[:2])
         )
-    # What stands there has no Python that runs, say because an upgrade has removed the one it was made from.
+    # An existing one has no Python that runs, for example because an upgrade has removed the Python it was made from.
     clear = ["--clear"] if own.exists() else []
     status, _ = run([sys.executable, "-m", "venv", *clear, str(own)])
     if status:
@@ -154,7 +154,7 @@ def find_environment(names):
 
 
 def stamp(prefix, name):
-    """The file in an environment that says which state of a requirement file it holds, and what it says if it does."""
+    """The file in an environment that records which state of a requirements file is installed, and its content then."""
     parts = [hashlib.sha256((ROOT / file).read_bytes()).hexdigest() for file in (name, CONSTRAINTS)]
     path = prefix / "jiezi-{}.sha256".format(Path(name).name)
     return path, hashlib.sha256("".join(parts).encode()).hexdigest() + "\n"
@@ -211,7 +211,7 @@ def choose_torch(python):
 
 
 def install(python, prefix, names):
-    """Bring an environment to the tested versions, unless its stamps say that it holds them.
+    """Bring an environment to the tested versions, unless its stamps say that it has them.
 
     An environment of the user's own is left as it is if its packages satisfy the requirements, and keeps its torch,
     which was chosen for a machine, if others are missing.
@@ -291,7 +291,7 @@ def test(pytest_arguments):
         ["pip", "--disable-pip-version-check", "check"],
         ["ruff", "check", "."],
         ["ruff", "format", "--check", "."],
-        ["pytest", *pytest_arguments],
+        ["pytest", "-n", "auto", "--dist", "loadfile", *pytest_arguments],  # tests/conftest.py: "auto"
     ):
         status, _ = run([python, "-m", *command])
         if status:

@@ -1,9 +1,9 @@
-"""Serve models by OpenAI's API, and a page to chat with them.
+"""Serve models with OpenAI's API, and a web page to chat with them.
 
 python serve.py                                   every model under out/, the newest first
-python serve.py out/sft out/lora --open           these, in the browser
-python serve.py --tools calculator                what the server calls while a model writes
-python serve.py --host 0.0.0.0 --api_key KEY      for the network; the key may stand in JIEZI_API_KEY
+python serve.py out/sft out/lora --open           these two, and open the page in the browser
+python serve.py --tools calculator                tools that the server calls during generation
+python serve.py --host 0.0.0.0 --api_key KEY      reachable from the network; or set JIEZI_API_KEY
 """
 
 import argparse
@@ -13,65 +13,71 @@ import socket
 import sys
 import threading
 import webbrowser
+from dataclasses import fields
 from pathlib import Path
 
 from base.cli import HelpFormatter, UserError, above_zero, import_extra, natural, positive, run
 from engine.tools import load_tools
-from model.device import choose_device, keep_freed_memory
+from model.device import choose_device, keep_freed_memory, note_unused_gpu
 
-GRACE = 5  # seconds in which answers may end when the server is told to leave
+GRACE = 5  # seconds for answers to end when the server is stopped
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("models", type=Path, nargs="*", metavar="DIR", help="folders of models or adapters")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: of all networks")
-    parser.add_argument("--port", type=natural, default=8000, help="0: any that is free")
-    parser.add_argument("--api_key", help="refuse who does not say it; without it, JIEZI_API_KEY")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all networks")
+    parser.add_argument("--port", type=natural, default=8000, help="0: any free port")
+    parser.add_argument("--api_key", help="required of every request; default: JIEZI_API_KEY, if set")
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    parser.add_argument("--half_weights", action="store_true", help="on a CPU, weights in float16, as eval.py has it")
+    parser.add_argument("--half_weights", action="store_true", help="on a CPU, float16 weights, as in eval.py")
     parser.add_argument("--tools", nargs="+", default=[], metavar="NAME", help="calculator, or a Python file")
-    parser.add_argument("--max_rows", type=positive, default=16, help="answers of a model that are written at a time")
-    parser.add_argument("--max_queue", type=natural, default=64, help="answers that may wait; then 429")
-    parser.add_argument("--max_new_tokens", type=positive, default=1024, help="tokens at most, whatever is asked")
+    parser.add_argument("--max_rows", type=positive, default=16, help="answers generated at a time, per model")
+    parser.add_argument("--max_queue", type=natural, default=64, help="answers that wait, per model; more get 429")
+    parser.add_argument("--max_new_tokens", type=positive, default=1024, help="limit for every request")
     parser.add_argument("--request_timeout", type=above_zero, default=600, help="seconds for a request")
     args = parser.parse_args()
-    if args.api_key is None:  # not as a default, which --help would show
+    if args.api_key is None:  # not as a default: --help would show it
         args.api_key = os.environ.get("JIEZI_API_KEY")
     if args.api_key == "":
-        raise UserError("the API key is empty, and would let everyone in: look at --api_key and JIEZI_API_KEY")
+        raise UserError("the API key is empty and would admit everyone: check --api_key and JIEZI_API_KEY")
     for name in ("fastapi", "uvicorn", "prometheus_client"):
         import_extra(name, "requirements/serve.txt")
     import uvicorn
 
     from server.api import create_app, is_local
-    from server.guard import Impatient
+    from server.guard import TimeoutProtocol
     from server.models import find_models
+    from server.service import ServerConfig
 
     device = choose_device(args.device)
     if device.type == "cpu":
         keep_freed_memory()
     elif args.half_weights:
-        raise UserError("--half_weights is for writing on a CPU: give --device cpu")
+        raise UserError("--half_weights is for generation on a CPU: give --device cpu")
     models = find_models(args.models)
-    app = create_app(models, args, device, load_tools(args.tools))
+    config = ServerConfig(**{field.name: getattr(args, field.name) for field in fields(ServerConfig)})
+    app = create_app(models, config, device, load_tools(args.tools))
     try:
         family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
         listening = socket.create_server((args.host, args.port), family=family, backlog=2048)
     except (OSError, OverflowError) as error:
-        raise UserError(f"cannot listen at {args.host}:{args.port} ({error}): give another --host or --port") from None
+        raise UserError(f"cannot listen on {args.host}:{args.port} ({error}): give another --host or --port") from None
     if not is_local(args.host) and not args.api_key:
-        print("anyone who can reach this machine can use the models: give --api_key", file=sys.stderr)
+        print("everyone who can reach this machine can use the models: give --api_key", file=sys.stderr)
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(args.host, args.host)
     url = f"http://{host}:{listening.getsockname()[1]}"
     print(f"{url}  {', '.join(models)}", flush=True)
+    note_unused_gpu()
     if args.open:
         threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
-    options = dict(http=Impatient, ws="none", log_level="warning", server_header=False, timeout_graceful_shutdown=GRACE)
-    with contextlib.suppress(KeyboardInterrupt):  # uvicorn passes it on when all is closed
+    options = dict(
+        http=TimeoutProtocol, ws="none", log_level="warning", server_header=False, timeout_graceful_shutdown=GRACE
+    )
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after closing everything
         uvicorn.Server(uvicorn.Config(app, **options)).run(sockets=[listening])
 
 
 if __name__ == "__main__":
-    run(main, less_memory="a lower --max_rows, or fewer models, take less")
+    run(main, less_memory="lower --max_rows, or serve fewer models")

@@ -1,4 +1,4 @@
-"""The command line: a user's mistakes, how a script ends, types of numbers, cores, and commands as one types them."""
+"""The command line: user errors, exit statuses, types of flags, CPU cores, and commands to be typed again."""
 
 import argparse
 import importlib
@@ -17,48 +17,41 @@ from types import ModuleType
 
 
 class UserError(ValueError):
-    """Something that the user can mend; the message is one line that says what, where, and what to do."""
+    """An error that the user can fix; the message is one line that says what, where, and what to do."""
 
 
-def _while_loading(kind: type[BaseException], *error):
-    """Ctrl-C while a script still loads its modules, which takes seconds, is no bug that wants a traceback."""
-    if kind is not KeyboardInterrupt or sys.flags.dev_mode:
-        sys.__excepthook__(kind, *error)
-
-
-sys.excepthook = _while_loading  # scripts import this before anything that is slow
 LESS_MEMORY = "--batch_size auto finds what fits; --grad_checkpointing and a lower --max_seq_len make more fit"
-# Compiled here, for there may be no memory left when they are needed.
+# Compiled here because there may be no memory left when they are needed.
 UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029]")
 OUT_OF_MEMORY = re.compile("out of memory|allocate memory|bad_alloc|failed to map segment", re.IGNORECASE)
 
 
 def lacks_memory(error: Exception) -> bool:
-    """Whether that is what it says; each library has its own error for it."""
+    """Whether the error is about memory; each library has its own type for it."""
     return isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def run(main: Callable[[], None], aftermath: str = "", less_memory: str = LESS_MEMORY):
-    """Calls main(). A user's mistake ends in one line and exit status 2, a failure of the machine in one line and 1.
+    """Calls main(). A user's error ends in one line and exit status 2, a failure of the machine in one line and 1.
 
-    Anything else is a bug, and keeps its traceback. `aftermath` says what a failure has left behind; `less_memory`
-    which flags make the script take less.
+    Anything else is a bug and keeps its traceback. `aftermath` says what a failure leaves behind; `less_memory` names
+    the flags that reduce memory.
     """
     aftermath = aftermath and f"; {aftermath}"
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # whoever started us has closed it
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  to the end
+        if getattr(sys, name) is None:  # the parent process closed it
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  open to the end
     try:
         main()
     except UserError as error:
         _exit(str(error), 2)
     except BrokenPipeError:
         forget_reader()
-    except KeyboardInterrupt:  # a training run answers it by itself while it takes steps
+    except KeyboardInterrupt:  # during its steps a training run handles it itself
         _exit(f"interrupted{aftermath}", 130)
     except (MemoryError, RuntimeError, ImportError, OSError, FloatingPointError) as error:
         if lacks_memory(error):
-            reason = str(error).splitlines()[:1] or ["nothing more can be allocated"]
+            reason = str(error).splitlines()[:1] or ["allocation failed"]
             _exit(f"out of memory: {less_memory} ({reason[0]}){aftermath}", 1)
         if not isinstance(error, OSError | FloatingPointError):
             raise
@@ -70,16 +63,16 @@ def _exit(message: str, status: int):
     if sys.flags.dev_mode:  # python -X dev shows the traceback
         raise
     rank = int(os.environ.get("RANK", 0))
-    if rank:  # what is wrong in all processes one says, whose end ends the others: torchrun sees to it
-        time.sleep(3)
+    if rank:  # an error of all processes is printed by rank 0; torchrun then ends the others
+        time.sleep(10)
         message = f"process {rank}: {message}"
-    line = UNPRINTABLE.sub(" ", message)  # which may hold the words of a hostile file
+    line = UNPRINTABLE.sub(" ", message)  # the message may quote a hostile file
     print(f"error: {line}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 
 def forget_reader():
-    """After a BrokenPipeError: what reads our words, such as `head`, has had enough; what follows goes nowhere."""
+    """After a BrokenPipeError (the reader of our output, such as `head`, has ended): discards further output."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -88,55 +81,45 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def printable(text: str) -> str:
-    """With escapes in the place of characters that would steer the terminal, but for line ends and tabs."""
-    steers = ("Cc", "Cf", "Cs")
+    """Replaces characters that control a terminal, except for newlines and tabs, by their escapes."""
+    control = ("Cc", "Cf", "Cs")
     return "".join(
-        ascii(letter)[1:-1] if unicodedata.category(letter) in steers and letter not in "\n\t" else letter
+        ascii(letter)[1:-1] if unicodedata.category(letter) in control and letter not in "\n\t" else letter
         for letter in text
     )
 
 
 def one_line(error: Exception) -> str:
-    """What it says, for a message of ours: other people's errors have line ends in them."""
+    """The message of another library's error without its newlines."""
     return " ".join(str(error).split())
 
 
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
-    return int(text)
+def number(kind: type, is_valid: Callable[[float], bool], words: str) -> Callable[[str], float]:
+    """The type of a flag: a finite int or float for which is_valid holds; words: "must be ..."."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not (is_valid(value) and value < math.inf):
+            raise argparse.ArgumentTypeError(f"must be {words}, not {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse says: invalid int value
+    return parse
+
+
+positive = number(int, lambda value: value >= 1, "at least 1")
+natural = number(int, lambda value: value >= 0, "at least 0")
+not_negative = number(float, lambda value: value >= 0, "at least 0")
+above_zero = number(float, lambda value: value > 0, "above 0")
+fraction = number(float, lambda value: 0 <= value <= 1, "from 0 to 1")
 
 
 def positive_or_auto(text: str) -> int | str:
     return text if text == "auto" else positive(text)
 
 
-def natural(text: str) -> int:
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, not {text}")
-    return int(text)
-
-
-def not_negative(text: str) -> float:
-    if not 0 <= float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"must be at least 0, not {text}")
-    return float(text)
-
-
-def above_zero(text: str) -> float:
-    if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
-    return float(text)
-
-
-def fraction(text: str) -> float:
-    if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 1, not {text}")
-    return float(text)
-
-
 def import_extra(name: str, requirements: str = "requirements/export.txt") -> ModuleType:
-    """A package of that requirements file. UserError, with the command, where it is missing."""
+    """Imports a package of a requirements file. UserError with the pip command if it is missing."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -145,31 +128,37 @@ def import_extra(name: str, requirements: str = "requirements/export.txt") -> Mo
 
 
 def available_cores() -> int:
-    """Those that this process may use."""
+    """The number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def join_words(words: list[str]) -> str:
-    """One line that the system's shell takes apart into these words again."""
+    """Quotes the words for the system's shell."""
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def python_command() -> str:
-    """How to type the Python that runs this: `python`, or its path where that word means another one or none."""
-    found = shutil.which("python")  # compared by folder: in a virtual environment both are links to another's Python
+    """The command for this Python: `python`, or its path if `python` is another one or missing."""
+    found = shutil.which("python")  # compared by folder: in a virtual environment both are links
     if found and Path(found).absolute().parent == Path(sys.executable).absolute().parent:
         return "python"
     return sys.executable.removeprefix(os.getcwd() + os.sep)
 
 
 def command_line() -> str:
-    """The command that started this script, to be typed again."""
+    """The command that started this script."""
     words = [python_command()]
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    launched = any(word.startswith("--nproc_per_node") for word in sys.argv)  # by the script itself, not by torchrun
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not launched:
         processes = ["--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"]]
-        if (machines := os.environ.get("GROUP_WORLD_SIZE", "1")) != "1":  # on each; torchrun's other flags as before
+        if (machines := os.environ.get("GROUP_WORLD_SIZE", "1")) != "1":  # to be run on each, with its other flags
             processes = ["--nnodes", machines, *processes]
         words = ["torchrun", *processes]
         if python_command() != "python":  # then torchrun is not on the PATH either
             words = [python_command(), "-m", "torch.distributed.run", *processes]
     return join_words([*words, *sys.argv])
+
+
+def next_step(script: str, *words) -> str:
+    """The last line of a command, which says what to type after it: a script beside the one that runs."""
+    return "next: " + join_words([python_command(), str(Path(sys.argv[0]).with_name(script)), *map(str, words)])

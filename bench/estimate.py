@@ -49,7 +49,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--preset", nargs="+", choices=PRESETS, default=list(PRESETS), help="sizes")
     parser.add_argument("--card", nargs="+", choices=CARDS, default=list(CARDS), help="which")
-    parser.add_argument("--tokens", type=above_zero, help="million; without it, 20 a weight at work (arXiv 2203.15556)")
+    parser.add_argument(
+        "--tokens", type=above_zero, help="million; without it, 20 per active parameter (arXiv 2203.15556)"
+    )
     parser.add_argument("--max_seq_len", type=positive, default=512, help="tokens in a row")
     parser.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw", help="update rule")
     parser.add_argument("--utilisation", type=above_zero, default=0.35, help="an assumption: share of the peak reached")
@@ -59,8 +61,8 @@ def main():
     for preset in args.preset:
         with torch.device("meta"):  # the sizes alone, no memory
             model = CausalLM(LMConfig(**PRESETS[preset]))
-        at_work = model.num_parameters() - model.num_idle_parameters()
-        tokens = args.tokens * 1e6 if args.tokens else 20 * at_work
+        active = model.num_parameters() - model.num_idle_parameters()
+        tokens = args.tokens * 1e6 if args.tokens else 20 * active
         flops = step_flops(model, tokens, tokens * (args.max_seq_len + 1) / 2)
         print(f"\n{preset}: {model.num_parameters() / 1e6:.1f} M, {tokens / 1e6:,.0f} M tokens, {flops:.2e} operations")
         print("  card      memory      hours      cost   rows       | with --grad_checkpointing")

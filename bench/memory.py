@@ -24,15 +24,14 @@ from model.LMConfig import CARD_PRESETS, PRESETS, LMConfig
 from model.model import CausalLM
 from training.balance import expert_balance
 from training.cost import StepSettings, memory_estimate
-from training.loss import LossFunction, next_token_loss, plain_cross_entropy_sum
+from training.loss import LossFunction, apply_head, next_token_loss, plain_cross_entropy_sum
 from training.packing import IGNORE
 
 
 def plain_loss(model: CausalLM, batch):
     """next_token_loss with all logits at once."""
     routing = []
-    hidden = model.model(batch.input_ids, batch.position_ids, routing=routing)
-    loss_sum = plain_cross_entropy_sum(hidden, model.lm_head.weight, batch.labels)
+    loss_sum = apply_head(model, batch, plain_cross_entropy_sum, routing)
     return loss_sum + expert_balance(model, batch, routing)[0], int((batch.labels != IGNORE).sum()), {}
 
 

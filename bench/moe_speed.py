@@ -46,8 +46,8 @@ def measure(preset: str, rows: int, max_seq_len: int, steps: int):
         seconds = contest.take_turns(steps).seconds
     for name, (_, config, _) in contestants.items():
         model, typical = CausalLM(config), median(seconds[name])
-        at_work = model.num_parameters() - model.num_idle_parameters()
-        sizes = f"{model.num_parameters() / 1e6:6.1f} M, {at_work / 1e6:5.1f} M at work"
+        active = model.num_parameters() - model.num_idle_parameters()
+        sizes = f"{model.num_parameters() / 1e6:6.1f} M, {active / 1e6:5.1f} M active"
         print(f"{preset:8}{name:14}{sizes}  {typical:7.3f} s/step {batch.real_tokens / typical:7,.0f} tok/s")
     over_dense, over_loop = ratio(seconds, "dense", "experts"), ratio(seconds, "masked loop", "experts")
     print(f"{preset:8}experts: {over_dense:.2f} x the dense model's speed, {over_loop:.2f} x the masked loop's")

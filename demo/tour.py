@@ -28,7 +28,7 @@ from base.cli import above_zero, available_cores, join_words, python_command, ru
 from base.files import STATE_FILE, read_json, write_file, write_json
 from demo.picture import plot
 from demo.questions import NAMES, NEW_NAMES, is_brief, is_right
-from model.device import choose_device
+from model.device import choose_device, note_unused_gpu
 from training.log import read_metrics
 
 OUT = Path("out/quickstart")
@@ -72,6 +72,7 @@ class Tour:
         self.minutes, self.file = minutes, file
         self.done = read_json(self.file) if self.file.exists() else {}
         cores, device = available_cores(), choose_device("auto").type
+        note_unused_gpu()  # here, for all stages
         self.processes = {"cpu": min(cores, 2), "cuda": torch.cuda.device_count()}.get(device, 1)
         # In UTF-8 also where the system's encoding is another; torchrun warns if no one has set the threads.
         self.environment = {"OMP_NUM_THREADS": str(max(1, cores // self.processes)), **os.environ, "PYTHONUTF8": "1"}

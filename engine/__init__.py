@@ -1,1 +1,1 @@
-"""How a model writes and chooses: the cache, sampling, streaming, exams, layout for CPUs. Imports base and model."""
+"""Inference: KV cache, continuous batching, sampling, streaming, exams, packed weights. Imports base and model."""

@@ -1,4 +1,4 @@
-"""The keys and values of the tokens so far, so that a new one costs one token's work; rows of different lengths."""
+"""The KV cache: keys and values of all tokens so far, for rows of different lengths."""
 
 import torch
 from torch import Tensor
@@ -7,9 +7,9 @@ from model.model import CausalLM
 
 
 class KVCache:
-    """Room for `rows` texts of max_length tokens; the first `len(lengths)` rows are in use.
+    """Keys and values of up to `rows` sequences of max_length tokens; the first `len(lengths)` rows are in use.
 
-    It is handed to the model's forward, which never keeps it. ValueError when the room is used up.
+    It is an argument of the model's forward, which does not store it. ValueError if a row is full.
     """
 
     def __init__(self, model: CausalLM, rows: int, max_length: int):
@@ -22,40 +22,40 @@ class KVCache:
         self.set_lengths([0] * rows)
 
     def set_lengths(self, lengths: list[int]):
-        """How many tokens each row in use has."""
+        """Sets the number of tokens in each row in use."""
         self.lengths = lengths
         self.length = max(lengths, default=0)
-        self.aligned = len(set(lengths)) <= 1  # then nothing needs to be masked
+        self.aligned = len(set(lengths)) <= 1  # then no mask is needed
         device = self.keys[0].device
-        self.ends = (torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device))  # row, place
+        self.ends = (torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device))  # (row, position)
 
     def mask(self) -> Tensor | None:
-        """For one new token a row: True where it may look, itself included, (B, 1, 1, S); None: everywhere."""
+        """For one new token per row: True for the positions it attends to, itself included, (B, 1, 1, S); None: all."""
         if self.aligned:
             return None
         slots = torch.arange(self.length + 1, device=self.keys[0].device)
         return (slots <= self.ends[1][:, None])[:, None, None]
 
     def update(self, layer_idx: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Takes in the new tokens' (B, K, T, D), returns all so far, (B, K, S, D). T is 1 unless rows are aligned."""
+        """Stores the new tokens' (B, K, T, D) and returns all so far, (B, K, S, D). T is 1 unless rows are aligned."""
         B, _, T, _ = key.shape
         end = self.length + T
         if end > self.max_length:
-            raise ValueError(f"the KV cache has room for {self.max_length} tokens, not {end}")
+            raise ValueError(f"the KV cache holds {self.max_length} tokens, not {end}")
         for kept, new in ((self.keys[layer_idx], key), (self.values[layer_idx], value)):
             if self.aligned:
                 kept[:B, :, end - T : end] = new
             else:
-                rows, places = self.ends
-                kept[rows, :, places] = new[:, :, 0]
+                rows, positions = self.ends
+                kept[rows, :, positions] = new[:, :, 0]
         return self.keys[layer_idx][:B, :, :end], self.values[layer_idx][:B, :, :end]
 
     def advance(self, tokens: int):
-        """So many new tokens of every row have gone through all layers."""
+        """Call this after `tokens` new tokens of every row have passed all layers."""
         self.set_lengths([length + tokens for length in self.lengths])
 
     def remove(self, row: int):
-        """The last row takes its place."""
+        """Frees a row; the last row takes its place."""
         *lengths, length = self.lengths
         if row < len(lengths):
             for kept in (*self.keys, *self.values):
@@ -64,7 +64,7 @@ class KVCache:
         self.set_lengths(lengths)
 
     def grow(self, model: CausalLM, rows: int, max_length: int) -> "KVCache":
-        """A cache with at least this much room, and the same content."""
+        """A copy with at least this many rows and tokens."""
         larger = KVCache(model, max(rows, len(self.keys[0])), max(max_length, self.max_length))
         larger.set_lengths(self.lengths)
         n, length = len(self.lengths), self.length
@@ -74,16 +74,16 @@ class KVCache:
 
 
 class PromptCache:
-    """Takes in prompts that lie end to end in one row, each for one or several new rows of `cache`."""
+    """Stores prompts that are packed into one row, each in one or several new rows of `cache`."""
 
-    length = 0  # nothing is seen from before
+    length = 0  # no earlier tokens
 
     def __init__(self, cache: KVCache, prompts: list[tuple[int, int]]):
-        """prompts: the length of each, and how many rows get it."""
+        """prompts: the length of each, and the number of rows that get it."""
         self.cache, self.prompts = cache, prompts
 
     def update(self, layer_idx: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """(1, K, T, D) of all prompts: goes to their rows, and is returned as it is."""
+        """Stores (1, K, T, D) of all prompts in their rows and returns it unchanged."""
         for kept, new in ((self.cache.keys[layer_idx], key), (self.cache.values[layer_idx], value)):
             row = len(self.cache.lengths)
             start = 0

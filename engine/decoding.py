@@ -1,27 +1,28 @@
-"""A trained model laid out for decoding on a CPU, where every new token reads every weight once.
+"""A trained model with its weights packed for decoding on a CPU, where every new token reads every weight once.
 
-Layers with the same input become one product, and the weights stand in memory in the order in which threads read them.
+Layers with the same input become one matrix product, and weights are contiguous in the order in which threads read
+them. The layers below repeat the forward passes of model/model.py; compare() checks that they still agree.
 """
 
 import copy
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from base.cli import UserError
+from engine.cache import KVCache
 from model.model import Attention, CausalLM, FeedForward, RMSNorm
 from model.operators import Mask, apply_rope, attend
 
-PARTS = 4  # of a product's inner dimension: one a thread, and four threads keep the memory of most machines busy
-FEW_ROWS = 32  # up to here it is the reading of the weights that takes the time
+PARTS = 4  # of a product's inner dimension, one per thread: four threads saturate the memory of most machines
+FEW_ROWS = 32  # up to this many rows, reading the weights takes most of the time
 
 
-class Product(nn.Module):
-    """x W^T for linear layers with the same input, their outputs side by side.
+class PackedLinear(nn.Module):
+    """x W^T for linear layers with the same input, with their outputs concatenated.
 
-    A few rows are multiplied in PARTS of the inner dimension, each of which is one piece of memory: twice as fast as
-    the same product in one, in which threads and rows of W^T take turns.
+    A few rows are multiplied in PARTS of the inner dimension, each of which is contiguous in memory. This is twice as
+    fast as a single product, in which the threads interleave their reads of W^T.
     """
 
     def __init__(self, *linears: nn.Linear):
@@ -39,10 +40,10 @@ class Product(nn.Module):
         return torch.bmm(x_parts, self.parts).sum(0).view(*x.shape[:-1], self.weight.shape[1])
 
 
-class HalfProduct(nn.Module):
-    """The same with weights in float16, half as much to read; what they multiply, and the sums, stay in float32.
+class HalfLinear(nn.Module):
+    """The same with float16 weights, which halves the bytes to read; activations and sums stay in float32.
 
-    int8 would be little faster, and every third or fourth greedy text would change (bench/weight_formats.py).
+    int8 would be little faster, and would change every third or fourth greedy text (bench/weight_formats.py).
     """
 
     def __init__(self, *linears: nn.Linear):
@@ -55,7 +56,7 @@ class HalfProduct(nn.Module):
 
 
 class DecodingNorm(nn.Module):
-    """Computes what RMSNorm does, in half as many kernels: a token has too few numbers to keep one busy."""
+    """RMSNorm in half as many kernels: with one token, starting a kernel takes longer than its arithmetic."""
 
     def __init__(self, weight: Tensor, eps: float):
         super().__init__()
@@ -67,15 +68,15 @@ class DecodingNorm(nn.Module):
 
 
 class DecodingAttention(nn.Module):
-    """Computes what Attention does, with queries and keys in one tensor for as long as they are treated alike."""
+    """Attention, with queries and keys in one tensor until they are used differently."""
 
-    def __init__(self, attention: Attention, product: type[nn.Module]):
+    def __init__(self, attention: Attention, linear: type[nn.Module]):
         super().__init__()
         self.layer_idx, self.head_dim = attention.layer_idx, attention.head_dim
         self.n_queries = attention.q_proj.out_features // self.head_dim
         self.n_keys = attention.k_proj.out_features // self.head_dim
-        self.qkv_proj = product(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.o_proj = product(attention.o_proj)
+        self.qkv_proj = linear(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.o_proj = linear(attention.o_proj)
         self.qk_norm = None
         if attention.qk_norm:
             weights = [attention.q_norm.weight] * self.n_queries + [attention.k_norm.weight] * self.n_keys
@@ -94,39 +95,68 @@ class DecodingAttention(nn.Module):
 
 
 class DecodingFeedForward(nn.Module):
-    """Computes what FeedForward does, in two products."""
+    """FeedForward in two matrix products."""
 
-    def __init__(self, feed_forward: FeedForward, product: type[nn.Module]):
+    def __init__(self, feed_forward: FeedForward, linear: type[nn.Module]):
         super().__init__()
-        self.gate_up_proj = product(feed_forward.gate_proj, feed_forward.up_proj)
-        self.down_proj = product(feed_forward.down_proj)
+        self.act_fn = feed_forward.act_fn
+        self.gate_up_proj = linear(feed_forward.gate_proj, feed_forward.up_proj)
+        self.down_proj = linear(feed_forward.down_proj)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(self.act_fn(gate) * up)
 
 
 def shared_copy(model: CausalLM) -> CausalLM:
-    """Modules of their own over the same weights: one may be laid out or put to eval() and the other not."""
+    """Separate modules that share the weights: one may be packed, or in eval mode, and the other not."""
     return copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
 
 
 def pack_for_decoding(model: CausalLM, half_weights: bool = False) -> CausalLM:
-    """The same model with faster layers, for generate(); it cannot be trained or saved. `model` stays as it is.
+    """A copy of the model with faster layers, for generation only; it cannot be trained or saved.
 
-    For a float32 model on a CPU, without adapters. half_weights keeps matrices in float16; UserError where torch has
-    no such product.
+    The model is in float32, on a CPU and without adapters. half_weights: store matrices in float16; UserError if this
+    build of torch cannot multiply them.
     """
     if half_weights and "fbgemm" not in torch.backends.quantized.supported_engines:
-        raise UserError("this build of torch has no product with float16 weights (FBGEMM)")
-    product = HalfProduct if half_weights else Product
+        raise UserError("this build of torch has no matrix product with float16 weights (FBGEMM)")
+    linear = HalfLinear if half_weights else PackedLinear
     packed = shared_copy(model)
     for name, module in model.named_modules():
         if isinstance(module, Attention):
-            packed.set_submodule(name, DecodingAttention(module, product))
+            packed.set_submodule(name, DecodingAttention(module, linear))
         elif isinstance(module, FeedForward):
-            packed.set_submodule(name, DecodingFeedForward(module, product))
+            packed.set_submodule(name, DecodingFeedForward(module, linear))
         elif isinstance(module, RMSNorm) and not name.endswith(("q_norm", "k_norm")):
             packed.set_submodule(name, DecodingNorm(module.weight, module.eps))
-    packed.lm_head = product(model.lm_head)
+    packed.lm_head = linear(model.lm_head)
+    if (key := (repr(model.config), half_weights)) not in _COMPARED:
+        _COMPARED.add(key)
+        compare(model, packed, tolerance=0.05 if half_weights else 1e-3)
     return packed
+
+
+_COMPARED = set()  # configurations whose packed model was compared in this process
+
+
+@torch.inference_mode()
+def compare(model: CausalLM, packed: CausalLM, tolerance: float):
+    """RuntimeError if prefill and decoding with `packed` give other logits than `model` for a few random tokens.
+
+    tolerance: the largest difference, in standard deviations of the logits.
+    """
+    n = min(8, model.config.max_position_embeddings)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (1, n), generator=generator)
+    cache = KVCache(packed, rows=1, max_length=n)
+    prefill_then_decode = ids.split([n - n // 2] + [1] * (n // 2), dim=1)
+    logits = torch.cat([packed(part, cache=cache) for part in prefill_then_decode], dim=1)
+    expected = model(ids)  # (1, n, V)
+    differences = (logits - expected).abs().amax(-1).flatten().sort().values / expected.std()  # (n,)
+    difference = differences[n // 2].item()  # not the largest: rounding may route a single token to another expert
+    if difference > tolerance:  # False for NaN: weights that are not finite are reported when they generate
+        raise RuntimeError(
+            f"engine/decoding.py does not compute what model/model.py does: logits differ by {difference:.2g} standard "
+            f"deviations, where {tolerance:g} is allowed"
+        )

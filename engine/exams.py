@@ -10,7 +10,7 @@ from model.chat import BOS, IM_END, encode, encode_chat
 from model.model import CausalLM
 
 LETTERS = "abcd"
-BLANK = "____"  # where the answer goes in a question, if it says so
+BLANK = "____"  # the place of the answer in a question, if there is one
 BLOCK = 64  # questions whose options are sorted by length together
 
 # ----------------------------------------------------------------------------------------------------------- answering
@@ -25,12 +25,12 @@ def answer_exam(
     by: str = "text",
     batch_size: int = 16,
 ) -> pd.DataFrame:
-    """The questions with what was chosen, whether it is `right`, and whether their prompt had to be `cut`.
+    """The questions with the `chosen` option, whether it is `right`, and whether the prompt was truncated (`cut`).
 
-    by "text": the option whose text has the highest log-likelihood a byte, in the blank of the question or after it; a
-    small model knows texts, not the letters of options, so these are not shown. by "letter": the options are listed,
-    and the most probable letter is taken. Before it stand the first `shots` examples of the subject, with answers.
-    UserError where there are fewer.
+    by "text": the option whose text has the highest log-likelihood per byte, in the question's blank or after it. The
+    options are not listed: a small model has learned texts, not letters of options. by "letter": the options are
+    listed, and the most probable letter is chosen. The first `shots` examples of the subject precede the question;
+    UserError if there are fewer.
     """
     by_subject = {subject: table.head(shots).to_dict("records") for subject, table in examples.groupby("subject")}
     for subject in questions["subject"].unique():
@@ -41,14 +41,14 @@ def answer_exam(
     rows = questions.to_dict("records")
     chosen, cut = [], []
     for start in tqdm(range(0, len(rows), BLOCK), unit_scale=BLOCK, unit=" questions", disable=None):
-        options = []  # four a question
+        options = []  # four per question
         for row in rows[start : start + BLOCK]:
             pairs, is_cut = encode_options(model, tokenizer, row, by_subject.get(row["subject"], []), by)
             options += pairs
             cut.append(is_cut)
         scores = torch.tensor(log_likelihoods(model, options, batch_size)).view(-1, len(LETTERS))
         if not scores.isfinite().all():
-            raise UserError("the model gives no numbers: its weights are not finite")
+            raise UserError("the logits are NaN: the model's weights are not finite")
         if by == "text":
             sizes = [[len(row[letter].encode()) for letter in LETTERS] for row in rows[start : start + BLOCK]]
             scores /= torch.tensor(sizes)
@@ -59,8 +59,8 @@ def answer_exam(
 def encode_options(
     model: CausalLM, tokenizer: Tokenizer, row: dict, examples: list[dict], by: str
 ) -> tuple[list[tuple[list[int], list[int]]], bool]:
-    """The ids before each option, and its own. What is too long for the model's context loses examples, then its
-    beginning, and is `cut`."""
+    """For each option the ids before it and its own; and whether the prompt was truncated. A prompt that exceeds the
+    context loses examples first, then its beginning."""
     whole, context = examples, model.config.max_position_embeddings
     while True:
         pairs = encode_question(model.is_chat, tokenizer, row, examples, by)
@@ -78,7 +78,7 @@ def encode_options(
 def encode_question(
     is_chat: bool, tokenizer: Tokenizer, row: dict, examples: list[dict], by: str
 ) -> list[tuple[list[int], list[int]]]:
-    """The ids before each option, and its own: in the turns of user and assistant, or in running text."""
+    """For each option the ids before it and its own: as turns of a chat, or as plain text for a base model."""
     options = [option_of(row, letter, by) for letter in LETTERS]
     if is_chat:
         messages = []
@@ -98,8 +98,8 @@ def encode_question(
     before = encode(tokenizer, text)
     pairs = []
     for option in options:
-        # As it is written in running text, where its first letters may share a token with what is before it; so does
-        # lm-evaluation-harness. What has no token of its own there is encoded alone.
+        # Encoded with the text before it, with which its first characters may share a token, as lm-evaluation-harness
+        # does. An option that has no token of its own there is encoded alone.
         own = encode(tokenizer, text + option)[len(before) :] or encode(tokenizer, option)
         pairs.append(([BOS, *before], own))
     return pairs
@@ -110,7 +110,7 @@ def option_of(row: dict, letter: str, by: str) -> str:
 
 
 def asked(row: dict, by: str) -> str:
-    """A question as the model reads it."""
+    """The text of a question in the prompt."""
     if by == "text":
         return row["question"]
     listing = "".join(f"{letter.upper()}. {row[letter]}\n" for letter in LETTERS)
@@ -118,7 +118,7 @@ def asked(row: dict, by: str) -> str:
 
 
 def around_answer(row: dict, by: str) -> tuple[str, str]:
-    """What stands before the answer in running text, and after it."""
+    """The texts before and after the answer of a base model."""
     if by == "letter":
         return asked(row, by), ""
     before, _, after = row["question"].partition(BLANK)
@@ -127,10 +127,10 @@ def around_answer(row: dict, by: str) -> tuple[str, str]:
 
 @torch.inference_mode()
 def log_likelihoods(model: CausalLM, pairs: list[tuple[list[int], list[int]]], batch_size: int) -> list[float]:
-    """ln p(option | what is before it) of each pair of ids.
+    """ln p(option | ids before it) of each pair (ids before it, option).
 
-    Pairs with the same input, such as four letters after one question, are one row of a batch. Rows of like length go
-    together; what fills up the shorter ones stands after their end, where they do not look.
+    Pairs with the same input, such as four letters after one question, share a row of a batch. Rows of similar length
+    are batched together; padding comes after the end, where causal attention does not see it.
     """
     device = model.model.embed_tokens.weight.device
     rows: dict[tuple[int, ...], list[int]] = {}  # an input: the numbers of its pairs
@@ -152,18 +152,18 @@ def log_likelihoods(model: CausalLM, pairs: list[tuple[list[int], list[int]]], b
     return scores
 
 
-# ------------------------------------------------------------------------------------------------------------ counting
+# ------------------------------------------------------------------------------------------------------------- accuracy
 
 
 def accuracy(results: pd.DataFrame, by: str) -> pd.DataFrame:
-    """A row for each value of the column `by`: questions, accuracy, and the ends of its interval."""
+    """A row for each value of the column `by`: questions, accuracy, and its confidence interval (low, high)."""
     table = results.groupby(by)["right"].agg(questions="size", accuracy="mean")
     table["low"], table["high"] = wilson_interval(table["accuracy"], table["questions"])
     return table
 
 
 def wilson_interval(p, n, z: float = 1.96):
-    """Of a share p of n, numbers or columns: 95 % of such intervals hold the true one (Wilson 1927)."""
+    """The 95% confidence interval of a proportion p of n (Wilson 1927); p and n: numbers or columns."""
     centre = p + z * z / (2 * n)
     spread = z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
     scale = 1 + z * z / n

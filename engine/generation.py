@@ -1,4 +1,4 @@
-"""Writing: an engine whose rows enter and leave at any step, sampling, and text as it comes."""
+"""Generation: an engine with continuous batching, sampling, and streamed text."""
 
 import codecs
 import random
@@ -18,11 +18,11 @@ from model.chat import token_pieces
 from model.model import CausalLM
 from model.operators import document_mask
 
-PROMPT_TOKENS = 4096  # computed at once, so that a long queue of prompts takes no more memory
+MAX_PREFILL_TOKENS = 4096  # prompt tokens in one forward pass: limits the memory that a long queue takes
 
 
 class Sampling(NamedTuple):
-    """How a token is chosen; the defaults draw from the model's own distribution."""
+    """How a token is chosen (see sample); the defaults sample from the model's own distribution."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -33,33 +33,33 @@ class Sampling(NamedTuple):
 
 @dataclass(eq=False)
 class Sequence:
-    """A prompt, how to go on from it, and what was written."""
+    """A prompt, how to continue it, and the tokens generated so far."""
 
     prompt: list[int]
     max_new_tokens: int
     stop_ids: frozenset[int] = frozenset()
     sampling: Sampling = Sampling()
-    seed: int | str | None = None  # the same seed writes the same text, whatever else is being written
+    seed: int | str | None = None  # the same seed gives the same text, whatever else is in the batch
     suppress_tokens: frozenset[int] = frozenset()  # tokens that are never chosen
-    on_token: Callable[["Sequence"], Iterable[int]] | None = None  # asked after each token: what is forced to follow it
-    forced: deque[int] = field(default_factory=deque)  # tokens that come next whatever the model says
+    on_token: Callable[["Sequence"], Iterable[int]] | None = None  # called after each token; returns forced tokens
+    forced: deque[int] = field(default_factory=deque)  # the next tokens, whatever the model predicts
     tokens: list[int] = field(default_factory=list)  # a stop token is the last of them
-    chosen: list[bool] = field(default_factory=list)  # of each token: by the model, not forced
-    n_top: int | None = None  # asks for log_probs, and at each place for those of this many most probable tokens
-    log_probs: list[float] = field(default_factory=list)  # ln p of each, at temperature 1, where they are kept
-    top_log_probs: list[list[tuple[int, float]]] = field(default_factory=list)  # at each place: token, ln p
-    seen: Tensor | None = None  # which tokens occurred, (V,) boolean; kept where repetition_penalty needs it
-    finish_reason: str | None = None  # "stop", or "length": max_new_tokens or the context is used up
+    chosen: list[bool] = field(default_factory=list)  # for each token: True if the model chose it, False if forced
+    n_top: int | None = None  # not None: keep log_probs, and those of the n_top most probable tokens
+    log_probs: list[float] = field(default_factory=list)  # ln p of each token at temperature 1, if kept
+    top_log_probs: list[list[tuple[int, float]]] = field(default_factory=list)  # for each position: (token, ln p)
+    seen: Tensor | None = None  # which tokens occurred, (V,) boolean; only for repetition_penalty
+    finish_reason: str | None = None  # "stop", or "length": max_new_tokens or the context was reached
 
     def __post_init__(self):
         self.random = random.Random(self.seed)
 
 
 class Engine:
-    """Writes many texts at a time. A step writes one token to each row; a row that ends makes room for one that waits.
+    """Generates many sequences at a time. A step adds one token to each row; when a row ends, a waiting one enters.
 
-    A prompt that several neighbours in the queue share is computed once. A text comes out the same in whatever company:
-    its row has its own length, its own stop tokens and its own random numbers.
+    A prompt that consecutive sequences of the queue share is prefilled once. A sequence does not depend on the others
+    in the batch: it has its own length, stop tokens and random numbers.
 
         engine = Engine(model, max_rows=64)
         engine.submit(Sequence(prompt, max_new_tokens=100))
@@ -73,7 +73,7 @@ class Engine:
         self.device = model.model.embed_tokens.weight.device
         self.context = model.config.max_position_embeddings
         self.waiting: deque[Sequence] = deque()
-        self.rows: list[Sequence] = []  # those being written, in the order of the cache's rows
+        self.rows: list[Sequence] = []  # those being generated, in the order of the cache's rows
         self.cache: KVCache | None = None
 
     @property
@@ -81,7 +81,7 @@ class Engine:
         return bool(self.rows or self.waiting)
 
     def submit(self, sequence: Sequence):
-        """Puts it at the end of the queue. UserError when its prompt leaves no room in the context."""
+        """Appends it to the queue. UserError if its prompt fills the context."""
         length = len(sequence.prompt)
         if length == 0:
             raise ValueError("a prompt has no tokens")
@@ -92,7 +92,7 @@ class Engine:
 
     @torch.inference_mode()
     def remove(self, sequence: Sequence):
-        """Ends it before its time."""
+        """Stops generating it."""
         if sequence in self.waiting:
             self.waiting.remove(sequence)
         if sequence in self.rows:
@@ -104,19 +104,19 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Sequence]:
-        """Writes one token to every row, those that enter now included; returns them. Some of them have ended."""
+        """Adds one token to every row, including the rows that enter now; returns them. Some of them have ended."""
         hidden = []  # of each row's last token, (·, H)
         if self.rows:
             hidden.append(self._decode())
-        while entering := self._entering():
+        while entering := self._take_from_queue():
             hidden.append(self._prefill(entering))
         if not hidden:
             return []
         logits = self.model.lm_head(torch.cat(hidden))  # (B, V)
         if not logits.isfinite().all():
-            raise UserError("the model gives no numbers: its weights are not finite")
-        written = list(self.rows)
-        for sequence, token in zip(written, self._choose(logits)):
+            raise UserError("the logits are NaN: the model's weights are not finite")
+        generated = list(self.rows)
+        for sequence, token in zip(generated, self._choose(logits)):
             sequence.tokens.append(token)
             if sequence.on_token:
                 sequence.forced.extend(sequence.on_token(sequence))
@@ -124,29 +124,30 @@ class Engine:
                 sequence.finish_reason = "stop"
             elif len(sequence.tokens) >= sequence.max_new_tokens:
                 sequence.finish_reason = "length"
-        for sequence in written:
+        for sequence in generated:
             if sequence.finish_reason:
                 self.remove(sequence)
-        return written
+        return generated
 
     def _decode(self) -> Tensor:
+        """One forward pass for the last token of every row, (B, H)."""
         input_ids = torch.tensor([[sequence.tokens[-1]] for sequence in self.rows], device=self.device)  # (B, 1)
         position_ids = self.cache.ends[1][:, None]
         return self.model.model(input_ids, position_ids, self.cache.mask(), self.cache)[:, 0]  # (B, H)
 
-    def _entering(self) -> list[Sequence]:
-        """Those at the head of the queue for whom there is room, as many as are computed at once."""
+    def _take_from_queue(self) -> list[Sequence]:
+        """The first sequences that fit into the free rows and into one prefill."""
         entering = []
         tokens = 0
         while self.waiting and len(self.rows) + len(entering) < self.max_rows:
             tokens += len(self.waiting[0].prompt)
-            if entering and tokens > PROMPT_TOKENS:
+            if entering and tokens > MAX_PREFILL_TOKENS:
                 break
             entering.append(self.waiting.popleft())
         return entering
 
     def _prefill(self, entering: list[Sequence]) -> Tensor:
-        """Puts the sequences into new rows; returns the hidden states of their prompts' last tokens, (·, H)."""
+        """Computes the prompts of new rows; returns the hidden states of their last tokens, (·, H)."""
         room = max(len(sequence.prompt) + sequence.max_new_tokens for sequence in entering)
         rows = len(self.rows) + len(entering)
         if self.cache is None:
@@ -154,7 +155,7 @@ class Engine:
             self.cache.set_lengths([])
         elif rows > len(self.cache.keys[0]) or room > self.cache.max_length:
             self.cache = self.cache.grow(self.model, rows, room)
-        # Laid end to end, as documents in a row of training: no padding, and each sees itself alone.
+        # Packed into one row, as documents are in training: no padding, and no prompt attends to another.
         shared = [(prompt, len(list(copies))) for prompt, copies in groupby(sequence.prompt for sequence in entering)]
         input_ids = torch.tensor([[token for prompt, _ in shared for token in prompt]], device=self.device)  # (1, T)
         position_ids = torch.cat([torch.arange(len(prompt)) for prompt, _ in shared]).to(self.device)[None]
@@ -190,7 +191,7 @@ class Engine:
         return chosen
 
     def _keep_log_probs(self, logits: Tensor, sequences: list[Sequence], chosen: list[int]):
-        """Of the token chosen for each sequence, and of the most probable ones, from logits (B, V)."""
+        """Stores ln p of each sequence's token, and of the most probable ones, from logits (B, V)."""
         tokens = torch.tensor(chosen, device=self.device)[:, None]  # (B, 1)
         normalizers = logits.logsumexp(-1)  # (B,)
         log_probs = logits.gather(1, tokens)[:, 0] - normalizers
@@ -210,7 +211,7 @@ class Engine:
         return rows
 
     def _seen(self, rows: list[int]) -> Tensor:
-        """Which tokens stand in the prompt or the text of each row, (·, V) boolean."""
+        """Which tokens occur in the prompt or the generated tokens of each row, (·, V) boolean."""
         for sequence in (self.rows[row] for row in rows):
             if sequence.seen is None:
                 sequence.seen = torch.zeros(self.model.config.vocab_size, dtype=torch.bool, device=self.device)
@@ -227,10 +228,10 @@ def generate(
     seed: int | None = None,
     **sampling: float,
 ) -> Iterator[list[int | None]]:
-    """Yields, step by step, the next token of every prompt; None for one that has ended (its stop token is yielded).
+    """Yields, at each step, the next token of every prompt; None for one that has ended (its stop token is yielded).
 
-    All are written at a time. Ends when all have met a token of stop_ids, after max_new_tokens, or when the context is
-    full (max_position_embeddings). `sampling` are fields of Sampling. UserError when a prompt alone does not fit.
+    A prompt ends with a token of stop_ids, after max_new_tokens, or when the context (max_position_embeddings) is full.
+    `sampling`: fields of Sampling. UserError if a prompt alone fills the context.
     """
     engine = Engine(model, max_rows=len(prompts))
     sequences = []
@@ -239,8 +240,8 @@ def generate(
         sequences.append(Sequence(prompt, max_new_tokens, frozenset(stop_ids), Sampling(**sampling), own_seed))
         engine.submit(sequences[-1])
     while engine.busy and max_new_tokens:
-        written = set(map(id, engine.step()))
-        yield [sequence.tokens[-1] if id(sequence) in written else None for sequence in sequences]
+        generated = set(map(id, engine.step()))
+        yield [sequence.tokens[-1] if id(sequence) in generated else None for sequence in sequences]
 
 
 def sample(
@@ -251,13 +252,13 @@ def sample(
     top_p: float = 1.0,
     min_p: float = 0.0,
 ) -> Tensor:
-    """A token for each row of logits (B, V), by a number in [0, 1) for each; returns (B,). Temperature 0 takes the most
-    probable.
+    """Samples a token from each row of logits (B, V) with a uniform number in [0, 1) for each; returns (B,).
 
-    top_k keeps the k most probable (0: all; more than V: all); top_p the fewest that hold this much probability
-    (nucleus sampling, arXiv 1904.09751); min_p those at least this share of the most probable's (arXiv 2407.01082).
+    temperature 0 is greedy. top_k keeps the k most probable tokens (0, or more than V: all); top_p the smallest set
+    with this total probability (nucleus sampling, arXiv 1904.09751); min_p those with at least this fraction of the
+    highest probability (arXiv 2407.01082).
     """
-    if temperature < 1e-6:  # that small it divides to infinity, and comes to the same
+    if temperature < 1e-6:  # dividing by it would overflow
         return logits.argmax(-1)
     logits = logits.float() / temperature
     if 0 < top_k < logits.shape[-1]:
@@ -267,23 +268,23 @@ def sample(
         probabilities[probabilities < min_p * probabilities.max(-1, keepdim=True).values] = 0
     if top_p < 1:
         ordered, index = probabilities.sort(descending=True)
-        before = ordered.cumsum(-1) - ordered  # the probability of all that are more probable
+        before = ordered.cumsum(-1) - ordered  # total probability of the more probable tokens
         before[:, 0] = -1  # the most probable always stays
         ordered[before >= top_p * ordered.sum(-1, keepdim=True)] = 0
         probabilities = torch.zeros_like(probabilities).scatter(-1, index, ordered)
-    # The token at which the running sum passes the row's number: the inverse of the distribution function.
+    # Inverse transform sampling: the token at which the cumulative probability passes the row's number.
     running = probabilities.cumsum(-1)
     below = torch.tensor(uniforms, device=logits.device).clamp(max=1 - 1e-6)[:, None] * running[:, -1:]
     return torch.searchsorted(running, below, right=True)[:, 0]
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Makes tokens that occurred less probable (CTRL, arXiv 1909.05858, 4.1). logits (B, V), seen (B, V) boolean."""
+    """Makes tokens that occurred less probable (CTRL, arXiv 1909.05858, 4.1). logits and boolean seen: (B, V)."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 class TextStream:
-    """Tokens to text as they come, whole characters only: the bytes of an unfinished one wait for the rest."""
+    """Streams tokens as text in whole characters: the bytes of an incomplete one wait for the rest."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.pieces = token_pieces(tokenizer)

@@ -1,7 +1,7 @@
-"""A conversation with a model: messages to tokens and back, thinking, and tools that are called while it writes."""
+"""A chat with a model: messages to tokens and back, reasoning, and tools that are called during generation."""
 
-import argparse
 import json
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from tokenizers import Tokenizer
@@ -12,28 +12,47 @@ from engine.tools import Tool, run_calls
 from model.chat import BOS, EOS, IM_END, IM_START, THINK, TOOL_CALL, TOOL_RESPONSE, encode, encode_chat
 from model.model import CausalLM
 
-PARTS = {THINK: "reasoning", TOOL_CALL: "tool_call", TOOL_RESPONSE: "tool_response"}  # what a control token opens
+PARTS = {THINK: "reasoning", TOOL_CALL: "tool_call", TOOL_RESPONSE: "tool_response"}  # by the opening control token
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How answers are generated. The names and their meaning are Hugging Face's; the defaults are those of eval.py and
+    serve.py."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.7  # 0: greedy
+    top_k: int = 0
+    top_p: float = 0.9
+    min_p: float = 0.0
+    repetition_penalty: float = 1.1
+    think: str = "show"  # "off": the model may not reason; eval.py also has "hide"
+    max_think_tokens: int = 0  # the reasoning is ended after so many tokens; 0: no limit
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
 
 
 class Reply(NamedTuple):
-    """What the assistant wrote, taken apart."""
+    """The parts of an assistant's answer."""
 
     content: str
     reasoning: str = ""
-    tool_calls: list[dict] = []  # {"name", "arguments"}; arguments stay a text where they are no JSON
+    tool_calls: list[dict] = []  # {"name", "arguments"}; arguments that are not valid JSON stay a string
     tool_responses: list[str] = []
 
 
 class ReplyStream:
-    """Tokens to pieces of text as they come, each with the part that it belongs to: one of PARTS, or "content".
+    """Streams tokens as text, each piece with its part: one of PARTS, or "content".
 
-    What stands between the turns of an answer that calls tools, ends of turns and headers, is no text.
+    An answer that calls tools has several turns; the end of a turn and the next header give no text.
     """
 
     def __init__(self, tokenizer: Tokenizer):
         self.stream = TextStream(tokenizer)
         self.part = "content"
-        self.pieces: list[tuple[str, str]] = []  # part, text; a new entry where a part begins
+        self.pieces: list[tuple[str, str]] = []  # (part, text), one for each run of tokens of one part
 
     def put(self, token_id: int) -> tuple[str, str]:
         if token_id in PARTS:
@@ -77,7 +96,7 @@ class ReplyStream:
 
 
 def last_turn(tokens: list[int]) -> list[int]:
-    """From the last header on; the whole answer where no tool was called."""
+    """The tokens from the last header on; all of them if no tool was called."""
     return tokens[-1 - tokens[::-1].index(IM_START) :] if IM_START in tokens else tokens
 
 
@@ -90,34 +109,34 @@ def read_tokens(tokens: list[int], tokenizer: Tokenizer) -> Reply:
 
 
 def call_of(text: str) -> dict:
-    """A call {"name", "arguments"} from what stands between its tags; the name is None where that is no JSON object."""
+    """A call {"name", "arguments"} from the text between its tags; the name is None if it is not a JSON object."""
     try:
-        call = json.loads(text, parse_constant=int)  # which raises ValueError: NaN and its like are no JSON
+        call = json.loads(text, parse_constant=int)  # int("NaN") raises ValueError: NaN is not JSON
     except (ValueError, RecursionError):
         call = None
     return call if isinstance(call, dict) else {"name": None, "arguments": text.strip()}
 
 
 class Session:
-    """A model, its tokenizer, and how answers are to be written: args has eval.py's flags of how it writes."""
+    """A model, its tokenizer, and how answers are generated."""
 
     def __init__(
-        self, model: CausalLM, tokenizer: Tokenizer, args: argparse.Namespace, tools: dict[str, Tool] | None = None
+        self, model: CausalLM, tokenizer: Tokenizer, config: GenerationConfig, tools: dict[str, Tool] | None = None
     ):
         if tokenizer.get_vocab_size() != model.config.vocab_size:
             raise UserError(
                 f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the model {model.config.vocab_size}: "
-                "put the tokenizer that it was trained with in its folder"
+                "put the tokenizer that the model was trained with into its folder"
             )
-        self.model, self.tokenizer, self.args, self.tools = model, tokenizer, args, tools or {}
+        self.model, self.tokenizer, self.config, self.tools = model, tokenizer, config, tools or {}
         self.end_of_thought = [*encode(tokenizer, "\n"), THINK + 1, *encode(tokenizer, "\n\n")]
 
     def prompt_ids(self, messages: list[dict], tools: list | None = None) -> list[int]:
-        """The tokens to go on from. A chat that fills the context loses its oldest turns, but for the system prompt."""
+        """The prompt's tokens. A chat that fills the context loses its oldest turns, except for the system prompt."""
         if not self.model.is_chat:
             return [BOS, *encode(self.tokenizer, messages[-1]["content"])]
         context = self.model.config.max_position_embeddings
-        room = max(context - self.args.max_new_tokens, context // 2)
+        room = max(context - self.config.max_new_tokens, context // 2)
         schemas = tools or [tool.schema for tool in self.tools.values()]
         while True:
             ids, _ = encode_chat(self.tokenizer, messages, schemas, add_generation_prompt=True)
@@ -127,32 +146,30 @@ class Session:
             messages = messages[:oldest] + messages[oldest + 1 :]
 
     def sequence(self, prompt: list[int], seed: int | str | None = None) -> Sequence:
-        """The answer to a prompt, for an Engine."""
-        args = self.args
-        sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
-        suppress_tokens = frozenset([THINK] if args.think == "off" else [])
+        """The answer to a prompt, to be submitted to an Engine."""
+        config = self.config
+        suppress_tokens = frozenset([THINK] if config.think == "off" else [])
         stop_ids = frozenset([EOS, IM_END])
-        return Sequence(prompt, args.max_new_tokens, stop_ids, sampling, seed, suppress_tokens, self._what_follows)
+        return Sequence(
+            prompt, config.max_new_tokens, stop_ids, config.sampling, seed, suppress_tokens, self._forced_tokens
+        )
 
-    def _what_follows(self, sequence: Sequence) -> list[int]:
-        """Tokens that the model does not choose: the end of a thought that is too long, the answers of tools."""
+    def _forced_tokens(self, sequence: Sequence) -> list[int]:
+        """Tokens that the model does not choose: the end of reasoning that is too long, the responses of tools."""
         tokens = sequence.tokens
         if sequence.forced:
             return []
-        thinks = self.args.max_think_tokens and THINK in tokens and THINK + 1 not in tokens
-        if thinks and len(tokens) - tokens.index(THINK) > self.args.max_think_tokens:
+        limit = self.config.max_think_tokens
+        thinks = limit and THINK in tokens and THINK + 1 not in tokens
+        if thinks and len(tokens) - tokens.index(THINK) > limit:
             return self.end_of_thought
         if self.tools and tokens[-1] == IM_END:
-            return self._answers_of_tools(sequence)
+            calls = read_tokens(last_turn(tokens), self.tokenizer).tool_calls
+            return self.tool_response_ids(run_calls(self.tools, calls)) if calls else []
         return []
 
-    def _answers_of_tools(self, sequence: Sequence) -> list[int]:
-        """What encode_chat writes after the calls of the turn that has just ended, up to the next header."""
-        calls = read_tokens(last_turn(sequence.tokens), self.tokenizer).tool_calls
-        return self.answer_ids(run_calls(self.tools, calls)) if calls else []
-
-    def answer_ids(self, answers: list[str]) -> list[int]:
-        """What stands between a turn that ended with calls and the next that the model writes."""
+    def tool_response_ids(self, answers: list[str]) -> list[int]:
+        """The tokens between a turn that ended with calls and the next turn of the model, as encode_chat has them."""
         ids = [*encode(self.tokenizer, "\n"), IM_START, *encode(self.tokenizer, "user")]
         for answer in answers:
             ids += encode(self.tokenizer, "\n")

@@ -1,12 +1,14 @@
-"""Tools that a model may call while it writes: a calculator, and functions from a Python file of the user's.
+"""Tools that a model may call during generation: a calculator, and functions from a user's Python file.
 
-What a model writes is not trusted: the calculator has a parser of its own, and the user's functions run in a process
-of their own, with limits on time, memory and output. A mistake comes back to the model as text.
+The model's output is not trusted: the calculator evaluates a syntax tree of a few node types, and the user's functions
+run in a separate process with limits on time, memory and output. Errors are returned to the model as text.
 """
 
+import ast
 import contextlib
 import inspect
 import json
+import operator
 import os
 import re
 import signal
@@ -21,9 +23,9 @@ from typing import BinaryIO
 from base.cli import UserError
 from base.files import load_module
 
-MAX_CHARACTERS, MAX_DIGITS, MAX_DEPTH = 64, 12, 16  # of an expression: `9**9**9` and its like end here
-MAX_CALLS = 4  # in one answer
-MAX_SECONDS, MAX_BYTES, MAX_OUTPUT = 10, 2**30, 2000  # of a user's function; output in characters
+MAX_CHARACTERS, MAX_DIGITS = 64, 12  # of an expression, and of a number in it
+MAX_CALLS = 4  # in one turn
+MAX_SECONDS, MAX_BYTES, MAX_OUTPUT = 10, 2**30, 2000  # limits of a user's function; output in characters
 
 
 class Tool:
@@ -35,11 +37,11 @@ class Tool:
 
 
 def run_calls(tools: dict[str, Tool], calls: list[dict]) -> list[str]:
-    """The answer to each call {"name", "arguments"}, as text; what goes wrong is said in it."""
+    """The result of each call {"name", "arguments"} as text, which may be an error message."""
     answers = []
     for call in calls[:MAX_CALLS]:
         name, arguments = call.get("name"), call.get("arguments")
-        tool = tools.get(name) if isinstance(name, str) else None  # the model may write anything there
+        tool = tools.get(name) if isinstance(name, str) else None  # the model may generate anything here
         if tool is None:
             answer = f"error: there is no tool {name!r}; there are {', '.join(tools)}"
         elif not isinstance(arguments, dict):
@@ -47,84 +49,52 @@ def run_calls(tools: dict[str, Tool], calls: list[dict]) -> list[str]:
         else:
             try:
                 answer = tool.call(arguments)
-            except OSError as error:  # no process can be started, say
+            except OSError as error:  # such as a process that cannot be started
                 answer = f"error: {error}"
         answers.append(answer if len(answer) <= MAX_OUTPUT else answer[:MAX_OUTPUT] + " …")
     return answers
 
 
-# ---- The calculator -------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------- calculator
+
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
 def calculate(expression: str) -> str:
     """The value of an expression of numbers, + - * / and parentheses, exact: an integer, or a decimal of 6 places."""
     try:
-        value = _Parser(expression).value()
-    except (ValueError, ZeroDivisionError) as error:
+        value = _value(expression)
+    except ZeroDivisionError:
+        return "error: division by zero"
+    except SyntaxError as error:
+        return f"error: {error.msg}"
+    except ValueError as error:
         return f"error: {error}"
-    if value.denominator == 1:
-        return str(value.numerator)
-    return f"{float(value):.6f}".rstrip("0").rstrip(".")
+    return str(value) if value.denominator == 1 else f"{float(value):.6f}".rstrip("0").rstrip(".")
 
 
-class _Parser:
-    """sum = product (+- product)*, product = factor (*/ factor)*, factor = number | -factor | (sum)."""
+def _value(expression: str) -> Fraction:
+    """Only Python's parser is used: nothing is executed. The number of characters also limits the depth of the tree."""
+    if len(expression) > MAX_CHARACTERS:
+        raise ValueError(f"the expression is longer than {MAX_CHARACTERS} characters")
+    text = " ".join(expression.translate(str.maketrans("×÷−（）", "*/-()")).split())
+    if unexpected := re.search(r"[^0-9.+*/() -]", text):
+        raise ValueError(f"unexpected {unexpected[0]!r}")
+    text = re.sub(r"(?<![\d.])0+(?=\d)", "", text)  # Python does not accept leading zeros
 
-    def __init__(self, expression: str):
-        if len(expression) > MAX_CHARACTERS:
-            raise ValueError(f"the expression is longer than {MAX_CHARACTERS} characters")
-        expression = expression.translate(str.maketrans("×÷−（）", "*/-()"))
-        self.tokens = re.findall(r"\d+(?:\.\d+)?|\S", expression)
-        self.depth = 0
-
-    def value(self) -> Fraction:
-        value = self._sum()
-        if self.tokens:
-            raise ValueError(f"unexpected {self.tokens[0]!r}")
-        return value
-
-    def _next(self) -> str:
-        if not self.tokens:
-            raise ValueError("the expression ends too early")
-        return self.tokens.pop(0)
-
-    def _sum(self) -> Fraction:
-        value = self._product()
-        while self.tokens and self.tokens[0] in "+-":
-            value += self._product() if self._next() == "+" else -self._product()
-        return value
-
-    def _product(self) -> Fraction:
-        value = self._factor()
-        while self.tokens and self.tokens[0] in "*/":
-            if self._next() == "*":
-                value *= self._factor()
-                continue
-            divisor = self._factor()
-            if divisor == 0:
-                raise ZeroDivisionError("division by zero")
-            value /= divisor
-        return value
-
-    def _factor(self) -> Fraction:
-        token = self._next()
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise ValueError(f"nested deeper than {MAX_DEPTH}")
-        if token == "-":
-            value = -self._factor()
-        elif token == "(":
-            value = self._sum()
-            if self._next() != ")":
-                raise ValueError("a parenthesis is not closed")
-        elif token[0].isdecimal() and token.isascii():
-            if len(token) > MAX_DIGITS:
+    def evaluate(node: ast.expr) -> Fraction:
+        source = ast.get_source_segment(text, node)
+        if isinstance(node, ast.Constant) and re.fullmatch(r"\d+(\.\d+)?", source):
+            if len(source) > MAX_DIGITS:
                 raise ValueError(f"a number has more than {MAX_DIGITS} digits")
-            value = Fraction(token)
-        else:
-            raise ValueError(f"unexpected {token!r}")
-        self.depth -= 1
-        return value
+            return Fraction(source)
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -evaluate(node.operand)
+        if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+            return OPERATORS[type(node.op)](evaluate(node.left), evaluate(node.right))
+        raise ValueError(f"unexpected {source!r}")
+
+    return evaluate(ast.parse(text, mode="eval").body)
 
 
 def calculator() -> Tool:
@@ -134,14 +104,14 @@ def calculator() -> Tool:
     return Tool({"type": "function", "function": function}, lambda given: calculate(str(given.get("expression", ""))))
 
 
-# ---- Functions of the user's ----------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------ user functions
 
-# Runs in the process of its own; there is no module `resource` on Windows.
+# The program of the separate process. Windows has no module `resource`.
 CHILD = f"""
 import importlib.util, json, signal, sys
 try:
     import resource
-    signal.alarm({MAX_SECONDS} + 1)  # if who called it is killed, and cannot end it any more
+    signal.alarm({MAX_SECONDS} + 1)  # in case the caller is killed before it can end this process
     for limit, value in (("AS", {MAX_BYTES}), ("CPU", {MAX_SECONDS}), ("FSIZE", {2**20})):
         resource.setrlimit(getattr(resource, "RLIMIT_" + limit), (value, value))
 except ImportError:
@@ -167,13 +137,13 @@ def load_tools(names: list[str]) -> dict[str, Tool]:
         elif name.endswith(".py"):
             tools |= _functions_of(Path(name))
         else:
-            raise UserError(f"no tool is called {name}: it is `calculator`, or a Python file")
+            raise UserError(f"no tool is called {name}: give `calculator` or a Python file")
     return tools
 
 
 def _functions_of(path: Path) -> dict[str, Tool]:
-    """A tool for each function that the file defines; its type hints and docstring (with `Args:`) become the schema."""
-    from transformers.utils import get_json_schema  # takes long to import
+    """A tool for each function that the file defines; type hints and docstring (with `Args:`) become its schema."""
+    from transformers.utils import get_json_schema  # slow to import
 
     module = load_module(path, "tools")
     tools = {}
@@ -182,7 +152,7 @@ def _functions_of(path: Path) -> dict[str, Tool]:
             continue
         try:
             schema = get_json_schema(function)
-        except Exception as error:  # of the docstring's form
+        except Exception as error:  # about the docstring's format
             raise UserError(f"{path}: {name}: {error}") from None
         tools[name] = Tool(schema, lambda arguments, name=name: _call_in_child(path, name, arguments))
     if not tools:
@@ -192,9 +162,9 @@ def _functions_of(path: Path) -> dict[str, Tool]:
 
 def _call_in_child(path: Path, name: str, arguments: dict) -> str:
     command = [sys.executable, "-c", CHILD, str(path.resolve()), name]
-    with contextlib.ExitStack() as stack:  # of files, whose size has a limit
+    with contextlib.ExitStack() as stack:  # files, because RLIMIT_FSIZE limits them
         given, output, errors = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(3))
-        given.write(json.dumps(arguments).encode())  # a command line would hold 128 kB
+        given.write(json.dumps(arguments).encode())  # a command line is limited to 128 kB
         given.seek(0)
         child = subprocess.Popen(command, stdin=given, stdout=output, stderr=errors, start_new_session=True)
         try:
@@ -202,7 +172,7 @@ def _call_in_child(path: Path, name: str, arguments: dict) -> str:
         except subprocess.TimeoutExpired:
             status = None
         finally:
-            with contextlib.suppress(ProcessLookupError):  # also what the function has started
+            with contextlib.suppress(ProcessLookupError):  # and all processes that the function started
                 os.killpg(child.pid, signal.SIGKILL) if hasattr(os, "killpg") else child.kill()
             child.wait()
         text, lines = (_beginning(file) for file in (output, errors))

@@ -1,7 +1,7 @@
-"""Every size of the model, the presets, the checks, and the mapping to Hugging Face's config.json.
+"""The model's configuration, the presets, and the mapping to Hugging Face's config.json.
 
 Edit the defaults of LMConfig to resize the model, or pick a preset for one run with `--preset NAME`. Later stages read
-the size from the checkpoint. The names are Hugging Face's, so that its documentation explains them too.
+the size from the checkpoint. The names are Hugging Face's, so its documentation applies.
 """
 
 import math
@@ -9,44 +9,41 @@ from dataclasses import dataclass, fields
 
 from base.cli import UserError
 
-# What no model has; a damaged or hostile config.json is refused before anything of that size is built.
-MOST = {"num_hidden_layers": 1000, "n_routed_experts": 10_000, "n_shared_experts": 1000, "vocab_size": 2**24}
-MOST |= dict.fromkeys(["hidden_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads"], 2**20)
-MOST |= {"head_dim": 2**16}
-MOST_EXPERTS = 100_000  # of all layers
-
 
 @dataclass
 class LMConfig:
     vocab_size: int = 6400
     hidden_size: int = 512
     intermediate_size: int = 1408  # about 8/3 of hidden_size: SwiGLU has three matrices where a plain MLP has two
+    hidden_act: str = "silu"  # of the feed-forward layers: one of HIDDEN_ACTS
     num_hidden_layers: int = 8
     num_attention_heads: int = 8
-    num_key_value_heads: int = 2  # fewer than query heads: grouped-query attention (arXiv 2305.13245), a smaller cache
+    num_key_value_heads: int = 2  # fewer than query heads: grouped-query attention (2305.13245), a smaller KV cache
     head_dim: int | None = None  # None: hidden_size / num_attention_heads
     max_position_embeddings: int = 2048  # tokens of context
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
     tie_word_embeddings: bool = True  # one matrix for input and output; untied, `small` would grow by an eighth
-    qk_norm: bool | None = None  # normalise each head's query and key: stable at higher learning rates (2302.05442)
-    #                              None: yes, except with softmax experts, whose file format has no place for it
+    qk_norm: bool | None = None  # normalise each head's query and key: stable at higher learning rates (2302.05442);
+    #                              None: True, except for softmax experts, whose Hugging Face class has no QK-norm
     bos_token_id: int = 1  # <|begin_of_text|>
     eos_token_id: int = 2  # <|end_of_text|>
 
-    # Mixture of experts (DeepSeekMoE, arXiv 2401.06066); read only when use_moe is set.
+    # Mixture of experts (DeepSeekMoE, arXiv 2401.06066); used only if use_moe is set.
     use_moe: bool = False
     n_routed_experts: int = 16
     n_shared_experts: int = 1
     num_experts_per_tok: int = 3
-    moe_intermediate_size: int = 352  # a quarter of intermediate_size: 3 routed + 1 shared = the dense layer's work
+    moe_intermediate_size: int = (
+        352  # a quarter of intermediate_size: 3 routed + 1 shared cost as much as the dense layer
+    )
     first_k_dense_replace: int = 1  # this many leading layers stay dense
-    norm_topk_prob: bool = True  # a token's weights add up to 1
-    routed_scaling_factor: float = 1.0  # then multiplied by this
+    norm_topk_prob: bool = True  # the weights of a token's experts add up to 1
+    routed_scaling_factor: float = 1.0  # and are multiplied by this
     scoring_func: str = "sigmoid"  # balanced by a bias (DeepSeek-V3); or "softmax", balanced by a loss (DeepSeek-V2)
     router_aux_loss_coef: float | None = None  # weight of the balance loss; None: 1e-4 for sigmoid, 0.01 for softmax
-    seq_aux: bool = True  # balance within each document; False: in each micro-batch, whose size then matters
-    router_bias_update_speed: float = 1e-2  # how far a step moves the bias of an expert (sigmoid)
+    seq_aux: bool = True  # balance within each document; False: within each micro-batch, so that its size matters
+    router_bias_update_speed: float = 1e-2  # how far one step moves an expert's bias (sigmoid)
 
     def __post_init__(self):
         may_be_zero = set(
@@ -62,9 +59,8 @@ class LMConfig:
             if not 0 <= value < math.inf or (value == 0 and field.name not in may_be_zero):
                 least = "at least 0" if field.name in may_be_zero else "above 0"
                 raise UserError(f"{field.name} must be {least}, not {value}")
-        for name, most in MOST.items():
-            if (getattr(self, name) or 0) > most:
-                raise UserError(f"{name} must be at most {most:,}, not {getattr(self, name):,}")
+        if self.hidden_act not in HIDDEN_ACTS:
+            raise UserError(f'hidden_act must be one of {", ".join(HIDDEN_ACTS)}, not "{self.hidden_act}"')
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
                 raise UserError(
@@ -85,11 +81,6 @@ class LMConfig:
             self.qk_norm = True
 
     def _check_moe(self):
-        if self.num_hidden_layers * self.n_routed_experts > MOST_EXPERTS:
-            raise UserError(
-                f"num_hidden_layers ({self.num_hidden_layers}) times n_routed_experts ({self.n_routed_experts}) "
-                f"must be at most {MOST_EXPERTS:,}"
-            )
         if self.num_experts_per_tok > self.n_routed_experts:
             raise UserError(
                 f"num_experts_per_tok ({self.num_experts_per_tok}) must be at most n_routed_experts "
@@ -114,11 +105,11 @@ class LMConfig:
         if self.router_aux_loss_coef is None:
             self.router_aux_loss_coef = 1e-4 if self.scoring_func == "sigmoid" else 0.01
         if self.num_experts_per_tok == 1:
-            self.norm_topk_prob = False  # one weight, divided by itself, is 1 whatever the router says: no gradient
+            self.norm_topk_prob = False  # a single weight divided by itself is always 1: the router gets no gradient
 
     def to_hf(self) -> dict:
-        """The content of config.json: a Llama, or a Qwen3 with qk_norm (the same decoder with that one addition); with
-        sigmoid experts a Glm4Moe, with softmax experts a Qwen2Moe (checkpoint.to_disk says what that one needs)."""
+        """The content of config.json. The architecture is Llama, or Qwen3 with qk_norm (the same decoder with that one
+        addition), Glm4Moe with sigmoid experts, or Qwen2Moe with softmax experts (see checkpoint.to_disk)."""
         if not self.use_moe:
             architecture, model_type = ("Qwen3ForCausalLM", "qwen3") if self.qk_norm else ("LlamaForCausalLM", "llama")
         elif self.scoring_func == "sigmoid":
@@ -126,34 +117,33 @@ class LMConfig:
         else:
             architecture, model_type = "Qwen2MoeForCausalLM", "qwen2_moe"
         rope = {"rope_type": "default", "rope_theta": self.rope_theta}
-        hf = {name: getattr(self, name) for name in _SHARED_FIELDS} | {
+        hf = {
             "architectures": [architecture],
             "model_type": model_type,
             "rope_parameters": rope,
-            "hidden_act": "silu",
             "attention_bias": False,
             "mlp_bias": False,
             "use_cache": True,
             "dtype": "float32",
         }
-        if not self.use_moe:
-            return hf
-        hf |= {name: getattr(self, name) for name in _MOE_FIELDS}
-        if self.scoring_func == "sigmoid":
-            return hf | {
+        if model_type == "glm4_moe":
+            hf |= {
                 "use_qk_norm": self.qk_norm,
-                "rope_parameters": rope | {"partial_rotary_factor": 1.0},  # its default turns half of each head
+                "rope_parameters": rope | {"partial_rotary_factor": 1.0},  # its default rotates half of each head
                 "n_group": 1,
                 "topk_group": 1,
                 "num_nextn_predict_layers": 0,
             }
-        return hf | {
-            "num_experts": self.n_routed_experts,
-            "shared_expert_intermediate_size": max(self.n_shared_experts, 1) * self.moe_intermediate_size,
-            "mlp_only_layers": list(range(self.first_k_dense_replace)),
-            "decoder_sparse_step": 1,
-            "qkv_bias": False,
-        }
+        elif model_type == "qwen2_moe":
+            hf |= {
+                "num_experts": self.n_routed_experts,
+                "shared_expert_intermediate_size": max(self.n_shared_experts, 1) * self.moe_intermediate_size,
+                "mlp_only_layers": list(range(self.first_k_dense_replace)),
+                "decoder_sparse_step": 1,
+                "qkv_bias": False,
+            }
+        names = _SHARED_FIELDS + (_MOE_FIELDS if self.use_moe else [])
+        return hf | {name: getattr(self, name) for name in names}  # last: no literal above replaces a field
 
     @classmethod
     def from_hf(cls, hf: dict) -> "LMConfig":
@@ -170,12 +160,12 @@ class LMConfig:
             if (hf.get(name) or plain) != plain:
                 raise UserError(f'{name} "{hf[name]}" is not supported; only "{plain}" is')
         if set(hf.get("layer_types") or ()) - {"full_attention"} or rope.get("partial_rotary_factor", 1) != 1:
-            raise UserError("layers that see or rotate only a part are not supported")
-        if isinstance(hf.get("eos_token_id"), list):  # of which the first ends a text
+            raise UserError("sliding-window attention and partial rotation are not supported")
+        if isinstance(hf.get("eos_token_id"), list):  # the first one ends a document
             hf = hf | {"eos_token_id": (hf["eos_token_id"] or [None])[0]}
         use_moe = model_type in ("glm4_moe", "qwen2_moe")
         if use_moe and not set(_MOE_FIELDS) <= hf.keys():
-            raise UserError(f'of "{model_type}" only models that Jiezi saved are supported')
+            raise UserError(f'of "{model_type}" only models saved by Jiezi are supported')
         names = _SHARED_FIELDS + (_MOE_FIELDS if use_moe else [])
         return cls(
             **{name: hf[name] for name in names if hf.get(name) is not None},
@@ -186,20 +176,21 @@ class LMConfig:
 
 
 def _is_a(value: object, kind: type) -> bool:
-    """Whether it is of a field's type: a whole number is also one with a point, and True is none."""
+    """Whether `value` has a field's type: an int is also a float, and a bool is neither."""
     if isinstance(value, bool):
         return kind in (bool, bool | None)
     return isinstance(value, kind) or (isinstance(value, int) and isinstance(0.5, kind))
 
 
-# Fields of config.json that change what is computed, with the value that model.py computes.
-PLAIN_HF = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
-PLAIN_HF |= {"quantization_config": None}
+HIDDEN_ACTS = ("silu", "relu2", "gelu_pytorch_tanh")  # Hugging Face's names; operators.ACTIVATIONS computes them
+
+# Fields of config.json that change what is computed, with the only value that model.py supports.
+PLAIN_HF = {"attention_bias": False, "mlp_bias": False, "use_sliding_window": False, "quantization_config": None}
 
 # Fields that have the same name and meaning in config.json.
 _SHARED_FIELDS = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-    "max_position_embeddings rms_norm_eps tie_word_embeddings bos_token_id eos_token_id"
+    "vocab_size hidden_size intermediate_size hidden_act num_hidden_layers num_attention_heads num_key_value_heads "
+    "head_dim max_position_embeddings rms_norm_eps tie_word_embeddings bos_token_id eos_token_id"
 ).split()
 _MOE_FIELDS = (
     "n_routed_experts n_shared_experts num_experts_per_tok moe_intermediate_size first_k_dense_replace norm_topk_prob "
@@ -215,18 +206,18 @@ PRESETS = {
     "mini": dict(  # 5 M: minutes on two CPU cores
         hidden_size=256, intermediate_size=704, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2
     ),
-    "small": dict(),  # 26 M: the defaults; what a 4 GB card trains
+    "small": dict(),  # 26 M: the defaults; a 4 GB GPU can train it
     "base": dict(  # 100 M
         hidden_size=768, intermediate_size=2048, num_hidden_layers=15, num_attention_heads=12, num_key_value_heads=4
     ),
-    "large": dict(  # 320 M, for a card: the shape of MobileLLM-350M, deep and thin (arXiv 2402.14905)
+    "large": dict(  # 320 M, for a GPU: the shape of MobileLLM-350M, deep and thin (arXiv 2402.14905)
         hidden_size=960, intermediate_size=2560, num_hidden_layers=32, num_attention_heads=15, num_key_value_heads=5
     ),
-    "xl": dict(  # 980 M, for a card: TinyLlama's shape (arXiv 2401.02385)
+    "xl": dict(  # 980 M, for a GPU: TinyLlama's shape (arXiv 2401.02385)
         hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4
     ),
 }
-# The same with experts: as many weights at work on a token, two to three times as many in all.
+# The same with experts: as many active parameters, two to three times as many in total.
 PRESETS |= {
     "tiny-moe": PRESETS["tiny"] | dict(use_moe=True, moe_intermediate_size=64),
     "mini-moe": PRESETS["mini"] | dict(use_moe=True, moe_intermediate_size=176),
@@ -235,4 +226,4 @@ PRESETS |= {
     "large-moe": PRESETS["large"] | dict(use_moe=True, moe_intermediate_size=640),
     "xl-moe": PRESETS["xl"] | dict(use_moe=True, moe_intermediate_size=1408),
 }
-CARD_PRESETS = ("large", "large-moe", "xl", "xl-moe")  # for which a CPU would take months
+CARD_PRESETS = ("large", "large-moe", "xl", "xl-moe")  # a CPU would take months

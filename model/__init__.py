@@ -1,1 +1,1 @@
-"""The network, and what it is on disk: sizes, decoder, adapters, chats, Hugging Face, GGUF. Imports base."""
+"""The network and its files: configuration, decoder, LoRA, chat template, checkpoints, GGUF. Imports base."""

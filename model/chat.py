@@ -1,8 +1,8 @@
-r"""Messages -> token ids and loss mask, and the few things that every user of the tokenizer needs.
+r"""The chat template: messages to token ids and loss mask; and the tokenizer.
 
-A chat is encoded segment by segment: control tokens are put in by their ids, and text between them is encoded as
-plain text, so that nothing that a user types can become a control token. The mask is made in the same pass, so that
-no one has to search for the answer afterwards. The format is ChatML as Qwen writes it, after a bos:
+A chat is encoded segment by segment: control tokens are inserted by their ids, and the text between them is encoded as
+plain text, so that nothing that a user types becomes a control token. The loss mask is built in the same pass, so that
+the answers need not be searched for afterwards. The format is ChatML as in Qwen, after a bos:
 
     <|im_start|>system\n{content}\n<tools>\n{tool as JSON}\n…</tools><|im_end|>\n
     <|im_start|>user\n{content}<|im_end|>\n
@@ -10,7 +10,7 @@ no one has to search for the answer afterwards. The format is ChatML as Qwen wri
     <|im_start|>assistant\n{content}\n<tool_call>\n{call as JSON}\n</tool_call><|im_end|>\n
     <|im_start|>user\n<tool_response>\n{content}\n</tool_response><|im_end|>\n
 
-`tokenizer/chat_template.jinja` says the same to transformers; a test holds the two equal.
+`tokenizer/chat_template.jinja` is the same for transformers; a test checks that they agree.
 """
 
 import functools
@@ -26,7 +26,7 @@ from base.cli import UserError, lacks_memory
 from base.files import sha256
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tokenizer.model")
-SPECIAL_TOKENS = (  # a token's id is its place here; BYTE_PIECES follow
+SPECIAL_TOKENS = (  # a token's id is its index here; byte pieces follow
     "<unk>",
     "<|begin_of_text|>",
     "<|end_of_text|>",
@@ -49,9 +49,9 @@ THINK, TOOL_CALL, TOOL_RESPONSE, TOOLS = 5, 7, 9, 11  # the closing token's id i
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
-    """The tokenizer in `directory`, which takes control tokens in a text for plain text.
+    """The tokenizer in `directory`, which encodes control tokens in a text as plain text.
 
-    UserError when there is none, or when it is broken or is not one of ours.
+    UserError if it is missing or damaged, or was not trained by data_process.py.
     """
     path = Path(directory) / "tokenizer.json"
     if not path.is_file():
@@ -64,7 +64,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     except Exception as error:  # the library raises a bare Exception
         if lacks_memory(error):
             raise MemoryError(str(error)) from None
-        raise UserError(f"{path} cannot be read ({error}): restore it, or train the tokenizer anew") from None
+        raise UserError(f"{path} cannot be read ({error}): restore it, or train the tokenizer again") from None
     for token_id, token in enumerate(SPECIAL_TOKENS):
         if tokenizer.token_to_id(token) != token_id:
             raise UserError(
@@ -72,20 +72,20 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
                 "train the tokenizer with `python data_process.py tokenizer INPUT --output DIR`"
             )
     if max(tokenizer.get_vocab().values()) >= tokenizer.get_vocab_size():
-        raise UserError(f"{path}: its ids are not those from 0 on: restore it, or train the tokenizer anew")
-    tokenizer.no_padding()  # a file may ask for both
+        raise UserError(f"{path}: its ids do not count from 0: restore it, or train the tokenizer again")
+    tokenizer.no_padding()  # the file may enable both
     tokenizer.no_truncation()
     tokenizer.encode_special_tokens = True  # not saved in the file, so it must be set at each load
     return tokenizer
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """`text` as a list of ids, with no bos or eos, and with no control token whatever the text says."""
+    """Token ids of a text, without bos or eos, and never a control token."""
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def translate(ids: list[int], source: Tokenizer, target: Tokenizer) -> list[int]:
-    """What these ids of one tokenizer are in another: the same control tokens, and the same texts between them."""
+    """Converts token ids to another tokenizer's: the same control tokens with the same texts between them."""
     result = []
     for is_text, run in itertools.groupby(ids, lambda token_id: token_id >= len(SPECIAL_TOKENS)):
         tokens = list(run)
@@ -95,9 +95,9 @@ def translate(ids: list[int], source: Tokenizer, target: Tokenizer) -> list[int]
 
 @functools.lru_cache(maxsize=8)
 def token_pieces(tokenizer: Tokenizer) -> list[bytes]:
-    """The UTF-8 bytes that each id stands for: a list of V bytes objects, empty for control tokens.
+    """The UTF-8 bytes of each token: a list of V bytes objects, empty for control tokens.
 
-    Joined over an encoded text they are the text; one piece alone may be a part of a character.
+    Concatenated over an encoded text they are the text; a single piece may be a part of a character.
     """
     pieces = [b""] * tokenizer.get_vocab_size()
     for piece, token_id in tokenizer.get_vocab().items():
@@ -109,7 +109,7 @@ def token_pieces(tokenizer: Tokenizer) -> list[bytes]:
 
 
 def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
-    """How many UTF-8 bytes of text each id stands for, as an int64 array (V,): what bits per byte are divided by."""
+    """The number of UTF-8 bytes of each token, int64 (V,): the denominator of bits per byte."""
     return np.array([len(piece) for piece in token_pieces(tokenizer)])
 
 
@@ -119,7 +119,7 @@ def tokenizer_fingerprint(directory: str | Path) -> str:
 
 
 def to_json(value: object) -> str:
-    """JSON as the chat template writes it; a string passes, for tool arguments often come as JSON already."""
+    """JSON as in the chat template. A string is returned unchanged: tool arguments are often JSON already."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
@@ -131,9 +131,9 @@ def encode_chat(
     messages: dicts with "role" (system, user, assistant, tool) and "content" (text or None); an assistant's may have
         "reasoning_content" and "tool_calls"; with "weight" 0 it is not trained. A system message comes first.
     tools: a list of JSON schemas.
-    mask: 1 on what the assistant writes, its <|im_end|> included, and 0 elsewhere.
-    add_generation_prompt: end with the assistant's header, for a model to go on from.
-    UserError for a role that is not known.
+    mask: 1 for the assistant's tokens, including its <|im_end|>, and 0 elsewhere.
+    add_generation_prompt: end with the assistant's header, for the model to continue.
+    UserError for an unknown role.
     """
     ids = [BOS]
     mask = [0]
@@ -156,7 +156,7 @@ def encode_chat(
             add(IM_START, f"{role}\n{content}", IM_END, "\n")
         elif role == "assistant":
             learned = int(message.get("weight") != 0)
-            add(IM_START, "assistant\n")  # no piece holds a newline, so the header is a text of its own
+            add(IM_START, "assistant\n")  # no token spans a newline, so the header can be encoded alone
             if reasoning := message.get("reasoning_content"):
                 add(THINK, f"\n{reasoning}\n", THINK + 1, f"\n\n{content}", trained=learned)
             else:
@@ -169,7 +169,7 @@ def encode_chat(
                 add(TOOL_CALL, f'\n{{"name": {name}, "arguments": {arguments}}}\n', TOOL_CALL + 1, trained=learned)
             add(IM_END, trained=learned)
             add("\n")
-        elif role == "tool":  # answers that follow each other share one user turn
+        elif role == "tool":  # consecutive responses share one user turn
             if i == 0 or messages[i - 1]["role"] != "tool":
                 add(IM_START, "user")
             add("\n", TOOL_RESPONSE, f"\n{content}\n", TOOL_RESPONSE + 1)

@@ -1,16 +1,17 @@
-"""A model on disk: what transformers and PEFT load, and of our own only the sums of its files.
+"""Checkpoints: folders that transformers and PEFT load, plus checksums.
 
     config.json  model.safetensors  generation_config.json      the model; transformers loads it as it is
     tokenizer.json  tokenizer_config.json  chat_template.jinja  a copy of the tokenizer in use
-    adapter_config.json  adapter_model.safetensors              or, in place of the model, an adapter in PEFT's form
+    adapter_config.json  adapter_model.safetensors              or, instead of the model, an adapter in PEFT's format
 
-    sums.json                                                   SHA-256 of all of these but those of tensors
+    sums.json                                                   SHA-256 of these files, except those of tensors
 
-Everything is JSON or safetensors: nothing is ever unpickled. A file of tensors, which is new at every save, has its sum
-in its own header: so a kill between two files never leaves a sum that is not its file's.
+Everything is JSON or safetensors: nothing is ever unpickled. A file of tensors changes at every save, so its checksum
+is in its own header: a kill between two files never leaves a file with another one's checksum.
 """
 
 import contextlib
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -43,6 +44,13 @@ MODEL_FILE = "model.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
 GENERATION_FILE = "generation_config.json"
 CONFIG_FILE, ADAPTER_CONFIG_FILE = "config.json", "adapter_config.json"
+STAGE_SCRIPTS = {
+    "sft": "2-sft.py",
+    "lora": "3-lora.py",
+    "dpo": "4-dpo.py",
+    "grpo": "5-grpo.py",
+    "distill": "6-distill.py",
+}
 SUMS_FILE = "sums.json"
 
 
@@ -55,8 +63,8 @@ def save_model(
 ):
     """Writes the model and its tokenizer as a Hugging Face model.
 
-    Of a model with LoRA adapters only those are written, in PEFT's format, with base_dir as the model they belong to.
-    dtype is that of the weights on disk; the bias that balances experts stays in float32, as transformers wants it.
+    If the model has LoRA adapters, only these are written, in PEFT's format, with base_dir as their base model. dtype:
+    of the weights on disk; the balancing bias of experts stays in float32, as transformers requires.
     """
     for name in TOKENIZER_FILES:
         source = Path(tokenizer_dir) / name
@@ -77,7 +85,7 @@ def save_model(
 
 
 def tensors_on_disk(model: CausalLM, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """What save_model writes of the weights: the adapters where there are any, else the model."""
+    """The tensors that save_model writes: the adapters if there are any, otherwise the model."""
     if has_lora(model):
         return to_peft(model)[0]
     config = model.config
@@ -93,13 +101,13 @@ def tensors_on_disk(model: CausalLM, dtype: torch.dtype = torch.float32) -> dict
 
 @contextlib.contextmanager
 def replacing_model(directory: Path, sources: Sequence[Path], flag: str) -> Iterator[Path]:
-    """A folder for save_model, which takes the place of `directory` when the block ends well. UserError where that is
-    one of `sources`, or holds anything else than save_model writes; flag: the one that named it."""
+    """A new folder for save_model, which replaces `directory` if the block succeeds. UserError if that is one of
+    `sources` or contains other files than save_model writes; flag: the one that named it."""
     directory = directory.resolve()  # a link is followed, not replaced
     names = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
     ours = {CONFIG_FILE, MODEL_FILE, GENERATION_FILE, SUMS_FILE, *TOKENIZER_FILES}
     if not names <= ours or directory.is_file() or directory in [source.resolve() for source in sources]:
-        raise UserError(f"{directory} holds something else than an exported model: give another {flag}")
+        raise UserError(f"{directory} contains something else than an exported model: give another {flag}")
     with replacing_directory(directory) as new:
         yield new
 
@@ -110,32 +118,34 @@ def _write_sums(directory: Path, config_file: str):
 
 
 def _check_sums(directory: Path):
-    """UserError names a file beside the tensors that is not as it was written."""
+    """UserError names a file in sums.json that has changed."""
     path = Path(directory) / SUMS_FILE
     if path.exists():  # other programs write none
-        check_sums(path.parent, read_json(path), f"restore it from a copy, or, if the change was meant, delete {path}")
+        check_sums(
+            path.parent, read_json(path), f"restore it from a copy, or, if the change was intended, delete {path}"
+        )
 
 
 def check_model(directory: Path):
-    """UserError names a file of the models, adapters and training states in a folder that is not as it was written."""
+    """UserError names a damaged or changed file of the models, adapters and training states in a folder."""
     directory = Path(directory)
     finish_replacing(directory)
     paths = set(directory.rglob("*.safetensors"))
     for config_file, tensor_file in ((CONFIG_FILE, MODEL_FILE), (ADAPTER_CONFIG_FILE, ADAPTER_FILE)):
         paths |= {path.with_name(tensor_file) for path in directory.rglob(config_file)}
     if not paths:
-        raise UserError(f"{directory} holds neither prepared data nor a model")
+        raise UserError(f"{directory} contains neither prepared data nor a model")
     for path in sorted(paths):
-        _read_texts(path)
+        _read_metadata(path)
         _check_sums(path.parent)
 
 
 def to_disk(config: LMConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as transformers' mixtures of experts expect them; a dense model's are the same.
+    """The tensors in the form of transformers' mixtures of experts; a dense model's are unchanged.
 
     Qwen2-MoE (softmax) multiplies its shared expert by sigmoid(gate x): the gate is written as zeros, which gives 1/2,
-    and the expert's output matrix doubled. It knows no routed_scaling_factor: the experts' output matrices take it in.
-    Both architectures always have a shared expert; where ours has none, it is zero or empty.
+    and the expert's output matrix is doubled. It has no routed_scaling_factor, so the experts' output matrices are
+    multiplied by it. Both architectures always have a shared expert; if ours has none, it is zero or empty.
     """
     if not config.use_moe:
         return tensors
@@ -160,7 +170,7 @@ def to_disk(config: LMConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_disk(config: LMConfig, disk: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of to_disk. UserError for a shared expert whose gate is not zero: model.py has none."""
+    """The inverse of to_disk. UserError for a shared expert whose gate is not zero: model.py has no gate."""
     if not config.use_moe:
         return disk
     softmax = config.scoring_func == "softmax"
@@ -179,12 +189,16 @@ def from_disk(config: LMConfig, disk: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def weights_fingerprint(directory: Path) -> str:
-    """SHA-256 of model.safetensors."""
+    """SHA-256 of model.safetensors. UserError for an adapter's folder."""
+    if base_of(directory) != Path(directory):
+        raise UserError(
+            f"{directory} contains an adapter: merge it first with python export.py {directory} --to merged"
+        )
     return sha256(Path(directory) / MODEL_FILE)
 
 
 def load_stop_ids(directory: Path, model: CausalLM):
-    """What the model in `directory` was trained to stop at, if generation_config.json says so."""
+    """Sets the model's stop tokens to those of generation_config.json, if there are any."""
     path = Path(directory) / GENERATION_FILE
     if path.exists():
         ids = read_json(path).get("eos_token_id")
@@ -193,7 +207,7 @@ def load_stop_ids(directory: Path, model: CausalLM):
 
 
 def load_adapter(model: CausalLM, directory: Path, base_dir: Path):
-    """Puts the adapters in `directory` on the model that was loaded from base_dir. UserError if it is another one."""
+    """Adds the adapters in `directory` to the model loaded from base_dir. UserError if they belong to another one."""
     finish_replacing(Path(directory))
     path = Path(directory) / ADAPTER_CONFIG_FILE
     if not path.exists():
@@ -207,23 +221,51 @@ def load_adapter(model: CausalLM, directory: Path, base_dir: Path):
     load_stop_ids(directory, model)
 
 
+def find_checkpoints(folder: Path) -> list[Path]:
+    """The folders of models and adapters, at most 3 levels below `folder`, the newest first. Names with a dot at the
+    front are files that are being written."""
+    for unfinished in folder.rglob(".*.new"):  # a kill may have come just before its last step
+        if unfinished.is_dir() and not re.search(r"\.\d+\.new$", unfinished.name):
+            finish_replacing(unfinished.with_name(unfinished.name[1:].removesuffix(".new")))
+    files = [file for depth in (1, 2, 3) for file in folder.glob("*/" * depth + "*model.safetensors")]
+    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+    files.sort(key=lambda file: (-file.stat().st_mtime, file))
+    return list(dict.fromkeys(file.parent for file in files if file.name in (MODEL_FILE, ADAPTER_FILE)))
+
+
 def load_config(directory: Path) -> LMConfig:
-    """UserError, with what to do, when `directory` does not hold a model of ours."""
+    """UserError if `directory` does not contain a supported model."""
     finish_replacing(Path(directory))
     path = Path(directory) / CONFIG_FILE
     if not path.exists():
         if path.with_name(ADAPTER_CONFIG_FILE).exists():
-            raise UserError(f"{directory} holds an adapter, not a model: give the model that it belongs to")
-        raise UserError(f"no model in {directory}; train one with: python 1-pretrain.py")
+            raise UserError(f"{directory} contains an adapter, not a model: give its base model")
+        script = STAGE_SCRIPTS.get(Path(directory).name, "1-pretrain.py")
+        raise UserError(f"no model in {directory}; train one with: python {script}")
     content = read_json(path)
     try:
-        return LMConfig.from_hf(content)
-    except (UserError, TypeError, KeyError, AttributeError) as error:  # fields of the wrong value, or of the wrong type
+        config = LMConfig.from_hf(content)
+        _check_limits(config)
+    except (UserError, TypeError, KeyError, AttributeError) as error:  # a field has a wrong value or type
         raise UserError(f"{path}: {error}") from None
+    return config
+
+
+# No real model is larger: a damaged or malicious config.json is refused before memory is allocated for it.
+LIMITS = {"num_hidden_layers": 1000, "n_routed_experts": 10_000, "n_shared_experts": 1000, "vocab_size": 2**24}
+LIMITS |= dict.fromkeys(["hidden_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads"], 2**20)
+LIMITS |= {"head_dim": 2**16, "num_hidden_layers * n_routed_experts": 100_000}
+
+
+def _check_limits(config: LMConfig):
+    sizes = vars(config) | {"num_hidden_layers * n_routed_experts": config.num_hidden_layers * config.n_routed_experts}
+    for name, limit in LIMITS.items():
+        if sizes[name] > limit:
+            raise UserError(f"{name} must be at most {limit:,}, not {sizes[name]:,}")
 
 
 def load_outline(directory: Path) -> CausalLM:
-    """The model in `directory` but for its weights: no memory and no random numbers for them."""
+    """The model in `directory` on the meta device, without its weights."""
     config = load_config(directory)
     with torch.device("meta"):
         model = CausalLM(config)
@@ -268,7 +310,7 @@ def base_of(directory: Path) -> Path:
 
 
 def load_weights(model: CausalLM, tensors: dict[str, Tensor], path: Path):
-    """Puts the tensors into the model. UserError names a tensor that is missing, left over, or of another size."""
+    """Sets the model's weights. UserError names a tensor that is missing, left over, or of another shape."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del expected["lm_head.weight"]
@@ -289,8 +331,8 @@ def load_weights(model: CausalLM, tensors: dict[str, Tensor], path: Path):
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str):
-    """A safetensors file with its sum, and with texts beside its tensors. OSError where it cannot be written."""
-    contiguous = {name: whole(tensor).cpu().contiguous() for name, tensor in tensors.items()}
+    """Writes a safetensors file with its checksum and further metadata. OSError if it cannot be written."""
+    contiguous = {name: full_tensor(tensor).cpu().contiguous() for name, tensor in tensors.items()}
 
     def write(temporary: Path):
         try:
@@ -302,18 +344,18 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str):
     write_file(path, write)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """Of a tensor that is spread over processes (training/shard.py), all; every process must ask for it."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be sharded (training/shard.py). Collective: every process must call it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def _read_texts(path: Path) -> dict[str, str]:
-    """The texts of a safetensors file. UserError where it is missing or damaged, or has not the sum that it should."""
+def _read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file. UserError if it is missing, damaged, or does not have its checksum."""
     if path.exists() and not path.is_file():
-        raise UserError(f"{path} is no file")
+        raise UserError(f"{path} is not a file")
     try:
         with safe_open(path, framework="pt") as file:
-            texts = file.metadata() or {}
+            metadata = file.metadata() or {}
     except FileNotFoundError:
         raise UserError(f"{path} is missing; {RESTORE}") from None
     except (SafetensorError, OSError) as error:
@@ -321,10 +363,10 @@ def _read_texts(path: Path) -> dict[str, str]:
             raise MemoryError(str(error)) from None
         raise UserError(f"{path} is damaged ({error}); {RESTORE}") from None
     check_seal(path)
-    return texts
+    return metadata
 
 
 def load_tensors(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the texts of a safetensors file. UserError where it is missing or damaged."""
-    texts = _read_texts(path)
-    return load_file(path, device=str(device)), texts
+    """The tensors and the metadata of a safetensors file. UserError if it is missing or damaged."""
+    metadata = _read_metadata(path)
+    return load_file(path, device=str(device)), metadata

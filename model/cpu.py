@@ -1,6 +1,6 @@
-"""Forward and backward passes by hand, for training on a CPU, where torch composes them of more passes over memory.
+"""Manual forward and backward passes for training on a CPU: fewer passes over memory than torch's.
 
-Each equals a function of torch or of model.py, which a GPU and torch.compile take (tests/test_model.py).
+Each computes the same as a function of operators.py, which GPUs and torch.compile use (tests/model/test_model.py).
 """
 
 import math
@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-BLOCK = 96  # queries; longer blocks multiply more pairs that are then masked, shorter ones make too small products
+BLOCK = 96  # queries; longer blocks compute more masked pairs, shorter ones give too small matrix products
 FUTURE = torch.full((BLOCK, BLOCK), -math.inf).triu(1)  # added to the scores of a block with itself
 
-# Also under autocast, whose products take a hundred times as long on a CPU without units for bfloat16.
+# Also under autocast: without hardware for bfloat16, a CPU's products take a hundred times as long.
 float32_forward = torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
 float32_backward = torch.amp.custom_bwd(device_type="cpu")
 
@@ -40,20 +40,20 @@ class Norm(torch.autograd.Function):
 
 
 class Rotation(torch.autograd.Function):
-    """apply(x, cos, sin) = model.apply_rope: x (..., D) is turned pair by pair. The gradient is turned back."""
+    """apply(x, cos, sin) = operators.apply_rope: rotates pairs of x (..., D). The gradient is rotated back."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin)
+        return _rotate(x, cos, sin)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         cos, sin = ctx.saved_tensors
-        return _turn(dy, cos, -sin), None, None
+        return _rotate(dy, cos, -sin), None, None
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     y = torch.empty_like(x)
     (a, b), (c, d) = x.chunk(2, dim=-1), y.chunk(2, dim=-1)
     torch.mul(a, cos, out=c).addcmul_(b, sin, value=-1)
@@ -62,13 +62,13 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class DocumentAttention(torch.autograd.Function):
-    """apply(q, k, v, lengths) = softmax(q k^T) v, where a query sees the tokens of its document up to itself.
+    """apply(q, k, v, lengths) = softmax(q k^T) v, where a query attends to the tokens of its document up to itself.
 
-    q (K, T, G, D) contiguous and already divided by sqrt(D), k and v (K, T, D) -> (K, T, G, D), with K key-value heads,
-    T tokens of all documents end to end, whose `lengths` add up to T, and G query heads that share a key-value head.
+    q (K, T, G, D), contiguous and divided by sqrt(D), k and v (K, T, D) -> (K, T, G, D): K key-value heads, T tokens of
+    all packed documents, whose `lengths` add up to T, and G query heads per key-value head.
 
-    The idea of FlashAttention-2 (arXiv 2307.08691): the scores (T, T) never exist as a whole. A block of queries meets
-    the keys up to its own end, and the backward pass computes the block's probabilities anew.
+    As in FlashAttention-2 (arXiv 2307.08691) the scores (T, T) never exist as a whole: a block of queries is multiplied
+    with the keys up to its own end, and the backward pass recomputes the block's probabilities.
     """
 
     @staticmethod
@@ -103,7 +103,7 @@ class DocumentAttention(torch.autograd.Function):
 
 
 def _blocks(lengths: list[int]) -> Iterator[tuple[int, int, int]]:
-    """Where the document begins, and a block of its queries starts and ends."""
+    """For each block of queries: where its document begins, and where the block starts and ends."""
     begin = 0
     for length in lengths:
         for start in range(begin, begin + length, BLOCK):
@@ -112,12 +112,12 @@ def _blocks(lengths: list[int]) -> Iterator[tuple[int, int, int]]:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """(K, t, G, D) as (K, t * G, D): in a product, heads that share keys are more queries of one head."""
+    """(K, t, G, D) -> (K, t * G, D): in a product, heads that share keys are further queries of one head."""
     return x.view(len(x), -1, x.shape[-1])
 
 
 def _probabilities(q: Tensor, k: Tensor) -> Tensor:
-    """Of a document's queries q (K, t, G, D), which are its last, for all its keys k (K, s, D): (K, t * G, s)."""
+    """Attention of queries q (K, t, G, D) to keys k (K, s, D), the last t of which are the queries': (K, t * G, s)."""
     scores = _rows(q) @ k.mT
     t = q.shape[1]
     scores.view(len(q), t, -1, k.shape[1])[..., -t:] += FUTURE[:t, None, :t]

@@ -1,21 +1,24 @@
 """What a model computes on: the device that --device names, and the memory that a CPU keeps."""
 
 import ctypes
+import os
+import shutil
 import sys
 
 import torch
 
 from base.cli import UserError
 
-NO_CARD = "computing on the CPU, many times slower; look at `nvidia-smi` and the driver's version, or give --device cpu"
+GPU_NOTE = "JIEZI_GPU_NOTE"  # in the environment, for all processes of a command: "due" or "given"
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """UserError when torch does not know, or this machine does not have, the device."""
+    """The torch device of --device. UserError if torch or this machine does not have it."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        if name == "cpu" and torch.version.cuda and local_rank == 0:
-            print(f"no card found, though this torch is made for CUDA {torch.version.cuda}: {NO_CARD}", file=sys.stderr)
+        has_driver = shutil.which("nvidia-smi") or os.path.exists("/proc/driver/nvidia")
+        if name == "cpu" and torch.version.cuda and has_driver:
+            os.environ.setdefault(GPU_NOTE, "due")
     try:
         device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
         if device.type == "meta" or (device.type == "cpu" and device.index):
@@ -28,16 +31,30 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
+def note_unused_gpu():
+    """Prints one line, once per command, if choose_device took the CPU although torch and a driver are for a GPU.
+
+    For when nothing can be refused any more: an error is the first line of its output.
+    """
+    if os.environ.get(GPU_NOTE) == "due":
+        os.environ[GPU_NOTE] = "given"
+        print(
+            f"no GPU found, although torch is built for CUDA {torch.version.cuda}: computing on the CPU, which is many "
+            "times slower; check `nvidia-smi` and the driver's version, or give --device cpu",
+            file=sys.stderr,
+        )
+
+
 def keep_freed_memory():
-    """Has glibc keep freed memory for the next step, which wants the same sizes: to give it back to the system and get
-    it anew, page by page, takes a tenth of a CPU's training step."""
+    """Makes glibc keep freed memory for the next step, which allocates the same sizes: returning it to the system and
+    getting it again, page by page, takes a tenth of a CPU's training step."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation has a mapping of its own
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
 
 
 def return_freed_memory():
-    """Has glibc give freed memory back. With --shard layers come and go, of which one seldom fits in the gaps that
-    another left: a process would grow as large as one that holds the whole model."""
+    """Makes glibc return freed memory to the system. With --shard, layers are allocated and freed in turn and seldom
+    fit into each other's gaps: a process would grow as large as one with the whole model."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-3, 2**20)  # M_MMAP_THRESHOLD: what is larger has a mapping of its own, always
+        libc.mallopt(-3, 2**20)  # M_MMAP_THRESHOLD: what is larger always has a mapping of its own

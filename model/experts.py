@@ -1,19 +1,19 @@
-"""The routed experts of a layer as one operator, which a card and torch.compile take; on a CPU there is a plain loop.
+"""The routed experts of a layer as one operator, used by GPUs in training and by torch.compile; a CPU uses a loop.
 
-The experts' weights are stacked, the visits sorted by expert, and each product is one of groups: all experts' at once
-where the card has a kernel for that, else one after the other, for which the sizes of the groups are asked for once.
-Shapes as in model.py; M tokens, M k visits, m width of an expert.
+The experts' weights are stacked and the tokens sorted by expert, so that each product is a grouped matrix product: one
+kernel for all experts where the GPU has it, otherwise one product per expert, which needs the groups' sizes on the CPU.
+Shapes as in model.py; M tokens, M k visits (pairs of token and expert), m width of an expert.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.operators import card_capability
+from model.operators import ACTIVATIONS, card_capability
 
 
 def groups_at_once(x: Tensor, *sizes: int) -> bool:
-    """Whether grouped_mm has a kernel here: bfloat16 from compute capability 9.0 on, rows of a multiple of 16 bytes."""
+    """Whether grouped_mm has a kernel: bfloat16, compute capability 9.0 or higher, rows of a multiple of 16 bytes."""
     aligned = all(size % 8 == 0 for size in sizes)
     return x.dtype == torch.bfloat16 and aligned and card_capability(x.device) >= (9, 0)
 
@@ -25,7 +25,7 @@ def _groups(ends: Tensor) -> list[slice]:
 
 
 def product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Each group's rows times its matrix: x (R, in), weight (E, in, out) -> (R, out). ends (E,): where groups end."""
+    """Multiplies the rows of each group by its matrix: x (R, in), weight (E, in, out) -> (R, out). ends: (E,)."""
     if ends.device == x.device and groups_at_once(x, *weight.shape[1:]):
         return F.grouped_mm(x, weight, offs=ends)
     out = x.new_empty(len(x), weight.shape[2])
@@ -46,12 +46,12 @@ def weight_gradient(dy: Tensor, x: Tensor, ends: Tensor) -> Tensor:
 
 @torch.library.custom_op("jiezi::visit_experts", mutates_args=())
 def visit_experts(
-    tokens: Tensor, weights: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor
+    tokens: Tensor, weights: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor, hidden_act: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """sum_i weights[:, i] * expert[chosen[:, i]](tokens), (M, H), and what the backward pass needs of it.
+    """sum_i weights[:, i] * expert[chosen[:, i]](tokens), (M, H), and what the backward pass needs.
 
-    tokens (M, H), gate_up (E, 2 m, H), down (E, H, m), in the format of products; weights (M, k) in float32, and so is
-    the sum. Further outputs: visits (M k,), sorted by expert; ends (E,), of each one's; and gate and up, (M k, 2 m).
+    tokens (M, H), gate_up (E, 2 m, H), down (E, H, m) in the dtype of products; weights (M, k) and the sum in float32.
+    Further outputs: visits (M k,), sorted by expert; ends (E,), of each expert's; gate and up, (M k, 2 m).
     """
     k, n_experts = chosen.shape[1], len(down)
     visits = chosen.flatten().argsort(stable=True)
@@ -59,26 +59,26 @@ def visit_experts(
     sizes.index_add_(0, chosen.flatten(), torch.ones_like(chosen.flatten()))
     ends = sizes.cumsum(0).int()
     if not groups_at_once(tokens, *gate_up.shape[1:], down.shape[2]):
-        ends = ends.cpu()  # the one wait
+        ends = ends.cpu()  # the only synchronization
     gate_and_up = product(tokens.index_select(0, visits // k), gate_up.mT, ends)
-    outputs = product(_activate(gate_and_up), down.mT, ends)  # (M k, H)
+    outputs = product(_activate(gate_and_up, hidden_act), down.mT, ends)  # (M k, H)
     result = (_by_token(outputs, visits, k) * weights[:, :, None]).sum(1)
     return result, visits, ends, gate_and_up
 
 
-def _activate(gate_and_up: Tensor) -> Tensor:
+def _activate(gate_and_up: Tensor, hidden_act: str) -> Tensor:
     gate, up = gate_and_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return ACTIVATIONS[hidden_act][0](gate) * up
 
 
 def _by_token(rows: Tensor, visits: Tensor, k: int) -> Tensor:
-    """Rows sorted by expert (M k, n), in the order of tokens, (M, k, n)."""
-    place = torch.empty_like(visits).scatter_(0, visits, torch.arange(len(visits), device=visits.device))
-    return rows.index_select(0, place).unflatten(0, (-1, k))
+    """Reorders rows sorted by expert (M k, n) by token, (M, k, n)."""
+    position = torch.empty_like(visits).scatter_(0, visits, torch.arange(len(visits), device=visits.device))
+    return rows.index_select(0, position).unflatten(0, (-1, k))
 
 
 @visit_experts.register_fake
-def _(tokens, weights, chosen, gate_up, down):
+def _(tokens, weights, chosen, gate_up, down, hidden_act):
     R, device = chosen.numel(), tokens.device
     at_once = groups_at_once(tokens, *gate_up.shape[1:], down.shape[2])
     ends = torch.empty(len(down), dtype=torch.int32, device=device if at_once else "cpu")
@@ -95,6 +95,7 @@ def visit_experts_backward(
     visits: Tensor,
     ends: Tensor,
     gate_and_up: Tensor,
+    hidden_act: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of tokens, weights, gate_up and down."""
     k = weights.shape[1]
@@ -102,32 +103,35 @@ def visit_experts_backward(
     weight = weights.flatten().index_select(0, visits)[:, None]  # (M k, 1)
     d_unweighted = d_out.index_select(0, visitors)  # (M k, H)
     d_outputs = (d_unweighted * weight).to(tokens.dtype)
-    activated = _activate(gate_and_up)  # (M k, m)
+    activated = _activate(gate_and_up, hidden_act)  # (M k, m)
     d_down = weight_gradient(d_outputs, activated, ends)
     d_hidden = product(d_unweighted.to(tokens.dtype), down, ends)
     # The weight's gradient is d_out . (down hidden) = (down^T d_out) . hidden.
     d_weights = _by_token((d_hidden * activated).sum(-1, keepdim=True, dtype=weights.dtype), visits, k)[:, :, 0]
     d_activated = (d_hidden * weight).to(tokens.dtype)
     gate, up = gate_and_up.chunk(2, dim=-1)
-    d_gate_and_up = torch.cat((torch.ops.aten.silu_backward(d_activated * up, gate), d_activated * F.silu(gate)), -1)
+    act, act_backward = ACTIVATIONS[hidden_act]
+    d_gate_and_up = torch.cat((act_backward(d_activated * up, gate), d_activated * act(gate)), -1)
     d_gate_up = weight_gradient(d_gate_and_up, tokens.index_select(0, visitors), ends)
     d_tokens = _by_token(product(d_gate_and_up, gate_up, ends), visits, k).sum(1)
     return d_tokens, d_weights, d_gate_up, d_down
 
 
 @visit_experts_backward.register_fake
-def _(d_out, tokens, weights, gate_up, down, visits, ends, gate_and_up):
+def _(d_out, tokens, weights, gate_up, down, visits, ends, gate_and_up, hidden_act):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (tokens, weights, gate_up, down))
 
 
 def _keep(ctx, inputs, output):
-    tokens, weights, _, gate_up, down = inputs
+    tokens, weights, _, gate_up, down, ctx.hidden_act = inputs
     ctx.save_for_backward(tokens, weights, gate_up, down, *output[1:])
 
 
 def _backward(ctx, d_out, *_):
-    d_tokens, d_weights, d_gate_up, d_down = visit_experts_backward(d_out.contiguous(), *ctx.saved_tensors)
-    return d_tokens, d_weights, None, d_gate_up, d_down
+    d_tokens, d_weights, d_gate_up, d_down = visit_experts_backward(
+        d_out.contiguous(), *ctx.saved_tensors, ctx.hidden_act
+    )
+    return d_tokens, d_weights, None, d_gate_up, d_down, None
 
 
 visit_experts.register_autograd(_backward, setup_context=_keep)

@@ -1,7 +1,7 @@
-"""A model as llama.cpp, Ollama and LM Studio read it: one GGUF file with weights, tokenizer and chat template.
+"""GGUF, the format of llama.cpp, Ollama and LM Studio: one file with weights, tokenizer and chat template.
 
-The architectures are llama.cpp's own: llama, with QK-norm qwen3, with experts glm4moe, for both routers. llama_cpp.py
-reads such a file. The packages of both stand in requirements/export.txt.
+The architectures are llama.cpp's own: llama, qwen3 with QK-norm, glm4moe with experts (both routers). llama_cpp.py
+reads such a file. Both packages are in requirements/export.txt.
 """
 
 import copy
@@ -16,20 +16,20 @@ from model.chat import BOS, EOS, IM_END, SPECIAL_TOKENS, THINK, TOOLS, load_toke
 from model.LMConfig import LMConfig
 from model.model import CausalLM
 
-WEIGHT_TYPES = {  # of the matrices, and gguf's name for a file of them
+WEIGHT_TYPES = {  # of the matrices, and gguf's name for such a file
     "f32": "ALL_F32",
     "f16": "MOSTLY_F16",
     "bf16": "MOSTLY_BF16",
     "q8_0": "MOSTLY_Q8_0",
     "q4_0": "MOSTLY_Q4_0",
 }
-# A small part, and a sensitive one. In our names and in llama.cpp's.
+# A small and sensitive part of the weights. With our names and llama.cpp's.
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight", "token_embd.weight", "output.weight")
 TAGS = range(THINK, TOOLS + 2)  # <think> to </tools>
 
 
 def write_gguf(path: Path, model: CausalLM, tokenizer_dir: Path, weight_type: str = "f32"):
-    """Writes the model with its tokenizer. Norms and routers stay in float32; rows that no block fits, in float16."""
+    """Writes the model with its tokenizer. Norms and routers stay in float32; rows of no multiple of 32, in float16."""
     gguf, config = import_extra("gguf"), model.config
     arch = architecture(config)
     writer = gguf.GGUFWriter(path, arch)
@@ -48,16 +48,19 @@ def write_gguf(path: Path, model: CausalLM, tokenizer_dir: Path, weight_type: st
 
 
 def architecture(config: LMConfig) -> str:
+    """llama.cpp's name. UserError for an activation that its architectures do not have."""
+    if config.hidden_act != "silu":
+        raise UserError(f'llama.cpp has this architecture only with hidden_act "silu", not "{config.hidden_act}"')
     if config.use_moe:
         return "glm4moe"
     return "qwen3" if config.qk_norm else "llama"
 
 
 def matrix_type(name: str, tensor: Tensor, weight_type: str) -> str:
-    """How a tensor is written; its name is ours or llama.cpp's."""
+    """The type of a tensor in the file; its name is ours or llama.cpp's."""
     if tensor.dim() == 1 or name.endswith(("mlp.gate.weight", "ffn_gate_inp.weight")):  # a norm, a router
         return "f32"
-    if weight_type.startswith("q") and tensor.shape[-1] % 32:  # numbers of a row share a scale by the block of 32
+    if weight_type.startswith("q") and tensor.shape[-1] % 32:  # 32 numbers of a row share a scale
         return "f16"
     if weight_type == "q4_0" and name in EMBEDDINGS:
         return "q8_0"
@@ -65,7 +68,7 @@ def matrix_type(name: str, tensor: Tensor, weight_type: str) -> str:
 
 
 def rounded(model: CausalLM, weight_type: str) -> CausalLM:
-    """A copy with the weights that a file holds."""
+    """A copy of the model with the rounded weights of a file."""
     gguf, model = import_extra("gguf"), copy.deepcopy(model)
     for name, parameter in model.named_parameters():
         kind = gguf.GGMLQuantizationType[matrix_type(name, parameter, weight_type).upper()]
@@ -100,12 +103,11 @@ def add_sizes(writer, config: LMConfig):
 
 
 def add_tokenizer(writer, model: CausalLM, directory: Path):
-    """Pieces, their scores and merges, and what kind each is; for a chat model its template.
+    """Tokens with their types, scores and merges; for a chat model its template.
 
-    llama.cpp merges the pair whose result has the highest score, which is here the lower id, as SentencePiece does. The
-    tags of thinking and tools are "user defined", as those of Qwen3 are, so that programs show them; and so llama.cpp
-    takes them for tags even where someone types them. A base model's text begins with a bos; to a chat the template
-    gives it.
+    llama.cpp merges the pair whose result has the highest score, here the lowest id, as SentencePiece does. The tags of
+    reasoning and tools are "user defined", as in Qwen3, so that programs show them; as a side effect llama.cpp encodes
+    a typed tag as the tag. A base model's text starts with a bos; in a chat the template adds it.
     """
     kinds, tokenizer = import_extra("gguf").TokenType, load_tokenizer(directory)
     pieces, types = [], []
@@ -127,7 +129,7 @@ def add_tokenizer(writer, model: CausalLM, directory: Path):
         types.append(kind)
     merges = read_json(directory / "tokenizer.json")["model"].get("merges")
     if merges is None:
-        raise UserError(f"{directory / 'tokenizer.json'} is no tokenizer of pairs (BPE), as GGUF wants it")
+        raise UserError(f"{directory / 'tokenizer.json'} is not a BPE tokenizer, which GGUF needs")
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(pieces)
@@ -145,7 +147,7 @@ def add_tokenizer(writer, model: CausalLM, directory: Path):
 
 
 def to_gguf(model: CausalLM) -> dict[str, Tensor]:
-    """The tensors under llama.cpp's names: experts stacked, queries and keys of a llama in its rotation's order."""
+    """The tensors with llama.cpp's names: experts stacked, a llama's queries and keys in the order of its rotation."""
     gguf, config = import_extra("gguf"), model.config
     tensors, experts = {}, {}
     for name, tensor in model.state_dict().items():
@@ -156,7 +158,7 @@ def to_gguf(model: CausalLM) -> dict[str, Tensor]:
             tensors[name] = tensor
     tensors |= {name: torch.stack(parts) for name, parts in experts.items()}  # (E, I, H) or (E, H, I)
     if config.use_moe:
-        tensors = always_there(config) | tensors
+        tensors = required_by_glm4moe(config) | tensors
     enum = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture(config))
     names = gguf.get_tensor_name_map(enum, config.num_hidden_layers)
     translated = {}
@@ -168,8 +170,8 @@ def to_gguf(model: CausalLM) -> dict[str, Tensor]:
     return translated
 
 
-def always_there(config: LMConfig) -> dict[str, Tensor]:
-    """What llama.cpp's glm4moe asks of every model: a balancing bias, and a shared expert. Zeros change nothing."""
+def required_by_glm4moe(config: LMConfig) -> dict[str, Tensor]:
+    """Zeros for the balancing bias and the shared expert, which llama.cpp's glm4moe always reads."""
     zeros = {}
     for layer in range(config.first_k_dense_replace, config.num_hidden_layers):
         mlp = f"model.layers.{layer}.mlp"
@@ -183,14 +185,14 @@ def always_there(config: LMConfig) -> dict[str, Tensor]:
 
 
 def interleave_halves(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows of each head as 0, D/2, 1, D/2 + 1, …: llama.cpp's llama rotates neighbours, ours the two halves."""
+    """Reorders the rows of each head to 0, D/2, 1, D/2 + 1, …: llama.cpp's llama rotates neighbours, ours halves."""
     heads = weight.unflatten(0, (-1, 2, head_dim // 2))  # (heads, 2, D / 2, H)
     return heads.transpose(1, 2).flatten(0, 2)  # (heads * D, H)
 
 
 def write_modelfile(path: Path, model: CausalLM, gguf_file: Path):
-    """What `ollama create` reads: the file, the chat as a template of Go's, stop tokens, and eval.py's sampling."""
-    template = "{{ .Prompt }}"  # a base model goes on from a text
+    """The Modelfile for `ollama create`: the file, a Go template, stop tokens, and eval.py's sampling parameters."""
+    template = "{{ .Prompt }}"  # a base model continues a text
     if model.is_chat:
         template = Path(__file__).with_name("ollama.gotmpl").read_text("utf-8").rstrip("\n")
     parameters = {
@@ -203,6 +205,6 @@ def write_modelfile(path: Path, model: CausalLM, gguf_file: Path):
     lines += [f"PARAMETER {name} {value}" for name, value in parameters.items()]
     for token_id in sorted(set(model.stop_token_ids)):
         if not 0 <= token_id < len(SPECIAL_TOKENS):
-            raise UserError(f"generation_config.json lets the model stop at {token_id}, which is no control token")
+            raise UserError(f"generation_config.json lets the model stop at {token_id}, which is not a control token")
         lines.append(f'PARAMETER stop "{SPECIAL_TOKENS[token_id]}"')
     write_file(path, lambda temporary: temporary.write_text("\n".join(lines) + "\n", "utf-8"))

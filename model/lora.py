@@ -1,7 +1,7 @@
-"""LoRA (arXiv 2106.09685): a frozen matrix W gets a trained product of two thin ones, W + (alpha / r) B A.
+"""LoRA (arXiv 2106.09685): a low-rank addition to a frozen matrix W is trained, W + (alpha / r) B A.
 
-A begins random and B at zero, so that an adapted model begins as the model it adapts. Only the adapters are saved, in
-PEFT's format: a hundredth of the weights or so.
+A is initialised at random and B at zero, so that an adapted model starts as its base model. Only the adapters are
+saved, in PEFT's format: about a hundredth of the weights.
 """
 
 import math
@@ -18,7 +18,7 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 TARGETS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 
 
-# Fields of PEFT's adapter_config.json that change what is computed, with the value that LoRALinear computes.
+# Fields of PEFT's adapter_config.json that change what is computed, with the only value that LoRALinear supports.
 PLAIN_PEFT = {"peft_type": "LORA", "bias": "none", "lora_bias": False, "fan_in_fan_out": False}
 PLAIN_PEFT |= {"use_dora": False, "use_rslora": False, "alpha_pattern": {}, "rank_pattern": {}}
 PLAIN_PEFT |= {"modules_to_save": [], "layers_to_transform": [], "trainable_token_indices": []}
@@ -43,8 +43,8 @@ class LoRALinear(nn.Linear):
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """A plain layer that computes the same. In float64, so that only the last rounding is left; on the CPU, for not
-        every device has that."""
+        """A linear layer that computes the same. The sum is in float64, so that it is rounded once; on the CPU, because
+        not every device has float64."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         weight, b, a = (x.cpu().double() for x in (self.weight, self.lora_B.weight, self.lora_A.weight))
         linear.weight = nn.Parameter((weight + b @ a * (self.alpha / self.r)).to(self.weight))
@@ -62,11 +62,11 @@ def has_lora(model: CausalLM) -> bool:
 def apply_lora(
     model: CausalLM, r: int, alpha: float | None = None, dropout: float = 0.0, targets: Sequence[str] | None = None
 ):
-    """Freezes the model and puts an adapter on every layer whose name ends in one of `targets`; without alpha, 2 r.
+    """Freezes the model and adds an adapter to every layer whose name ends in one of `targets`; default alpha: 2 r.
 
-    Without targets, on all projections; in a model with experts on those of attention alone, since transformers and
-    PEFT hold the experts in one tensor and would drop their adapters without a word. UserError for a target that no
-    layer has, or that such a model cannot export.
+    Default targets: all projections; in a model with experts only those of attention, because transformers and PEFT
+    store all experts in one tensor and would silently drop their adapters. UserError for a target that no layer has, or
+    that such a model cannot export.
     """
     if r < 1:
         raise UserError(f"the rank of an adapter must be at least 1, not {r}")
@@ -93,7 +93,7 @@ def apply_lora(
 
 
 def merge_lora(model: CausalLM):
-    """Makes the adapters part of the weights. UserError when there are none, so that nothing is merged twice."""
+    """Adds the adapters to the weights. UserError if there are none, so that nothing is merged twice."""
     layers = lora_layers(model)
     if not layers:
         raise UserError("the model has no adapters to merge")
@@ -102,7 +102,7 @@ def merge_lora(model: CausalLM):
 
 
 def to_peft(model: CausalLM) -> tuple[dict[str, Tensor], dict]:
-    """The adapters' tensors under PEFT's names, and the content of its adapter_config.json."""
+    """The adapters' tensors with PEFT's names, and the content of adapter_config.json."""
     layers = lora_layers(model)
     tensors = {}
     for name, layer in layers.items():
@@ -123,7 +123,7 @@ def to_peft(model: CausalLM) -> tuple[dict[str, Tensor], dict]:
 
 
 def from_peft(model: CausalLM, tensors: dict[str, Tensor], config: dict):
-    """Applies an adapter in PEFT's form. UserError for what LoRALinear cannot do, or for tensors that do not fit."""
+    """Applies an adapter in PEFT's format. UserError for unsupported fields, and for tensors that do not fit."""
     for name, plain in PLAIN_PEFT.items():
         if (config.get(name) or plain) != plain:
             raise UserError(f'adapter_config.json has {name} "{config[name]}"; only "{plain}" is supported')

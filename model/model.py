@@ -7,8 +7,9 @@ token visits k.
 Module and parameter names are Hugging Face's: a state dict is a checkpoint.
 """
 
+from collections.abc import Callable
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -16,6 +17,7 @@ from model import experts
 from model.chat import IM_END
 from model.LMConfig import LMConfig
 from model.operators import (
+    ACTIVATIONS,
     Mask,
     apply_rope,
     attend,
@@ -76,24 +78,25 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv 2002.05202, eq. 6)."""
+    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv 2002.05202, eq. 6); LMConfig.hidden_act may replace silu."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int):
+    def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str):
         super().__init__()
+        self.act_fn, _ = ACTIVATIONS[hidden_act]
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (B, T, H) -> (B, T, I) -> (B, T, H)
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))  # (B, T, H) -> (B, T, I) -> (B, T, H)
 
 
 class Router(nn.Module):
-    """Scores every expert for every token and chooses k. In float32, since near ties would fall differently in less.
+    """Scores every expert for every token and chooses k. In float32, because rounding would decide near ties.
 
     softmax  scores are a distribution over the experts; a loss keeps them balanced (arXiv 2405.04434, 2.2.3)
-    sigmoid  each expert is scored for itself, and a bias that training moves against the load is added for the choice
-             alone, not for the weight (arXiv 2412.19437, eq. 13 to 16; 2408.15664)
+    sigmoid  each expert is scored independently; a bias, which training moves against the load, is added for the choice
+             but not for the weight (arXiv 2412.19437, eq. 13 to 16; 2408.15664)
     """
 
     def __init__(self, config: LMConfig):
@@ -120,14 +123,15 @@ class Router(nn.Module):
 
 
 class MoEFeedForward(nn.Module):
-    """Many small experts of which each token visits k, beside shared ones for all (arXiv 2401.06066, eq. 3 to 5)."""
+    """Many small experts, k of them for each token, and shared ones for all tokens (arXiv 2401.06066, eq. 3 to 5)."""
 
     def __init__(self, config: LMConfig):
         super().__init__()
-        H, size = config.hidden_size, config.moe_intermediate_size
+        self.config = config
+        H, size, act = config.hidden_size, config.moe_intermediate_size, config.hidden_act
         self.gate = Router(config)
-        self.experts = nn.ModuleList(FeedForward(H, size) for _ in range(config.n_routed_experts))
-        self.shared_experts = FeedForward(H, config.n_shared_experts * size) if config.n_shared_experts else None
+        self.experts = nn.ModuleList(FeedForward(H, size, act) for _ in range(config.n_routed_experts))
+        self.shared_experts = FeedForward(H, config.n_shared_experts * size, act) if config.n_shared_experts else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """x (B, T, H) -> the same shape, and the router's scores (B * T, E) and choices (B * T, k)."""
@@ -141,27 +145,28 @@ class MoEFeedForward(nn.Module):
     def visit_experts(self, tokens: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """sum_i weights[:, i] * expert[chosen[:, i]](tokens), (B * T, H).
 
-        The visits are sorted by expert once, so that each expert multiplies one contiguous slab, however long. A card
-        in training, and torch.compile, take all experts' weights together, as one operator (model/experts.py).
+        The visits are sorted by expert, so that each expert multiplies one contiguous slab. GPUs in training and
+        torch.compile use one operator for all experts (model/experts.py).
         """
         if torch.compiler.is_compiling() or (self.training and tokens.device.type not in ("cpu", "mps")):
             dtype = product_dtype(tokens.device.type, tokens.dtype)
             gate_up = [matrix for expert in self.experts for matrix in (expert.gate_proj.weight, expert.up_proj.weight)]
             gate_up = torch.stack(gate_up).to(dtype).unflatten(0, (-1, 2)).flatten(1, 2)  # (E, 2 m, H)
             down = torch.stack([expert.down_proj.weight for expert in self.experts]).to(dtype)  # (E, H, m)
-            return experts.visit_experts(tokens.to(dtype), weights, chosen, gate_up, down)[0].to(tokens.dtype)
+            act = self.config.hidden_act
+            return experts.visit_experts(tokens.to(dtype), weights, chosen, gate_up, down, act)[0].to(tokens.dtype)
         visits = chosen.flatten().argsort(stable=True)  # (B * T * k,): those to expert 0 first
         sizes = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
         visitors = visits // chosen.shape[1]  # tokens
         slabs = tokens.index_select(0, visitors).split(sizes)
-        # In training an expert without tokens takes part too, so that its gradient is zero and not missing.
+        # In training, experts without visitors are included: their gradient is zero instead of None.
         outputs = [expert(slab) for expert, slab in zip(self.experts, slabs) if len(slab) or self.training]
         outputs = torch.cat(outputs) * weights.flatten().index_select(0, visits)[:, None]
         return torch.zeros_like(tokens).index_add(0, visitors, outputs.to(tokens.dtype))
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm: each half reads a normalised copy of x and adds what it found."""
+    """Pre-norm: attention and feed-forward layer read a normalised x, and their outputs are added to x."""
 
     def __init__(self, config: LMConfig, layer_idx: int):
         super().__init__()
@@ -172,10 +177,10 @@ class DecoderLayer(nn.Module):
         if self.has_experts:
             self.mlp = MoEFeedForward(config)
         else:
-            self.mlp = FeedForward(config.hidden_size, config.intermediate_size)
+            self.mlp = FeedForward(config.hidden_size, config.intermediate_size, config.hidden_act)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, cache=None):
-        """x (B, T, H) -> the same shape, and what the router did (MoEFeedForward.forward) or None."""
+        """x (B, T, H) -> the same shape, and the router's scores and choices (MoEFeedForward.forward) or None."""
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
         normed = self.post_attention_layernorm(x)
         if not self.has_experts:
@@ -240,12 +245,12 @@ class Decoder(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """The decoder and the head that scores every token of the vocabulary."""
+    """The decoder and the output head, which scores every token of the vocabulary."""
 
     def __init__(self, config: LMConfig):
         super().__init__()
         self.config = config
-        self.stop_token_ids = [config.eos_token_id]  # what ends a text; a chat model also stops at <|im_end|>
+        self.stop_token_ids = [config.eos_token_id]  # end a document; a chat model also stops at <|im_end|>
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -253,27 +258,40 @@ class CausalLM(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Normal of standard deviation 0.02; what adds to the residual stream by 1/sqrt(2 layers) less (GPT-2, 2.3)."""
+        """Normal with standard deviation 0.02, times 1/sqrt(2 layers) for matrices that add to the residual stream
+        (GPT-2, 2.3)."""
         residual_std = 0.02 / (2 * self.config.num_hidden_layers) ** 0.5
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(parameter, std=residual_std if residual else 0.02)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None, mask: Tensor | None = None, cache=None):
-        """Logits (B, T, V); the arguments are Decoder.forward's. Training uses the hidden states (next_token_loss)."""
-        return self.lm_head(self.model(input_ids, position_ids, mask, cache))
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        mask: Mask = None,
+        cache=None,
+        routing: list | None = None,
+        head: Callable | None = None,
+    ):
+        """Logits (B, T, V), or head(hidden (B, T, H), weight (V, H)): losses do not need all logits at once.
+
+        The other arguments are Decoder.forward's.
+        """
+        hidden = self.model(input_ids, position_ids, mask, cache, routing)
+        return self.lm_head(hidden) if head is None else head(hidden, self.lm_head.weight)
 
     @property
     def is_chat(self) -> bool:
-        """Whether it was trained to answer, and to stop at the end of its turn."""
+        """Whether it was trained to answer and to stop at the end of its turn."""
         return IM_END in self.stop_token_ids
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
     def num_idle_parameters(self) -> int:
-        """Those of the routed experts that a token does not visit."""
+        """Parameters that are not active for a token: of the routed experts that it does not visit."""
         config = self.config
         idle_experts = config.n_routed_experts - config.num_experts_per_tok
         expert = 3 * config.hidden_size * config.moe_intermediate_size

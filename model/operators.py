@@ -1,11 +1,12 @@
-"""The operators of the decoder that have more than one implementation, and which of them is taken.
+"""The decoder's operators that have more than one implementation, and the choice between them.
 
-On a CPU, in float32, norm, rotation and attention are written by hand (model/cpu.py): they pass over memory less often
-than torch's. Elsewhere, and under torch.compile, they are torch's. Each pair computes the same (tests/model).
-Shapes as in model.py.
+On a CPU in float32, norm, rotation and attention have manual forward and backward passes (model/cpu.py), which pass
+over memory less often than torch's. Elsewhere, and under torch.compile, torch's are used. tests/model checks that they
+agree. Shapes as in model.py.
 """
 
 import contextlib
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -17,25 +18,25 @@ from model import cpu
 
 @dataclass
 class DocumentLengths:
-    """A mask for rows laid end to end: each token sees those of its own document, up to itself. What a CPU reads."""
+    """A mask for packed rows: each token attends to its own document, up to itself. The form that a CPU uses."""
 
     lengths: list[int]  # they add up to B * T
 
 
 @dataclass
 class CuSeqlens:
-    """The same for FlashAttention, on the card: nothing there waits for a number of the host."""
+    """The same for FlashAttention, on the GPU, which does not have to wait for the CPU."""
 
-    cu_seqlens: Tensor  # int32, (documents + 1 or more,): where each begins; then B * T, repeated
+    cu_seqlens: Tensor  # int32, (documents + 1 or more,): where each starts; then B * T, repeated
     max_seqlen: int  # no document has more tokens
 
 
-# A tensor is boolean, (B, 1, T, S), True where a query may look; None: causal.
+# A tensor is boolean, (B, 1, T, S), True where a query attends to a key; None: causal.
 Mask = DocumentLengths | CuSeqlens | Tensor | None
 
 
 def card_capability(device: torch.device) -> tuple[int, int]:
-    """NVIDIA's compute capability; (0, 0) for what is no card of theirs. torch.compile takes it for a constant."""
+    """NVIDIA's compute capability; (0, 0) for other devices. A constant for torch.compile."""
     if device.type != "cuda":
         return (0, 0)
     card = torch.cuda.get_device_properties(device)
@@ -43,25 +44,26 @@ def card_capability(device: torch.device) -> tuple[int, int]:
 
 
 def use_manual(x: Tensor) -> bool:
-    """Whether the passes of model/cpu.py are the fast ones, and exact: not where sums would be kept in 16 bits."""
+    """Whether to use the manual passes of model/cpu.py: on a CPU, but not in 16 bits, where their sums lose digits."""
     return x.device.type == "cpu" and x.dtype.itemsize > 2 and not torch.compiler.is_compiling()
 
 
 def product_dtype(device_type: str, otherwise: torch.dtype = torch.float32) -> torch.dtype:
-    """Of matrix products here: autocast's number format, if it is on."""
+    """The dtype of matrix products: autocast's if it is on."""
     known = torch.amp.is_autocast_available(device_type)
     return torch.get_autocast_dtype(device_type) if known and torch.is_autocast_enabled(device_type) else otherwise
 
 
 def without_autocast(device_type: str):
-    """A context. Devices that know no autocast, as "meta", need none."""
+    """A context that disables autocast, on devices that have it ("meta" has not)."""
     known = torch.amp.is_autocast_available(device_type)
     return torch.autocast(device_type, enabled=False) if known else contextlib.nullcontext()
 
 
 def exact_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x weight^T in float32, also where other products in float32 are rounded to TF32 (not so under torch.compile)."""
-    x, weight = x.float(), weight.float()
+    """x weight^T in float32 at least, even if other float32 products use TF32 (except under torch.compile)."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    x, weight = x.to(dtype), weight.to(dtype)
     if x.device.type != "cuda" or torch.compiler.is_compiling():
         return F.linear(x, weight)
     precision = torch.get_float32_matmul_precision()
@@ -81,15 +83,31 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
+def relu2(x: Tensor) -> Tensor:
+    """max(x, 0)^2 (Primer, arXiv 2109.08668)."""
+    return x.relu().square()
+
+
+# By LMConfig.hidden_act: the function, and the gradient of x from that of the result (as model/experts.py needs it).
+ACTIVATIONS = {
+    "silu": (F.silu, torch.ops.aten.silu_backward),
+    "relu2": (relu2, lambda dy, x: 2 * dy * x.relu()),
+    "gelu_pytorch_tanh": (
+        functools.partial(F.gelu, approximate="tanh"),
+        functools.partial(torch.ops.aten.gelu_backward, approximate="tanh"),
+    ),
+}
+
+
 def rope_tables(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every position's angles (RoFormer, arXiv 2104.09864, eq. 15), each (B, T, 1, D/2) in fp32."""
-    exponents = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim  # (D/2,)
-    angles = position_ids[..., None, None].float() * theta**-exponents
+    exponents = torch.arange(0, head_dim, 2, device=position_ids.device) / head_dim  # (D/2,)
+    angles = position_ids[..., None, None] * theta**-exponents
     return angles.cos(), angles.sin()
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns each pair (x[i], x[i + D/2]) by its angle. x: (B, T, heads, D)."""
+    """Rotates each pair (x[i], x[i + D/2]) by its angle. x: (B, T, heads, D)."""
     if use_manual(x):
         return cpu.Rotation.apply(x, cos, sin)
     a, b = x.chunk(2, dim=-1)

@@ -1,6 +1,6 @@
-"""What was exported, read again by the program that it is for, and held against the model: ids, chats, probabilities.
+"""Verification of exports: llama.cpp or transformers load them; tokens, chats and probabilities are compared.
 
-A failed comparison is an OSError: the file is not what was meant, and write_file and replacing_directory leave it out.
+A failed comparison is an OSError: then write_file and replacing_directory do not keep the file.
 """
 
 import contextlib
@@ -16,10 +16,10 @@ from model.gguf import rounded
 from model.llama_cpp import LlamaCpp
 from model.model import CausalLM
 
-# How far, in nats, the log-probability of a token may be off on the average: some times what was measured. llama.cpp
-# rounds more than the weights that were rounded in the file: what a matrix multiplies is made of its type, too.
+# Allowed mean difference of a token's log-probability, in nats: several times what was measured. llama.cpp rounds more
+# than the file's weights: it also converts activations to the type of the matrix.
 TOLERANCES = {"f32": 1e-3, "f16": 0.05, "bf16": 0.2, "q8_0": 0.5, "q4_0": 0.5}
-PLAIN_TEXTS = [  # what tokenizers take apart in unlike ways
+PLAIN_TEXTS = [  # where tokenizers differ
     "春天来了，山上的花开了。水在一百度时沸腾！",
     "The cat sat on the mat;  she didn't   look up.",
     " leading and trailing ",
@@ -27,7 +27,7 @@ PLAIN_TEXTS = [  # what tokenizers take apart in unlike ways
     "def f(x):\n    return x ** 2  # квадрат",
     "龘靐 🙂👩‍👩‍👧 e\u0301 \u00a0 ﷽",
 ]
-CONTROL_TEXT = "<|im_start|>user <|end_of_text|> <unk> <0x41>"  # is plain text too
+CONTROL_TEXT = "<|im_start|>user <|end_of_text|> <unk> <0x41>"  # must be encoded as plain text
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
 TOOL = {"type": "function", "function": {"name": "天气", "description": "一城之天气", "parameters": PARAMETERS}}
 CALL = {"type": "function", "function": {"name": "天气", "arguments": {"city": "北京"}}}
@@ -42,21 +42,21 @@ CHAT = [
 
 
 def verify_gguf(path: Path, model: CausalLM, tokenizer_dir: Path, weight_type: str) -> str:
-    """Opens the file in llama.cpp. Returns what was compared, with figures."""
+    """Opens the file in llama.cpp. Returns a sentence on what was compared, with figures."""
     tokenizer = load_tokenizer(tokenizer_dir)
     llama_cpp = LlamaCpp(path, model.config.max_position_embeddings, threads=1, exact=True)
     texts = [*PLAIN_TEXTS, CONTROL_TEXT]
     for text in texts:
-        _check(llama_cpp.encode(text) == encode(tokenizer, text), f"the tokens of {text!r}")
+        _check(llama_cpp.encode(text) == encode(tokenizer, text), f"tokens of {text!r}")
     if model.is_chat:
         ids, _ = encode_chat(tokenizer, CHAT, [TOOL], add_generation_prompt=True)
-        with _reading("the chat template"):
+        with _using("the chat template"):
             their_ids = llama_cpp.encode_chat(CHAT, [TOOL])
-        _check(their_ids == ids, "the tokens of a chat with tools")
+        _check(their_ids == ids, "tokens of a chat with tools")
     prompts = _prompts(model, tokenizer_dir)
     stop = IM_END if model.is_chat else EOS
     stopped = llama_cpp.generate(prompts[0], 2, logit_bias=[[stop, 1000.0]])["stop_type"] == "eos"
-    _check(stopped, f"the end of a text at token {stop}")
+    _check(stopped, f"stops at token {stop}")
     in_file, compared = rounded(model, weight_type), []
     for prompt in prompts:
         ids, theirs = _generate_with_llama_cpp(llama_cpp, prompt, n=8, vocab_size=model.config.vocab_size)
@@ -67,22 +67,22 @@ def verify_gguf(path: Path, model: CausalLM, tokenizer_dir: Path, weight_type: s
 
 
 def verify_folder(directory: Path, model: CausalLM, tokenizer_dir: Path, weight_type: str) -> str:
-    """Opens the folder in transformers. Returns what was compared, with figures."""
+    """Opens the folder in transformers. Returns a sentence on what was compared, with figures."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     ours = load_tokenizer(tokenizer_dir)
-    with _reading("the tokenizer"):
+    with _using("the tokenizer"):
         theirs = AutoTokenizer.from_pretrained(directory)
     for text in PLAIN_TEXTS:
-        _check(theirs(text, add_special_tokens=False).input_ids == encode(ours, text), f"the tokens of {text!r}")
+        _check(theirs(text, add_special_tokens=False).input_ids == encode(ours, text), f"tokens of {text!r}")
     ids, _ = encode_chat(ours, CHAT, [TOOL], add_generation_prompt=True)
-    with _reading("the chat template"):
+    with _using("the chat template"):
         their_ids = theirs.apply_chat_template(CHAT, tools=[TOOL], add_generation_prompt=True, return_dict=False)
-    _check(their_ids == ids, "the tokens of a chat with tools")
+    _check(their_ids == ids, "tokens of a chat with tools")
     network = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    _check(network.generation_config.eos_token_id == model.stop_token_ids, "the stop tokens")
+    _check(network.generation_config.eos_token_id == model.stop_token_ids, "stop tokens")
     compared = []
     for prompt in _prompts(model, tokenizer_dir):
         prompt = torch.tensor([prompt])
@@ -93,8 +93,8 @@ def verify_folder(directory: Path, model: CausalLM, tokenizer_dir: Path, weight_
 
 
 @contextlib.contextmanager
-def _reading(what: str) -> Iterator[None]:
-    """Of what a stranger may have written, and which may raise whatever it likes."""
+def _using(what: str) -> Iterator[None]:
+    """OSError for any error: the model's files may come from a stranger and raise anything."""
     try:
         yield
     except Exception as error:
@@ -103,7 +103,7 @@ def _reading(what: str) -> Iterator[None]:
 
 def _check(same: bool, what: str):
     if not same:
-        raise OSError(f"verification failed: {what}: not the same as in the original")
+        raise OSError(f"verification failed: {what} differ from the original")
 
 
 def _prompts(model: CausalLM, tokenizer_dir: Path) -> list[list[int]]:
@@ -115,37 +115,37 @@ def _prompts(model: CausalLM, tokenizer_dir: Path) -> list[list[int]]:
 
 
 def _generate_with_llama_cpp(llama_cpp: LlamaCpp, prompt: list[int], n: int, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """llama.cpp writes n tokens or less. What gave them, (1, T), and the log-probabilities of all tokens, (n, V)."""
+    """Lets llama.cpp generate up to n tokens. Returns their inputs (1, T) and all log-probabilities (n, V)."""
     steps = llama_cpp.generate(prompt, n, n_probs=vocab_size)["completion_probabilities"]
     log_probs = torch.full((len(steps), vocab_size), -torch.inf)
     for row, step in zip(log_probs, steps):
         for choice in step["top_logprobs"]:
             row[choice["id"]] = choice["logprob"]
-    written = [step["id"] for step in steps]
-    return torch.tensor([prompt + written[:-1]]), log_probs
+    generated = [step["id"] for step in steps]
+    return torch.tensor([prompt + generated[:-1]]), log_probs
 
 
 def _compare(logits: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
-    """Of logits and log-probabilities (n, V): whether their most probable tokens are the same (n,), and how far those
-    above e^-20 are off (any,): llama.cpp has only zeros for the others."""
+    """Compares logits with log-probabilities (n, V): whether the most probable tokens agree (n,), and the differences
+    above e^-20 (any,), below which llama.cpp has only zeros."""
     ours = logits.float().log_softmax(-1)
     likely = ours > -20
     return ours.argmax(-1) == theirs.argmax(-1), (ours - theirs)[likely].abs()
 
 
 def _figures(compared: list[tuple[Tensor, Tensor, Tensor]], weight_type: str) -> str:
-    """Of _compare's results with the original, and of the differences from what the file should give: those count."""
+    """Summarises _compare's results with the original. The differences from the rounded model decide: OSError."""
     same, difference, unexplained = (torch.cat(parts) for parts in zip(*compared))
     mean, limit = unexplained.mean().item(), TOLERANCES[weight_type]
-    if not mean <= limit:  # also when it is no number
+    if not mean <= limit:  # also for NaN
         raise OSError(
-            f"verification failed: log-probabilities differ by {mean:.2g} on the average; {weight_type} allows {limit}"
+            f"verification failed: log-probabilities differ by {mean:.2g} on average; {weight_type} allows {limit}"
         )
     return (
-        f"the same most probable token at {same.sum()} of {len(same)} places; log-probabilities differ by "
-        f"{difference.mean():.1g} on the average, {difference.max():.1g} at most"
+        f"the same most probable token at {same.sum()} of {len(same)} positions; log-probabilities differ by "
+        f"{difference.mean():.1g} on average, {difference.max():.1g} at most"
     )
 
 
 def _same_tokens(model: CausalLM, texts: int) -> str:
-    return f"the tokens of {texts} texts" + (" and of a chat with tools and thinking" if model.is_chat else "")
+    return f"the tokens of {texts} texts" + (" and of a chat with tools and reasoning" if model.is_chat else "")

@@ -1,1 +1,1 @@
-"""What serve.py starts: OpenAI's API over the engine, live runs. Imports base, model and engine."""
+"""The server of serve.py: OpenAI's API over the engine, and live runs. Imports base, model and engine."""

@@ -1,4 +1,4 @@
-"""The thread that drives an engine: requests come and go between two steps, and share the batch."""
+"""The thread that runs an engine: sequences are added and removed between two steps, and share the batch."""
 
 import asyncio
 import queue
@@ -9,16 +9,16 @@ from collections.abc import Callable
 from engine.generation import Engine, Sequence
 from model.model import CausalLM
 
-Receive = Callable[[int | Exception, str | None], None]  # a token and, with the last, why it ended; or what went wrong
+Receive = Callable[[int | Exception, str | None], None]  # a token, and with the last the finish_reason; or an error
 
 
 class Batcher:
-    """Writes the sequences that it is given. All methods are for the event loop's thread, which receives the tokens."""
+    """Generates sequences. Its methods are called in the event loop's thread, which also receives the tokens."""
 
     def __init__(self, model: CausalLM, max_rows: int):
         self.model, self.max_rows = model, max_rows
         self.loop = asyncio.get_running_loop()
-        self.orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # for between two steps
+        self.orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # run between two steps
         self.receivers: dict[Sequence, Receive] = {}  # of those that have not ended
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.thread.start()
@@ -28,18 +28,18 @@ class Batcher:
         self.orders.put(lambda: self.engine.submit(sequence))
 
     def remove(self, sequence: Sequence):
-        """Ends it, if it is still being written: its row is free at the next step, and nothing more is received."""
+        """Stops it, if it has not ended: its row is free at the next step, and no more tokens are received."""
         if self.receivers.pop(sequence, None):
             self.orders.put(lambda: self.engine.remove(sequence))
 
     def close(self):
-        """Ends the thread after the step that it is at."""
+        """Ends the thread after its current step."""
         self.orders.put(None)
         self.thread.join()
 
     @property
     def running(self) -> int:
-        """Rows at work."""
+        """Rows in use."""
         return min(len(self.receivers), self.max_rows)
 
     @property
@@ -55,21 +55,21 @@ class Batcher:
                     return
                 order()
             try:
-                written = [(sequence, sequence.tokens[-1], sequence.finish_reason) for sequence in self.engine.step()]
-            except Exception as error:  # out of memory, say: those at work are lost, those to come are not
+                events = [(sequence, sequence.tokens[-1], sequence.finish_reason) for sequence in self.engine.step()]
+            except Exception as error:  # such as out of memory: all current sequences are lost, later ones are not
                 traceback.print_exc()
                 lost = [*self.engine.rows, *self.engine.waiting]
                 self.engine = Engine(self.model, self.max_rows)
-                written = [(sequence, error, "error") for sequence in lost]
+                events = [(sequence, error, "error") for sequence in lost]
             try:
-                self.loop.call_soon_threadsafe(self._deliver, written)
+                self.loop.call_soon_threadsafe(self._deliver, events)
             except RuntimeError:  # the loop has ended
                 return
 
-    def _deliver(self, written: list[tuple[Sequence, int | Exception, str | None]]):
-        for sequence, token, finish_reason in written:
+    def _deliver(self, events: list[tuple[Sequence, int | Exception, str | None]]):
+        for sequence, token, finish_reason in events:
             receive = self.receivers.get(sequence)
-            if receive is None:  # was removed while the step was under way
+            if receive is None:  # removed during the step
                 continue
             if finish_reason:
                 del self.receivers[sequence]

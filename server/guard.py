@@ -1,4 +1,4 @@
-"""What is let in, and how the rest is told."""
+"""Limits on requests and connections, and the errors that answer what is refused."""
 
 import asyncio
 import contextlib
@@ -9,14 +9,14 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-HEAD_SECONDS = 30  # how long a request's first line and headers may take to come
-MAX_BODY, BODY_SECONDS = 2**20, 30  # of a request: bytes, and how long they may take to come
-UNREAD_SECONDS = 60  # how long a client may leave unread what the system holds no more of
+HEAD_SECONDS = 30  # time limit for a request's first line and headers
+MAX_BODY, BODY_SECONDS = 2**20, 30  # of a request: bytes, and time limit for them
+UNREAD_SECONDS = 60  # how long a client may stop reading once the system's buffers are full
 CODES = {401: "invalid_api_key", 404: "not_found", 413: "request_too_large", 429: "rate_limit_exceeded"}
 
 
 class Refusal(Exception):
-    """An answer in OpenAI's form of an error."""
+    """An error response in OpenAI's format."""
 
     def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None):
         super().__init__(message)
@@ -31,11 +31,11 @@ class Refusal(Exception):
         return JSONResponse(self.body(), self.status, headers.get(self.status))
 
 
-class Impatient(H11Protocol):
-    """A connection that ends where its client does not say the whole of a question, or does not read the answer."""
+class TimeoutProtocol(H11Protocol):
+    """A connection that is closed if its client does not send a whole request head, or does not read the response."""
 
-    hanging_up: asyncio.TimerHandle | None = None  # for want of a head
-    giving_up: asyncio.TimerHandle | None = None  # for want of a reader
+    hanging_up: asyncio.TimerHandle | None = None  # while waiting for a head
+    giving_up: asyncio.TimerHandle | None = None  # while waiting for the client to read
 
     def connection_made(self, transport: asyncio.Transport):
         super().connection_made(transport)
@@ -44,9 +44,9 @@ class Impatient(H11Protocol):
     def data_received(self, data: bytes):
         before = self.cycle
         super().data_received(data)
-        if self.cycle is not before:  # a head is whole
+        if self.cycle is not before:  # a head is complete
             self.hanging_up = self._stopped(self.hanging_up)
-        elif self.hanging_up is None and self.cycle.response_complete:  # the next one has begun
+        elif self.hanging_up is None and self.cycle.response_complete:  # the next one has started
             self.hanging_up = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
 
     def pause_writing(self):
@@ -67,10 +67,10 @@ class Impatient(H11Protocol):
 
 
 class Guard:
-    """Refuses what pages from elsewhere send, and bodies that are too large or too slow; ends what takes too long."""
+    """Refuses requests of other sites' pages and bodies that are too large or too slow; stops slow responses."""
 
     def __init__(self, app: ASGIApp, seconds: float):
-        """seconds: for an answer, from the request's head until all of it is sent."""
+        """seconds: from the request's head until the whole response is sent."""
         self.app, self.seconds = app, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send):
@@ -96,7 +96,7 @@ class Guard:
                 left = deadline - asyncio.get_running_loop().time()
                 message = await asyncio.wait_for(receive(), max(left, 0))
             except asyncio.TimeoutError:
-                raise HTTPException(408, "the request's body did not come") from None
+                raise HTTPException(408, "the request's body did not arrive in time") from None
             size, more = size + len(message.get("body", b"")), message.get("more_body", False)
             if size > MAX_BODY:
                 raise HTTPException(413, f"a request may have {MAX_BODY} bytes")

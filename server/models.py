@@ -1,4 +1,4 @@
-"""The checkpoints that are served: found, described, and loaded when first asked for."""
+"""The checkpoints that are served: found at the start, and loaded at their first request."""
 
 import asyncio
 import sys
@@ -13,6 +13,7 @@ from model.checkpoint import (
     ADAPTER_FILE,
     MODEL_FILE,
     base_of,
+    find_checkpoints,
     load_model,
     load_outline,
     load_stop_ids,
@@ -20,18 +21,16 @@ from model.checkpoint import (
 from server.batcher import Batcher
 
 OUT = Path("out")
-DEPTH = 3  # levels below it where a model may stand
-WEIGHTS = "*model.safetensors"  # MODEL_FILE or ADAPTER_FILE
 
 
 class Served:
-    """A checkpoint, or an adapter together with the model that it belongs to."""
+    """A model, or an adapter with its base model."""
 
     def __init__(self, directory: Path, name: str | None = None):
-        """name: its folder's, without one. UserError where there is none."""
+        """name: by default the folder's. UserError if there is no model."""
         self.directory, self.name = directory, name or directory.resolve().name
-        if not self.name.isprintable():  # bytes that are no text, a new line: no one could ask for it
-            raise UserError(f"the name {self.name!r} cannot be shown: rename the folder")
+        if not self.name.isprintable():  # a request could not name it
+            raise UserError(f"the name {self.name!r} has characters that cannot be shown: rename the folder")
         self.base = base_of(directory)
         weights = directory / (MODEL_FILE if self.base == directory else ADAPTER_FILE)
         outline = load_outline(self.base)
@@ -41,12 +40,12 @@ class Served:
         self.created = int(weights.stat().st_mtime)
         self.is_chat, self.parameters = outline.is_chat, outline.num_parameters()
         self.context = outline.config.max_position_embeddings
-        self.n_answers = 0  # that are being written, or not yet sent
+        self.n_answers = 0  # that are being generated or sent
         self.batcher: Batcher | None = None
         self.opening = asyncio.Lock()
 
     async def open(self, device: torch.device, half_weights: bool, max_rows: int):
-        """Loads it, once. UserError where it cannot be loaded."""
+        """Loads it, once. UserError if it cannot be loaded."""
         async with self.opening:
             if self.batcher is None:
                 model, self.tokenizer = await asyncio.to_thread(self._load, device, half_weights)
@@ -60,7 +59,7 @@ class Served:
 
 
 def find_models(directories: list[Path]) -> dict[str, Served]:
-    """By name; those of the folders, or all below out/, the newest first. UserError where there is none."""
+    """By name: the given folders, or all below out/, the newest first. UserError if there is none."""
     models = {}
     for directory in directories:
         served = Served(directory)
@@ -69,15 +68,12 @@ def find_models(directories: list[Path]) -> dict[str, Served]:
         models[served.name] = served
     if directories:
         return models
-    found = []
-    for directory in sorted(path.parent for depth in range(1, DEPTH + 1) for path in OUT.glob("*/" * depth + WEIGHTS)):
-        name = directory.relative_to(OUT).as_posix()  # quickstart/sft
-        if any(part.startswith(".") for part in directory.parts):  # what is being written
-            continue
+    for directory in find_checkpoints(OUT):
+        name = directory.relative_to(OUT).as_posix()  # such as quickstart/sft
         try:
-            found.append(Served(directory, name))
+            models[name] = Served(directory, name)
         except (UserError, OSError) as error:
             print(f"{directory} is left out: {error}", file=sys.stderr)
-    if not found:
-        raise UserError(f"no model under {OUT}/; train one with: python 1-pretrain.py, or name the folder of one")
-    return {served.name: served for served in sorted(found, key=lambda served: -served.created)}
+    if not models:
+        raise UserError(f"no model under {OUT}/; train one with: python 1-pretrain.py, or name a model's folder")
+    return models

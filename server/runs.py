@@ -107,7 +107,7 @@ def describe(name: str, directory: Path) -> dict:
         "name": name,
         "updated": updated,  # seconds since 1970
         "running": is_running(directory, updated),
-        "last": {name: value for name, value in last.items() if not isinstance(value, list | dict)},
+        "last": {name: value for name, value in last.items() if not isinstance(value, list | dict | str)},
     }
 
 

@@ -1,18 +1,21 @@
-"""What a request may say: OpenAI's fields with limits on each, our own beside them. Fields unknown here are ignored."""
+"""The fields of a request: OpenAI's with limits, and some of our own. Unknown fields are ignored."""
 
 import json
+from dataclasses import fields
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from engine.session import GenerationConfig
 
 MAX_MESSAGES, MAX_PROMPTS, MAX_CHOICES, MAX_TOOLS, MAX_TOP = 1024, 64, 64, 64, 20
 MAX_DEPTH = 32  # of a request
 Think = Literal["show", "off"]
 
 
-def not_offered(value: Any) -> Any:
+def not_supported(value: Any) -> Any:
     if value and value != {"type": "text"}:  # of response_format
-        raise ValueError("is not offered by this server")
+        raise ValueError("is not supported by this server")
     return value
 
 
@@ -23,7 +26,7 @@ def plain_text(content: Any) -> Any:
     for part in content:
         if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
             kind = part.get("type") if isinstance(part, dict) else part
-            raise ValueError(f"this model reads text only, not {str(kind)[:40]!r}")
+            raise ValueError(f"this model accepts text only, not {str(kind)[:40]!r}")
     return "".join(part["text"] for part in content)
 
 
@@ -33,7 +36,7 @@ def deeper_than(levels: int, value: Any) -> bool:
 
 
 def tool_schema(tool: dict) -> dict:
-    """As it was given, for the prompt."""
+    """Checks a tool's schema, which goes into the prompt unchanged."""
     function = tool.get("function")
     if tool.get("type") != "function" or not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError('a tool is {"type": "function", "function": {"name": …, "parameters": …}}')
@@ -41,25 +44,25 @@ def tool_schema(tool: dict) -> dict:
 
 
 def several(value: Any) -> Any:
-    """One text, or one list of token ids, as the only one of several."""
+    """Wraps a single text, or a single list of token ids, in a list."""
     is_tokens = isinstance(value, list) and value and all(isinstance(item, int) for item in value)
     return [value] if is_tokens or isinstance(value, str) else value
 
 
-def hardly_any(temperature: float) -> float:
-    """Below this a division by it overflows, and the most probable token is certain anyway."""
+def or_greedy(temperature: float) -> float:
+    """0 for temperatures so small that dividing by them overflows."""
     return temperature if temperature >= 1e-3 else 0.0
 
 
-NotOffered = Annotated[Any, AfterValidator(not_offered)]
+NotSupported = Annotated[Any, AfterValidator(not_supported)]
 Text = Annotated[str, BeforeValidator(plain_text)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0, strict=True)]
-Tokens = Annotated[list[TokenId], Field(fail_fast=True)]  # of a hundred thousand errors one is enough
+Tokens = Annotated[list[TokenId], Field(fail_fast=True)]  # stop at the first error
 
 
-class Given(BaseModel):
-    """null is the same as to say nothing."""
+class NullsLeftOut(BaseModel):
+    """A field that is null has its default."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
@@ -69,17 +72,17 @@ class Given(BaseModel):
         return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
 
 
-class Function(Given):
+class Function(NullsLeftOut):
     name: str = Field(max_length=256)
     arguments: str = "{}"
 
 
-class ToolCall(Given):
+class ToolCall(NullsLeftOut):
     id: str = Field("", max_length=256)
     function: Function
 
 
-class Message(Given):
+class Message(NullsLeftOut):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text = ""
     reasoning_content: str = ""
@@ -93,16 +96,16 @@ class Message(Given):
         return self
 
 
-class StreamOptions(Given):
+class StreamOptions(NullsLeftOut):
     include_usage: bool = False
 
 
-class Request(Given):
-    """What both endpoints know. The defaults of how it writes are eval.py's."""
+class Request(NullsLeftOut):
+    """The fields of both endpoints. The defaults of generation are those of eval.py."""
 
     model: str = Field("", max_length=256)
     max_new_tokens: int | None = Field(None, alias="max_tokens", ge=1, le=2**31)
-    temperature: Annotated[float, AfterValidator(hardly_any)] = Field(0.7, ge=0, le=2)
+    temperature: Annotated[float, AfterValidator(or_greedy)] = Field(0.7, ge=0, le=2)
     top_p: float = Field(0.9, ge=0, le=1)
     top_k: int = Field(0, ge=0, le=2**31)
     min_p: float = Field(0.0, ge=0, le=1)
@@ -114,10 +117,10 @@ class Request(Given):
     stop: Annotated[list[Stop], BeforeValidator(several)] = Field([], max_length=4)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    logit_bias: NotOffered = None
-    presence_penalty: NotOffered = None
-    frequency_penalty: NotOffered = None
-    response_format: NotOffered = None
+    logit_bias: NotSupported = None
+    presence_penalty: NotSupported = None
+    frequency_penalty: NotSupported = None
+    response_format: NotSupported = None
 
     @model_validator(mode="before")
     @classmethod
@@ -129,8 +132,13 @@ class Request(Given):
         try:
             json.dumps(data, allow_nan=False, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise ValueError("the request holds half a surrogate pair, which is no text") from None
+            raise ValueError("the request contains half a surrogate pair, which is not text") from None
         return data
+
+    def generation_config(self, limit: int) -> GenerationConfig:
+        """limit: of max_new_tokens."""
+        given = {field.name: getattr(self, field.name) for field in fields(GenerationConfig)}
+        return GenerationConfig(**given | {"max_new_tokens": min(self.max_new_tokens or limit, limit)})
 
     @model_validator(mode="after")
     def options_of_a_stream(self):
@@ -147,14 +155,14 @@ class ChatRequest(Request):
     tools: list[Annotated[dict[str, Any], AfterValidator(tool_schema)]] = Field([], max_length=MAX_TOOLS)
     tool_choice: Any = "auto"
     parallel_tool_calls: bool = True
-    functions: NotOffered = None
-    function_call: NotOffered = None
-    audio: NotOffered = None
+    functions: NotSupported = None
+    function_call: NotSupported = None
+    audio: NotSupported = None
 
     @model_validator(mode="after")
     def can_be_done(self):
         if self.tool_choice not in ("auto", "none"):
-            raise ValueError("tool_choice is auto or none; others are not offered by this server")
+            raise ValueError("tool_choice must be auto or none; this server supports no others")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs is only for logprobs: true")
         self.max_new_tokens = self.max_completion_tokens or self.max_new_tokens
@@ -169,14 +177,14 @@ class ChatRequest(Request):
         return self.tools if self.tool_choice == "auto" else []
 
     def chat(self) -> list[dict]:
-        """The messages for encode_chat; answers of tools in the order of the calls, by their ids."""
-        messages, places, caller = [], {}, 0
+        """The messages for encode_chat; responses of tools in the order of their calls."""
+        messages, positions, caller = [], {}, 0
         for i, message in enumerate(self.messages):
             key = (i, 0)
             if message.role != "tool":
-                places, caller = {call.id: place for place, call in enumerate(message.tool_calls)}, i
-            elif message.tool_call_id in places:
-                key = (caller, 1 + places[message.tool_call_id])
+                positions, caller = {call.id: number for number, call in enumerate(message.tool_calls)}, i
+            elif message.tool_call_id in positions:
+                key = (caller, 1 + positions[message.tool_call_id])
             else:
                 raise ValueError(f"messages.{i}: tool_call_id names no call of the assistant's message before it")
             parts = message.model_dump(include={"content", "reasoning_content"})
@@ -190,8 +198,8 @@ class CompletionRequest(Request):
     prompt: Annotated[list[str | Tokens], BeforeValidator(several)] = Field(min_length=1, max_length=MAX_PROMPTS)
     logprobs: int | None = Field(None, ge=0, le=5)
     best_of: Annotated[int, Field(ge=1, le=1)] = 1
-    echo: NotOffered = None
-    suffix: NotOffered = None
+    echo: NotSupported = None
+    suffix: NotSupported = None
 
     @property
     def n_top(self) -> int | None:

@@ -1,10 +1,10 @@
-"""From a request to the pieces of its answers, and what /metrics counts on the way."""
+"""From a request to the pieces of its answers, and the figures of /metrics."""
 
-import argparse
 import asyncio
 import time
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -19,16 +19,29 @@ from server.models import Served
 from server.schema import ChatRequest, CompletionRequest, Request
 
 
+@dataclass(frozen=True)
+class ServerConfig:
+    """The flags of serve.py."""
+
+    host: str
+    api_key: str | None
+    half_weights: bool
+    max_rows: int  # of each model, as are the next three
+    max_queue: int
+    max_new_tokens: int
+    request_timeout: float  # seconds
+
+
 class Metrics:
-    """What /metrics tells Prometheus."""
+    """The figures that /metrics gives to Prometheus."""
 
     def __init__(self):
         self.registry = CollectorRegistry()
         options = dict(registry=self.registry, namespace="jiezi")
-        self.requests = Counter("requests", "answered requests, by how they ended", ["model", "end"], **options)
+        self.requests = Counter("requests", "answered requests, by outcome", ["model", "end"], **options)
         self.refused = Counter("refused_requests", "refused requests, by status", ["status"], **options)
-        self.tokens = Counter("tokens", "tokens that were read or written", ["model", "kind"], **options)
-        self.rows = Gauge("rows", "answers at work", ["model", "state"], **options)
+        self.tokens = Counter("tokens", "tokens of prompts and completions", ["model", "kind"], **options)
+        self.rows = Gauge("rows", "answers, by state", ["model", "state"], **options)
         self.first = Histogram("first_token_seconds", "from a request to its first token", ["model"], **options)
 
     def text(self, models: dict[str, Served]) -> bytes:
@@ -42,12 +55,10 @@ class Metrics:
 class Service:
     """What the routes do: from a request to the pieces of its answers."""
 
-    def __init__(
-        self, models: dict[str, Served], args: argparse.Namespace, device: torch.device, tools: dict[str, Tool]
-    ):
-        self.models, self.args, self.device, self.tools = models, args, device, tools
-        self.places = args.max_rows + args.max_queue  # of each model
-        self.tool_threads = ThreadPoolExecutor(8, "tools")  # not those that prepare requests: a tool may take seconds
+    def __init__(self, models: dict[str, Served], config: ServerConfig, device: torch.device, tools: dict[str, Tool]):
+        self.models, self.config, self.device, self.tools = models, config, device, tools
+        self.capacity = config.max_rows + config.max_queue  # of each model
+        self.tool_threads = ThreadPoolExecutor(8, "tools")  # separate: a tool may take seconds
         self.metrics = Metrics()
 
     def model(self, name: str) -> Served:
@@ -58,24 +69,23 @@ class Service:
         return served
 
     async def answers(self, request: Request) -> tuple[Served, list[Answer]]:
-        """Those to be written, with their prompts. Refusal where that cannot be, or every place is taken."""
+        """The answers to generate, with their prompts. Refusal if the request cannot be answered."""
         served = self.model(request.model)
         if isinstance(request, ChatRequest) and not served.is_chat:
             message = f"{served.name} is a base model, which continues texts: ask /v1/completions"
             raise Refusal(400, message, param="model")
         wanted = request.n * (1 if isinstance(request, ChatRequest) else len(request.prompt))
-        if wanted > self.places:
-            raise Refusal(400, f"{wanted} answers in one request are more than the {self.places} places", param="n")
+        if wanted > self.capacity:
+            raise Refusal(400, f"one request may have {self.capacity} answers, not {wanted}", param="n")
         try:
-            await served.open(self.device, self.args.half_weights, self.args.max_rows)
+            await served.open(self.device, self.config.half_weights, self.config.max_rows)
         except UserError as error:
             raise Refusal(500, str(error)) from None
-        asked = request.max_new_tokens or served.context
-        request.max_new_tokens = min(asked, self.args.max_new_tokens, served.context)
         return served, await asyncio.to_thread(self._prepare, served, request)
 
     def _prepare(self, served: Served, request: Request) -> list[Answer]:
-        session = Session(served.batcher.model, served.tokenizer, request)
+        config = request.generation_config(min(self.config.max_new_tokens, served.context))
+        session = Session(served.batcher.model, served.tokenizer, config)
         tools = {}
         if isinstance(request, CompletionRequest):
             texts = request.prompt
@@ -99,21 +109,21 @@ class Service:
         return [Answer(index, session, request, ids, tools) for index, ids in enumerate(prompts)]
 
     async def generate(self, served: Served, answers: list[Answer]) -> AsyncGenerator[tuple[Answer, dict], None]:
-        """The pieces of the answers as they come, each with its answer; before them an empty one: all have places.
+        """Streams (answer, piece) pairs. The first piece is empty: it says that all answers are queued.
 
-        Refusal where there are none left, and for what fails or takes too long.
+        Refusal if the queue is full, and if an answer fails or takes too long.
         """
-        if served.n_answers + len(answers) > self.places:
-            raise Refusal(429, "all places are taken: try again in a moment")
+        if served.n_answers + len(answers) > self.capacity:
+            raise Refusal(429, "the queue is full: try again in a moment")
         served.n_answers += len(answers)
-        came = asyncio.Queue()  # (answer, token, finish_reason), and None, TimeoutError() when the time is over
+        came = asyncio.Queue()  # (answer, token, finish_reason); (None, TimeoutError(), None) when the time is over
         start, end, has_begun = time.perf_counter(), "left", False
 
         def begin(answer: Answer):
             served.batcher.submit(answer.sequence, lambda *token: came.put_nowait((answer, *token)))
 
         loop = asyncio.get_running_loop()
-        timer = loop.call_later(self.args.request_timeout, came.put_nowait, (None, TimeoutError(), None))
+        timer = loop.call_later(self.config.request_timeout, came.put_nowait, (None, TimeoutError(), None))
         for answer in answers:
             begin(answer)
         try:
@@ -121,10 +131,10 @@ class Service:
             while not all(answer.finish_reason for answer in answers):
                 answer, token, finish_reason = await came.get()
                 if isinstance(token, TimeoutError):
-                    raise Refusal(504, f"no end after {self.args.request_timeout:g} seconds", "timeout")
+                    raise Refusal(504, f"not finished after {self.config.request_timeout:g} seconds", "timeout")
                 if isinstance(token, Exception):
                     raise Refusal(500, f"the engine failed: {type(token).__name__}")
-                if answer.finish_reason:  # by a stop string, while the engine wrote on
+                if answer.finish_reason:  # by a stop string, while the engine continued
                     continue
                 if not has_begun:
                     has_begun = True
@@ -152,6 +162,6 @@ class Service:
 
 def usage(answers: list[Answer]) -> dict:
     n = answers[0].request.n
-    read = sum(answer.n_prompt for answer in answers[::n])  # n answers share a prompt
-    written = sum(answer.n_tokens for answer in answers)
-    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+    prompt = sum(answer.n_prompt for answer in answers[::n])  # n answers share a prompt
+    completion = sum(answer.n_tokens for answer in answers)
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}

@@ -11,16 +11,26 @@ import pytest
 import torch
 from helpers import ROOT, TOKENIZER, Processes, Result, hurry, make_documents, run_stage, write_data
 
+from base.cli import available_cores
 from corpus.prepared import writing_prepared
 from model.chat import EOS, IM_END, encode_chat, load_tokenizer
 from model.checkpoint import save_model
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
 
+FAST = "not slow and not extra"  # the marks that pyproject.toml chooses
+
 # Half of what an untrained model writes gets a reward, so that groups differ.
 REWARD = (
     "def parity(reply, task):\n    return float(len(reply.content) % 2)\n\ndef same(reply, task):\n    return 0.0\n"
 )
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config) -> int:
+    """What `-n auto` means: all fast tests run in a process per core, at most four; chosen ones in this process."""
+    chosen = config.args_source == config.ArgsSource.ARGS or config.option.keyword or config.option.markexpr != FAST
+    return 0 if chosen else min(available_cores(), 4)
 
 
 @pytest.fixture(scope="session")

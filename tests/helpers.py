@@ -40,6 +40,8 @@ TIMEOUT = 300  # seconds after which a process is taken for stuck
 # One thread a process: on a machine that has other work too, two threads wait for each other most of the time.
 torch.set_num_threads(1)
 os.environ["LOCAL_WORLD_SIZE"] = str(os.cpu_count())  # start_machine divides the cores by it
+# The CPU's arithmetic is tested, also on a machine with a GPU.
+os.environ |= {"CUDA_VISIBLE_DEVICES": "", "JIEZI_GPU_NOTE": "given"}
 
 SENTENCES = [
     "春天来了，山上的花开了。",

@@ -18,9 +18,11 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from model.chat import EOS, IM_END
-from model.checkpoint import load_model, save_model
+from model.checkpoint import find_checkpoints, load_model, save_model
 from model.LMConfig import LMConfig
+from model.lora import apply_lora, lora_layers
 from model.model import CausalLM
+from server.models import find_models
 
 TEXTS = ["春天来了，山上的花开了。", "The cat sat on the mat.\n  It did not move.", "👩‍👩‍👧 1 + 1 = 2", "x"]
 CONTEXT = 96
@@ -231,16 +233,29 @@ def test_an_answer_per_line_of_a_batch_in_its_order(chat, evaluate, tmp_path):
         assert evaluate(chat, "--prompt", record["prompt"], *greedy).out == record["answer"] + "\n"
 
 
-def test_the_newest_stage_is_taken_when_none_is_named(base, tmp_path, run_here, monkeypatch):
-    for stage, age in (("pretrain", 200), ("sft", 100)):
-        shutil.copytree(base, tmp_path / "out" / stage)
-        path = tmp_path / "out" / stage / "model.safetensors"
+def test_the_newest_model_is_taken_wherever_serve_finds_one(base, tmp_path, run_here, monkeypatch):
+    folders = ["pretrain", "sft", "quickstart/dpo", ".sft.123.new"]
+    for age, folder in zip((300, 200, 100, 0), folders):  # the last is still being written
+        shutil.copytree(base, tmp_path / "out" / folder)
+        path = tmp_path / "out" / folder / "model.safetensors"
         os.utime(path, (path.stat().st_mtime - age,) * 2)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    assert "sft" in run_here("eval.py").out.splitlines()[0]
-    shutil.copytree(base, tmp_path / "out" / "grpo")
-    assert "grpo" in run_here("eval.py").out.splitlines()[0]
+    assert run_here("eval.py").out.startswith(f"out{os.sep}quickstart{os.sep}dpo: ")
+    assert [*find_models([])] == ["quickstart/dpo", "sft", "pretrain"]
+    (tmp_path / "out/sft").rename(tmp_path / "out/.grpo.new")  # killed before the last rename
+    assert [path.name for path in find_checkpoints(tmp_path / "out")] == ["dpo", "grpo", "pretrain"]
+
+
+def test_an_adapter_is_followed_to_its_base(base, tmp_path, evaluate):
+    model = load_model(base)
+    apply_lora(model, 4)
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B.weight, std=0.2)
+    save_model(tmp_path / "lora", model, TOKENIZER, base)
+    greedy = ["--prompt", "春天", "--temperature", "0", "--max_new_tokens", "12"]
+    expected = evaluate(base, "--lora", tmp_path / "lora", *greedy).out
+    assert evaluate(tmp_path / "lora", *greedy).out == expected != evaluate(base, *greedy).out
 
 
 # --------------------------------------------------------------------------------------------------------- conversation
@@ -366,11 +381,9 @@ def test_a_prompt_longer_than_the_context_is_one_line(base, evaluate):
     assert f"context is {CONTEXT}" in evaluate(base, "--prompt", "a b c " * 100).error_line(status=2)
 
 
-def test_web_hands_the_model_to_the_server(tmp_path):
-    command = [sys.executable, "eval.py", "--web", "--model", tmp_path / "nothing", "--tools", "calculator"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=TIMEOUT)
-    assert result.returncode == 2
-    assert str(tmp_path / "nothing") in result.stderr  # serve.py's own words
+def test_web_is_serve_with_its_arguments(tmp_path, run_here):
+    line = run_here("eval.py", "--web", tmp_path / "nothing", "--tools", "calculator").error_line(status=2)
+    assert str(tmp_path / "nothing") in line  # find_models' own message
 
 
 @pytest.mark.parametrize(

@@ -63,13 +63,12 @@ def test_an_adapter_is_merged(tmp_path, run_here):
         torch.nn.init.normal_(layer.lora_B.weight, std=0.1)
     save_model(tmp_path / "lora", model, TOKENIZER, tmp_path / "sft")
     assert "--lora" in run_here("export.py", tmp_path / "sft", "--to", "merged").error_line(2)
-    result = run_here("export.py", tmp_path / "sft", "--to", "merged", "--lora", tmp_path / "lora")
-    assert result.status == 0, result.err
-    merged = load_model(tmp_path / "sft-merged").eval()
     ids = torch.arange(20, 40)[None]
-    assert torch.allclose(merged(ids), model.eval()(ids), atol=1e-4)
-    assert run_here("export.py", tmp_path / "lora", "--to", "merged").status == 0  # which names its base
-    assert torch.equal(load_model(tmp_path / "lora-merged")(ids), merged(ids))
+    for words, name in (([tmp_path / "sft", "--lora", tmp_path / "lora"], "sft"), ([tmp_path / "lora"], "lora")):
+        result = run_here("export.py", *words, "--to", "merged")
+        assert result.status == 0, result.err
+        merged = load_model(tmp_path / f"{name}-merged").eval()
+        assert torch.allclose(merged(ids), model.eval()(ids), atol=1e-4)
     assert not torch.allclose(merged(ids), load_model(tmp_path / "sft")(ids), atol=1e-2)
 
 
@@ -87,6 +86,12 @@ def test_a_run_is_not_overwritten(saved, run_here):
     for output in (saved, saved.with_name("dpo")):
         line = run_here("export.py", saved, "--to", "bf16", "--output", output).error_line(2)
         assert "--output" in line
+
+
+def test_llama_cpp_has_no_other_activation(tmp_path, run_here):
+    save_model(tmp_path / "sft", random_model(LMConfig(**SIZES, hidden_act="relu2")), TOKENIZER)
+    assert 'not "relu2"' in run_here("export.py", tmp_path / "sft", "--to", "gguf").error_line(2)
+    assert [path.name for path in tmp_path.iterdir()] == ["sft"]
 
 
 def test_a_missing_package_is_named_with_the_command(saved, run_here, monkeypatch):

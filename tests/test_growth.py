@@ -1,12 +1,14 @@
 """The arithmetic of memory and cost, and the benchmarks that hold it against measurements."""
 
 import functools
+import multiprocessing
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from helpers import CONTEXT as FORKSERVER
 from helpers import ROOT
 
 from base.cli import UserError
@@ -150,6 +152,8 @@ def test_the_report_of_a_card(run_bench, tmp_path, monkeypatch):
 def test_growth_tables_and_plot(run_bench, monkeypatch, tmp_path):
     monkeypatch.setattr(contest, "matmul_rate", functools.partial(contest.matmul_rate, size=64))
     monkeypatch.setattr(growth, "start_of_run", lambda *_: 1.0)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: FORKSERVER)  # with torch loaded
+    monkeypatch.setattr(contest, "PAUSE", 0)
     sizes = ["--models", "32x1", "64x1", "--lengths", 16, 32, "--corpora", 1, 2, "--batch_size", 1, "--max_seq_len", 32]
     lines = run_bench(growth, *sizes, "--steps", 1, "--plot", tmp_path / "plots" / "growth.png")
     assert [line.split()[0] for line in lines] == ["torch", *["model"] * 2, *["length"] * 2, "step", *["corpus"] * 2]

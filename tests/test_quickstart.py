@@ -111,8 +111,9 @@ def test_nothing_is_required_that_nothing_imports(requirements):
                 imported |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 imported.add(node.module.partition(".")[0])
-    used = {canonicalize_name(name) for module in imported for name in packages_distributions().get(module, ())}
-    programs = {"pytest", "ruff"}  # are started, by quickstart.py
+    packages = packages_distributions()
+    used = {canonicalize_name(name) for module in imported for name in packages.get(module, ())}
+    programs = {"pytest", "pytest-xdist", "ruff"}  # are started, by quickstart.py
     required = {canonicalize_name(requirement.name) for requirement in read_requirements(requirements)}
     assert required <= used | programs, required - used - programs
 

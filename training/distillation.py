@@ -25,7 +25,7 @@ from model.checkpoint import MODEL_FILE, load_config, load_model
 from model.model import CausalLM
 from model.operators import product_dtype
 from training.balance import expert_balance
-from training.loss import CARD_CHUNK, LOSS_CHUNK, LossFunction, sum_batches
+from training.loss import CARD_CHUNK, LOSS_CHUNK, LossFunction, apply_head, sum_batches
 from training.machine import Machine
 from training.packing import Batch, PackedDataset
 from training.rollouts import (
@@ -327,10 +327,12 @@ def distillation_loss(
 ) -> tuple[Tensor, int, dict[str, Tensor]]:
     """A LossFunction but for the teacher, which reads the same rows."""
     positions, routing = batch.scored_positions(), []  # (M,)
-    hidden = model.model(batch.input_ids, batch.position_ids, batch.cu_seqlens, routing=routing)  # (B, T, H)
-    hidden, teacher_hidden = (x.flatten(0, 1)[positions] for x in (hidden, teacher.hidden(batch)))
-    labels = batch.labels.flatten()[positions]
-    loss_sum, figures = divergence_sum(hidden, model.lm_head.weight, teacher_hidden, teacher.weight, labels, how)
+    teacher_hidden = teacher.hidden(batch).flatten(0, 1)[positions]  # (M, H')
+
+    def head(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return divergence_sum(hidden, weight, teacher_hidden, teacher.weight, labels, how)
+
+    loss_sum, figures = apply_head(model, batch, head, routing)
     balance, metrics = expert_balance(model, batch, routing)
     metrics |= dict(zip(METRICS, figures.sum(1)))
     if isinstance(batch, RolloutBatch):
@@ -361,7 +363,7 @@ def generate_answers(
     """A folder of sft data in `cache`: the teacher's answers to the prompts.
 
     Its name depends on all that the answers depend on, so that a later run reads what an earlier one generated. The
-    teacher reads and writes with its own tokenizer. UserError for a teacher that the engine cannot run, or where no
+    teacher reads and generates with its own tokenizer. UserError for a teacher that the engine cannot run, or where no
     answer is left.
     """
     check_teacher(teacher)
@@ -445,6 +447,8 @@ def validate_answers(
     model.eval()
     sums = sum_batches(model, loss_fn, batches, generator.machine)
     model.train()
+    if sums["stopped"]:
+        return {}
     figures = {f"val_{name}": sums[name] / max(sums["scored"], 1) for name in ("loss", *METRICS)}
     return figures | (generator.validate(data, rows) if data.checked else {})
 

@@ -1,6 +1,7 @@
 """The flags that all stages share, and the settings that the parts of a run get from them."""
 
 import argparse
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TypeVar
@@ -9,6 +10,7 @@ from base.cli import HelpFormatter, above_zero, fraction, natural, not_negative,
 from model.LMConfig import PRESETS
 from training.cost import StepSettings
 from training.log import LogSettings
+from training.machine import launch
 from training.optimizer import OptimizerSettings
 from training.schedule import Schedule
 from training.state import SavingSettings
@@ -82,6 +84,7 @@ def parse_flags(description: str, stage_flags: dict[str, dict] | None = None, **
     flag("--grad_clip", type=above_zero, default=1.0, help="largest norm of the gradient")
     flag("--optimizer", choices=["adamw", "muon"], default="adamw", help="update rule")
     flag = parser.add_argument_group("the machine").add_argument
+    flag("--nproc_per_node", type=positive, default=1, help="processes to start on this machine, as torchrun does")
     flag("--device", default="auto", help="auto, cpu, cuda or mps")
     flag("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="of matrix products")
     flag("--compile", action="store_true", help="torch.compile: slower start, faster steps on a GPU")
@@ -104,6 +107,8 @@ def parse_flags(description: str, stage_flags: dict[str, dict] | None = None, **
     args = parser.parse_args()
     if args.min_learning_rate > args.learning_rate:
         parser.error(f"--min_learning_rate {args.min_learning_rate} is above --learning_rate {args.learning_rate}")
+    if args.nproc_per_node > 1 and "RANK" not in os.environ:
+        launch(args.nproc_per_node)
     args.fit_batch = args.batch_size == "auto"
     if args.fit_batch and args.shard:
         parser.error("--batch_size auto tries what one process can hold; with --shard give a number")

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import textwrap
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -10,9 +11,12 @@ from pathlib import Path
 import jsonlines
 import numpy as np
 
-from base.cli import forget_reader, import_extra
+from base.cli import forget_reader, import_extra, printable
 from base.files import METRICS_FILE, write_file
 from training.plots import SHOWN, plot, plot_experts
+
+COLUMNS = 80  # of the narrowest usual terminal
+FIRST = ("step", "loss", "reward", "accuracy", "tokens_per_s", "minutes_left")  # in every line, which fits in COLUMNS
 
 
 def read_metrics(directory: Path, up_to_step: float = float("inf")) -> list[dict]:
@@ -31,6 +35,29 @@ def read_metrics(directory: Path, up_to_step: float = float("inf")) -> list[dict
     return records
 
 
+def duration(minutes: float) -> str:
+    """As "42 s", "7.3 min", "54 min" or "3.2 h"."""
+    if minutes < 1:
+        return f"{60 * minutes:.0f} s"
+    value, unit = (minutes, "min") if minutes < 100 else (minutes / 60, "h")
+    return f"{value:,.{int(value < 10)}f} {unit}"
+
+
+def describe_record(record: dict, progress: float, everything: bool) -> str:
+    """The fields of FIRST in one line, or all of them, in lines of COLUMNS characters."""
+    step = f"{record['step']:,}"
+    if progress:  # a run that --epochs or --max_minutes limits has about so many steps
+        step += f"/{max(record['step'], round(record['step'] / progress)):,}"
+    times = {name: duration(record[name]) for name in ("minutes", "minutes_left") if name in record}
+    values = record | times | {"step": step}
+    names = [name for name in FIRST if name in values]
+    if everything:
+        names += [name for name in values if name not in FIRST]
+    forms = {name: SHOWN.get(name, name + " {:.3f}") for name in names}
+    fields = [form.format(values[name]).replace(" ", "\xa0") for name, form in forms.items() if form]
+    return textwrap.fill("  ".join(fields), COLUMNS, subsequent_indent="  ").replace("\xa0", " ")
+
+
 @dataclass(frozen=True)
 class LogSettings:
     wandb: str = "disabled"  # or "offline", "online"
@@ -40,6 +67,7 @@ class LogSettings:
 class Log:
     """Records for metrics.jsonl, loss.png and wandb; on a terminal they move a bar, elsewhere each is a line.
 
+    The line always shows FIRST; a validation prints all fields, and the sample that the model has written.
     metrics.jsonl grows line by line, so that a run can be watched; a run that is resumed takes out what came after its
     last save.
     """
@@ -55,7 +83,7 @@ class Log:
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self.bar = tqdm(total=100, unit="%", bar_format="{percentage:3.0f}% |{bar}| {postfix}", dynamic_ncols=True)
+            self.bar = tqdm(total=100, unit="%", bar_format="{desc} |{bar}|", dynamic_ncols=True)
         if settings.wandb != "disabled":
             import wandb
 
@@ -85,13 +113,14 @@ class Log:
             return
         with jsonlines.open(self.directory / METRICS_FILE, "a") as lines:
             lines.write(record)
-        forms = {name: SHOWN.get(name, name + " {:.3f}") for name in record}
-        shown = "  ".join(form.format(record[name]) for name, form in forms.items() if form)
+        validated = any(name.startswith("val_") for name in record)
         if self.bar:
             self.bar.n = 100 * min(progress, 1)
-            self.bar.set_postfix_str(shown)
-        if not self.bar or any(name.startswith("val_") for name in record):
-            self.info(shown)
+            self.bar.set_description_str(describe_record(record, progress, everything=False))
+        if not self.bar or validated:
+            self.info(describe_record(record, progress, everything=validated))
+        if record.get("sample"):
+            self.info("  sample: " + " ".join(printable(record["sample"]).split()))
         if self.wandb:
             self.wandb.log(record, step=record["step"])
         if self.tensorboard:
@@ -107,6 +136,7 @@ class Log:
     def close(self):
         if self.bar:
             self.bar.close()
+            self.bar = None
         if self.wandb:
             self.wandb.finish()
         if self.tensorboard:

@@ -1,10 +1,12 @@
 """A training run: what happens around the loop that each stage script contains.
 
-with run:                                        # saves at the end, also where a signal ends it
-    for rows in run.steps(rows_per_step):        # sets the learning rate
-        run.forward_backward(loss_fn, run.batches(rows))
-        run.update()                             # all-reduce, clip, optimizer step
-        run.log_step(validate)                   # counts the step; logs, validates and saves at intervals
+    with training:                                       # saves at the end, also where a signal ends it
+        for rows in training.steps(rows_per_step):       # sets the learning rate
+            training.forward_backward(loss_fn, training.batches(rows))
+            training.update()                            # all-reduce, clip, optimizer step
+            training.log_step(validate)                  # counts the step; logs, validates and saves at intervals
+
+`training` is a Run.
 """
 
 import math
@@ -18,6 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from model.chat import EOS, IM_END
+from model.device import note_unused_gpu
 from model.model import CausalLM
 from training.balance import expert_metrics, move_router_bias
 from training.cost import fit_batch, step_flops
@@ -29,9 +32,11 @@ from training.optimizer import GradientBuffer, build_optimizer, optimizer_step
 from training.packing import Batch, PackedDataset
 from training.report import check_compatible, check_first_loss, closing_message, run_report
 from training.schedule import TrainState
-from training.shard import call, place
+from training.shard import shard_model
 from training.state import Checkpointer
 
+EARLY_VALIDATIONS = (20, 50)  # steps: the loss falls fastest at the start, where plots compare it with training's
+EARLY_VALIDATIONS = (20, 50)  # steps: the loss falls fastest at the start, where plots compare it with training's
 MAX_SKIPPED_STEPS = 10  # in a row: then a run with non-finite numbers is stopped
 
 
@@ -58,7 +63,7 @@ class Run:
         check_compatible(settings, model.config, train_set)
         if train_set.masked:
             model.stop_token_ids = [EOS, IM_END]  # chats teach to stop at the end of a turn
-        place(model, machine).train()
+        shard_model(model, machine).train()
         model.model.gradient_checkpointing = settings.step.grad_checkpointing
         self.step_settings = fit_batch(settings.step, machine, model) if settings.fit_batch else settings.step
         self.batch_size = self.step_settings.batch_size
@@ -76,7 +81,6 @@ class Run:
         self.log = Log(settings.log, flags, machine.rank, checkpointer.out_dir, checkpointer.directory, self.state.step)
         peak = matmul_rate(machine)  # measured by all processes at once
         self.meter = Meter(peak * machine.world_size, self.progress())
-        self.stop = StopRequest()
         self.ahead: tuple[np.ndarray, Batch] | None = None  # the next step's first batch, and its rows
         # Of the current step:
         self.rows = self.next_rows = np.zeros(0, np.int64)  # this step's and the next one's
@@ -85,6 +89,8 @@ class Run:
         self.sums = Counter()  # of its updates, over all processes
         self.grad_norm = 0.0  # of its last update; NaN where a number was not finite
         self.log.info(run_report(settings, self.step_settings, machine, model, train_set, peak))
+        if machine.rank == 0:
+            note_unused_gpu()
         if settings.compile:
             model.model.compile()
 
@@ -93,7 +99,7 @@ class Run:
         return self.settings.schedule.progress(self.state, len(self.train_set))
 
     def __enter__(self):
-        self.stop.__enter__()
+        self.machine.stop.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_) -> bool:
@@ -103,7 +109,7 @@ class Run:
             if kind in (None, Stopped):
                 self.finish()
         finally:
-            self.stop.__exit__()
+            self.machine.stop.__exit__()
         return kind is Stopped
 
     def log_start(self, validate: Callable[[int | None], dict]):
@@ -132,12 +138,7 @@ class Run:
                 self.random_state = self.machine.random_state()
                 self.losses, self.sums = [], Counter()
                 self.meter.start_step()
-                yield self.rows[:0] if self.leaves_early() else self.rows
-
-    def leaves_early(self) -> bool:
-        """Whether this process was asked to stop and can leave out the step: no weight has moved, and no other process
-        needs it for a forward pass, as with --shard."""
-        return self.stop.made and not self.sums and not self.machine.shards
+                yield self.rows[:0] if self.machine.leaves_early() else self.rows
 
     def batches(self, rows: np.ndarray) -> Iterator[Batch]:
         """This process's micro-batches of a step's rows. At the end it builds the next step's first one, while the
@@ -159,11 +160,11 @@ class Run:
         if count is not None:
             self.buffer.add_sums(count=count)
         for batch in batches:
-            if self.leaves_early():
+            if self.machine.leaves_early() and not self.sums:  # a step whose weights have moved is finished
                 break
             batch = batch.to(self.machine.device)
             with self.machine.autocast():
-                loss_sum, counted, metrics = call(loss_fn, self.model, batch)
+                loss_sum, counted, metrics = loss_fn(self.model, batch)
             self.scaler.scale(loss_sum / self.scale).backward()
             self.losses.append((loss_sum.detach(), batch.documents))
             self.buffer.add_sums(
@@ -184,7 +185,7 @@ class Run:
 
         Raises Stopped, which ends `with run`, where a process was asked to stop and no weight of this step has moved.
         """
-        stop = self.stop.made and not self.sums
+        stop = self.machine.stop.made and not self.sums
         self.buffer.add_sums(stop=stop, seconds=self.meter.seconds() if self.machine.rank == 0 else 0)
         # Here, and nowhere else in a step, the host waits for the device.
         sums = self.buffer.all_reduce(self.machine, self.scale, lambda: self.scaler.unscale_(self.optimizer))
@@ -211,7 +212,7 @@ class Run:
         self.state.skipped = 0
         settings, step, progress = self.settings, self.state.step, self.progress()
         self.meter.end_step(self.sums)
-        evaluates = progress >= 1 or step % settings.eval_interval == 0
+        evaluates = progress >= 1 or step % settings.eval_interval == 0 or (step in EARLY_VALIDATIONS and not summarize)
         logs = evaluates or step % settings.log_interval == 0
         if logs:
             summary = summarize(self.meter.window) if summarize else {}
@@ -261,31 +262,8 @@ class Run:
         self.machine.gather(None)  # a process that ends badly ends all of them: not while the first one saves
         self.checkpointer.discard()
         stopped = self.progress() < 1
-        self.log.info(closing_message(self.settings, self.state, self.train_set, stopped))
         self.log.close()
+        self.log.info(closing_message(self.settings, self.state, self.train_set, stopped))
         if stopped:
-            sys.exit(128 + (self.stop.number or signal.SIGTERM))  # a process that stops for another has no number
-
-
-class StopRequest:
-    """Inside `with`, these signals ask the loop to save and leave; a second one ends the process at once."""
-
-    SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-
-    def __init__(self):
-        self.made = False
-        self.number = 0  # of the signal
-        self.before = {}  # handlers by signal
-
-    def __enter__(self):
-        self.before = {number: signal.signal(number, self._ask) for number in self.SIGNALS}
-        return self
-
-    def _ask(self, number: int, frame):
-        self.made = True
-        self.number = number
-        signal.signal(number, self.before[number])
-
-    def __exit__(self, *exception):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+            # A process that stops because another was asked to has no number.
+            sys.exit(128 + (self.machine.stop.number or signal.SIGTERM))

@@ -15,7 +15,6 @@ from model.operators import product_dtype
 from training.balance import expert_balance
 from training.machine import Machine
 from training.packing import IGNORE, Batch, PackedDataset
-from training.shard import call
 
 LOSS_CHUNK = 512  # tokens whose logits exist at a time: in a processor's cache
 CARD_CHUNK = 2048  # the same for a card, which wants large products: 0.2 GB of logits, probabilities and gradients
@@ -26,25 +25,37 @@ LossFunction = Callable[[CausalLM, Batch], tuple[Tensor, int, dict[str, float | 
 def next_token_loss(model: CausalLM, batch: Batch) -> tuple[Tensor, int, dict[str, Tensor]]:
     """The sum over all scored tokens of -ln p(token | the tokens before it in its document), and their number."""
     routing = []
-    hidden = model.model(batch.input_ids, batch.position_ids, batch.cu_seqlens, routing=routing)  # (B, T, H)
-    loss_sum = cross_entropy_sum(hidden, model.lm_head.weight, batch.labels)
+    loss_sum = apply_head(model, batch, cross_entropy_sum, routing)
     balance, metrics = expert_balance(model, batch, routing)
     return loss_sum + balance, batch.scored, metrics
+
+
+def apply_head(model: CausalLM, batch: Batch, head: Callable, routing: list | None = None):
+    """head(hidden (M, H), weight (V, H), labels (M,)) of the M scored tokens of a batch.
+
+    Only they get logits: in chats about two tokens of three are not scored, and in a small model the head is the
+    largest product. routing: as in Decoder.forward.
+    """
+    positions, labels = batch.scored_positions(), batch.labels.flatten()  # (M,), (B * T,)
+
+    def head_of_scored(hidden: Tensor, weight: Tensor):
+        return head(hidden.flatten(0, 1).index_select(0, positions), weight, labels[positions])
+
+    return model(batch.input_ids, batch.position_ids, batch.cu_seqlens, routing=routing, head=head_of_scored)
 
 
 def plain_cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """The sum of -ln softmax(hidden weight^T)[label] over all labels but IGNORE: what next_token_loss means.
 
-    hidden (B, T, H), weight (V, H), labels (B, T).
+    hidden (M, H), weight (V, H), labels (M,).
     """
-    logits = F.linear(hidden, weight)  # (B, T, V)
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+    return F.cross_entropy(F.linear(hidden, weight), labels, ignore_index=IGNORE, reduction="sum")
 
 
 def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """The same, as it is trained. The logits (B * T, V) are the largest tensor of a small model: here they are made,
-    reduced and turned into gradients a chunk of tokens at a time, which also keeps them in the processor's cache."""
-    hidden, labels = hidden.flatten(0, 1), labels.flatten()
+    """The same, computed in chunks. The logits (M, V) are the largest tensor of a small model: here they are computed,
+    reduced and turned into gradients for a chunk of tokens at a time, which also keeps them in the processor's cache.
+    """
     if product_dtype(hidden.device.type, hidden.dtype).itemsize == 2:  # torch's would keep the sum in 16 bits
         return token_losses(hidden, weight, labels).sum()
     return F.linear_cross_entropy(
@@ -68,10 +79,9 @@ def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return TokenLosses.apply(hidden, weight, labels, dtype)
 
 
-def token_log_probs(model: CausalLM, batch: Batch, places: Tensor, routing: list | None = None) -> Tensor:
-    """ln p of the tokens that stand at `places` (M,) of the labels, as scored_positions() counts, (M,)."""
-    hidden = model.model(batch.input_ids, batch.position_ids, batch.cu_seqlens, routing=routing)  # (B, T, H)
-    return -token_losses(hidden.flatten(0, 1)[places], model.lm_head.weight, batch.labels.flatten()[places])
+def token_log_probs(model: CausalLM, batch: Batch, routing: list | None = None) -> Tensor:
+    """ln p of the scored tokens, (M,), in the order of batch.scored_positions()."""
+    return -apply_head(model, batch, token_losses, routing)
 
 
 class TokenLosses(torch.autograd.Function):
@@ -125,13 +135,16 @@ def evaluate(
     rows: int | None = None,
 ) -> dict[str, float]:
     """Over `rows` rows of each source, or all: mean loss a token (or pair) in nats; bits per byte, to compare between
-    tokenizers. Of several sources also the figures of each, and their mean counts each by its weight in the mixture."""
+    tokenizers. Of several sources also the figures of each, and their mean counts each by its weight in the mixture.
+    Nothing where a signal has asked a process to stop: the run has to be saved before it is killed."""
     model.eval()
     sums = {
         name: sum_up(model, loss_fn, data, chosen, machine, batch_size)
         for name, chosen in data.validation_rows(rows).items()
     }
     model.train()
+    if any(part["stopped"] for part in sums.values()):
+        return {}
     for name, part in sums.items():
         if not part["count"]:
             folder = data.folders[name].folder
@@ -165,14 +178,17 @@ def sum_up(
 def sum_batches(
     model: CausalLM, loss_fn: LossFunction, batches: Iterable[tuple[Batch, dict]], machine: Machine
 ) -> Counter:
-    """Loss, count, metrics, and the numbers given with each batch, summed over all processes."""
+    """Loss, count, metrics, and the numbers given with each batch, summed over all processes; "stopped" counts those
+    that a signal asked to stop, which leave batches out."""
     found = []  # of each batch: numbers of the device, which are asked for at the end
     for batch, more in batches:
+        if machine.leaves_early():
+            break
         batch = batch.to(machine.device)
         with machine.autocast():
-            loss_sum, count, metrics = call(loss_fn, model, batch)
+            loss_sum, count, metrics = loss_fn(model, batch)
         found.append(metrics | {"loss": loss_sum, "count": count} | more)
-    sums = Counter()
+    sums = Counter(stopped=machine.leaves_early())
     for metrics in found:
         sums.update({name: float(value) for name, value in metrics.items()})
     return machine.sum_counters(sums)
@@ -183,5 +199,5 @@ def means(sums: Counter, group: int) -> dict[str, float]:
     result = {"val_loss": sums["loss"] / sums["count"]}
     if group == 1:  # the loss of a pair is not one of its text, and of a divergence it is cross_entropy
         result["val_bits_per_byte"] = sums.get("cross_entropy", sums["loss"]) / math.log(2) / sums["bytes"]
-    metrics = (name for name in sums if name not in ("loss", "count", "bytes"))
+    metrics = (name for name in sums if name not in ("loss", "count", "bytes", "stopped"))
     return result | {f"val_{name}": sums[name] / sums["count"] for name in metrics}

@@ -3,18 +3,21 @@
 import atexit
 import contextlib
 import importlib
+import logging
 import math
 import os
+import signal
+import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from base.cli import UserError, available_cores
+from base.cli import LESS_MEMORY, UserError, available_cores
 from model.device import choose_device, keep_freed_memory, return_freed_memory
 from model.operators import card_capability
 
@@ -35,6 +38,31 @@ def _waiting_for_others():
         raise ConnectionError(f"another process of this run has ended; continue with --resume ({reason})") from None
 
 
+class StopRequest:
+    """Inside `with`, these signals ask the loop to save and leave; a second one ends the process at once."""
+
+    SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+    def __init__(self):
+        self.made = False
+        self.number = 0  # of the signal
+        self.before = {}  # handlers by signal
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self._ask) for number in self.SIGNALS}
+        return self
+
+    def _ask(self, number: int, frame):
+        self.made = True
+        self.number = number
+        signal.signal(number, self.before[number])
+
+    def __exit__(self, *exception):
+        self.made = False
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
 @dataclass
 class Machine:
     """This process among those of the run, and what it computes on."""
@@ -44,10 +72,15 @@ class Machine:
     device: torch.device
     dtype: torch.dtype  # of matrix products; weights and optimizer are float32
     shards: bool = False  # --shard: whether the model is sharded over the processes (training/shard.py)
+    stop: StopRequest = field(default_factory=StopRequest)
 
     def init_device(self) -> torch.device:
         """Where a new model's weights are initialized: with --shard only rank 0 does, and sends the others theirs."""
         return torch.device("meta" if self.shards and self.rank else "cpu")
+
+    def leaves_early(self) -> bool:
+        """Whether a signal has asked this process to stop. With --shard the others need it in each pass: it goes on."""
+        return self.stop.made and not self.shards
 
     def autocast(self):
         if self.dtype == torch.float32:
@@ -107,11 +140,37 @@ class Machine:
         return total
 
 
+def launch(processes: int):
+    """Runs this script in so many processes, as `torchrun --standalone --nproc_per_node` does, and ends with their
+    exit status. Unlike torchrun it adds no traceback to a failure, and lets a run save, however long that takes."""
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")  # seconds from SIGTERM to SIGKILL; else 30
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # else torchrun warns; start_machine sets the number of threads
+    if sys.platform == "win32":
+        os.environ.setdefault("USE_LIBUV", "0")  # torchrun asks for it, and torch for Windows is built without it
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    torchrun = importlib.import_module("torch.distributed.run")
+    elastic = importlib.import_module("torch.distributed.elastic.multiprocessing")
+    try:
+        torchrun.main(["--standalone", "--nproc_per_node", str(processes), *sys.argv])
+    except elastic.SignalException as stop:
+        sys.exit(128 + stop.sigval)
+    except elastic.errors.ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode > 0:  # it has said why
+            sys.exit(failure.exitcode)
+        print(
+            f"error: process {rank} was ended by {failure.signal_name()}; if memory ran out: {LESS_MEMORY}",
+            file=sys.stderr,
+        )
+        sys.exit(128 - failure.exitcode)
+    sys.exit()
+
+
 def start_machine(device: str, dtype: str, seed: int, shard: bool = False, compile: bool = False) -> Machine:
     """Joins the other processes if torchrun started this one, and chooses device and precision, as the flags say."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if shard and world_size == 1:
-        raise UserError("--shard shards a model over several processes: torchrun --nproc_per_node N SCRIPT --shard")
+        raise UserError("--shard shards a model over several processes: give --nproc_per_node N too")
     device = choose_device(device, local_rank=int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -151,14 +210,16 @@ def auto_dtype(card: str, capability: tuple[int, int]) -> torch.dtype:
     return torch.float32
 
 
-def matmul_rate(machine: Machine, size: int = 2048, seconds: float = 5.0) -> float:
-    """Peak FLOP/s: floating-point operations per second of a plain square matrix product, best of ten.
+def matmul_rate(machine: Machine, size: int | None = None) -> float:
+    """Peak FLOP/s: floating-point operations per second of a plain square matrix product, best of at most ten.
 
-    On a GPU twenty are queued at a time, so that the latency of a call is not measured. Ends after `seconds`: one
-    product takes that long in a dtype that a CPU emulates.
+    On a GPU twenty are queued at a time, so that the latency of a call is not measured. A CPU gets a third of a second:
+    a smaller product reaches its peak.
     """
+    on_gpu = machine.device.type == "cuda"
+    size = size or (2048 if on_gpu else 1536)
+    queued, seconds = (20, 5.0) if on_gpu else (1, 0.3)
     a = b = torch.ones(size, size, device=machine.device, dtype=machine.dtype)  # no random number is drawn
-    queued = 20 if machine.device.type == "cuda" else 1
     best, end = math.inf, time.perf_counter() + seconds
     for _ in range(10):
         start = time.perf_counter()

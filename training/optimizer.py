@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.checkpoint import whole
+from model.checkpoint import full_tensor
 from model.model import CausalLM
 from model.operators import card_capability
 from training.machine import Machine, all_reduce
 from training.packing import to_device
-from training.shard import cut, is_spread, join, part, parts
+from training.shard import as_dtensor, distribute_tensor, is_dtensor, local_shard, local_shards
 
 MUON_BATCH = 2**23  # numbers whose update is computed at a time: several copies of them exist meanwhile
 
@@ -76,7 +76,7 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             if group["matrices"]:
-                torch._foreach_mul_(parts(group["params"]), 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_mul_(local_shards(group["params"]), 1 - group["lr"] * group["weight_decay"])
                 self._muon(group)
         if self.adamw:
             self.adamw.step()
@@ -95,19 +95,19 @@ class Muon(torch.optim.Optimizer):
         for parameter in parameters:
             if "momentum" not in self.state[parameter]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)
-        gradients = parts(parameter.grad for parameter in parameters)
-        momenta = parts(self.state[parameter]["momentum"] for parameter in parameters)
+        gradients = local_shards(parameter.grad for parameter in parameters)
+        momenta = local_shards(self.state[parameter]["momentum"] for parameter in parameters)
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov
         size = -group["lr"] * 0.2 * max(parameters[0].shape) ** 0.5
         # An expert that no token was routed to is not updated: any rest of its momentum would give a full update.
         visited = torch.stack([gradient.any() for gradient in gradients]).to(updates[0].dtype)
-        if is_spread(parameters[0]):
+        if is_dtensor(parameters[0]):
             dist.all_reduce(visited, dist.ReduceOp.MAX)
-            updates = [whole(join(update, parameter)) for update, parameter in zip(updates, parameters)]
+            updates = [full_tensor(as_dtensor(update, parameter)) for update, parameter in zip(updates, parameters)]
         updates = _orthogonalize_together(torch.stack(updates))
         for parameter, update, factor in zip(parameters, updates, visited):
-            part(parameter).addcmul_(part(cut(update, parameter)), factor, value=size)
+            local_shard(parameter).addcmul_(local_shard(distribute_tensor(update, parameter)), factor, value=size)
 
 
 def _kind(name: str, parameter: Tensor, tied: bool) -> str:
@@ -158,8 +158,8 @@ class GradientBuffer:
         self.metrics = list(metrics)
         self.shapes = dict.fromkeys(self.SUMS, ()) | metrics
         sizes = {name: math.prod(shape) for name, shape in self.shapes.items()}
-        self.spread = is_spread(parameters[0])  # then each process has a shard of the summed gradients
-        total = sum(rows.numel() for rows in parts(parameters))
+        self.spread = is_dtensor(parameters[0])  # then each process has a shard of the summed gradients
+        total = sum(rows.numel() for rows in local_shards(parameters))
         self.flat = torch.zeros(total + sum(sizes.values()), device=parameters[0].device)
         self.gradients, self.sums = self.flat[:total], self.flat[total:]
         self.slices = {}
@@ -169,8 +169,8 @@ class GradientBuffer:
             self.slices[name] = slice(at, at + size)
             at += size
         at = 0
-        for parameter, rows in zip(parameters, parts(parameters)):
-            parameter.grad = join(self.gradients[at : at + rows.numel()].view_as(rows), parameter)
+        for parameter, rows in zip(parameters, local_shards(parameters)):
+            parameter.grad = as_dtensor(self.gradients[at : at + rows.numel()].view_as(rows), parameter)
             at += rows.numel()
 
     def add_sums(self, **sums: float | Tensor):

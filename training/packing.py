@@ -173,11 +173,6 @@ def truncate_chats(prepared: Prepared, max_seq_len: int) -> Pieces:
     return Pieces(np.flatnonzero(kept), starts[kept], length[kept], truncated, dropped)
 
 
-def first_of_each(sizes: list[int] | np.ndarray) -> np.ndarray:
-    """The number at which each of several neighbouring ranges of these sizes begins."""
-    return np.cumsum(sizes) - sizes
-
-
 class PackedDataset:
     """One split of one or several prepared folders, packed into rows of max_seq_len tokens.
 
@@ -219,12 +214,10 @@ class PackedDataset:
                     f"{first.folder} and {other.folder} were made with different tokenizers; make one of them anew"
                 )
         n_documents = [len(one.offsets) - 1 for one in self.folders.values()]
-        self.n_documents, self.first_document = (
-            sum(n_documents),
-            first_of_each(n_documents),
-        )  # the latter of each folder
+        self.n_documents = sum(n_documents)
+        self.first_document = np.cumsum(n_documents) - n_documents  # of each folder
         self.place_pieces([self.pieces_of(one) for one in self.folders.values()])
-        counts = self.source_tokens if weights is None else np.array([weights[name] for name in self.folders])
+        counts = self.folder_tokens if weights is None else np.array([weights[name] for name in self.folders])
         self.weights = dict(zip(self.folders, (counts / max(counts.sum(), 1e-9)).tolist()))  # they add up to 1
 
     def pieces_of(self, prepared: Prepared) -> Pieces:
@@ -238,21 +231,21 @@ class PackedDataset:
         """Numbers the pieces and rows of all folders."""
         rows = [self.rows_of(pieces.length) for pieces in found]
         self.n_rows = np.array([row.max(initial=-1) + 1 for row in rows])  # of each folder
-        self.first_row = first_of_each(self.n_rows)
+        self.first_row = np.cumsum(self.n_rows) - self.n_rows
         self.piece_document = np.concatenate([n + one.document for n, one in zip(self.first_document, found)])
         self.piece_start = np.concatenate([pieces.start for pieces in found])
         self.piece_length = np.concatenate([pieces.length for pieces in found])
         row_of = np.concatenate([n + row for n, row in zip(self.first_row, rows)])  # of each piece
         self.pieces_by_row = np.argsort(row_of, kind="stable")  # piece numbers, those of row 0 first
         self.row_ends = np.cumsum(np.bincount(row_of))
-        self.source_tokens = np.array([int(pieces.length.sum()) for pieces in found])  # pairs in each folder
+        self.folder_tokens = np.array([int(pieces.length.sum()) for pieces in found])  # pairs in each folder
         self.truncated, self.dropped = (sum(getattr(one, name) for one in found) for name in ("truncated", "dropped"))
 
     @functools.cached_property
     def epoch_rows(self) -> np.ndarray:
         """Rows of each folder in an epoch, (folders,)."""
-        tokens = np.array([*self.weights.values()]) * self.source_tokens.sum()
-        rows = np.rint(tokens * self.n_rows / np.maximum(self.source_tokens, 1)).astype(np.int64)
+        tokens = np.array([*self.weights.values()]) * self.folder_tokens.sum()
+        rows = np.rint(tokens * self.n_rows / np.maximum(self.folder_tokens, 1)).astype(np.int64)
         return np.maximum(rows, np.minimum(self.n_rows, 1))
 
     def __len__(self) -> int:
@@ -262,7 +255,7 @@ class PackedDataset:
     @property
     def n_tokens(self) -> int:
         """Pairs of a token and the next in an epoch."""
-        return round(float((self.epoch_rows * self.source_tokens / np.maximum(self.n_rows, 1)).sum()))
+        return round(float((self.epoch_rows * self.folder_tokens / np.maximum(self.n_rows, 1)).sum()))
 
     @property
     def real_fraction(self) -> float:

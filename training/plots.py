@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-# What a record holds beside the loss and the stage's metrics, and is not drawn: how a line of the log shows it.
-SHOWN = {  # how a value of a record is printed, where its name alone does not say
-    "step": "step {:,}",
+# What a record has beside the loss and the stage's metrics, and is not drawn: how the log prints it.
+SHOWN = {
+    "step": "step {}",
     "tokens": "{:,} tokens",
     "val_bits_per_byte": "{:.3f} bits/byte",
     "learning_rate": "lr {:.1e}",
@@ -14,12 +14,13 @@ SHOWN = {  # how a value of a record is printed, where its name alone does not s
     "tokens_per_s": "{:,.0f} tok/s",
     "mfu": "{:.0%} of peak",
     "real_fraction": "{:.0%} real",
-    "minutes": "{:.1f} min",
-    "minutes_left": "{:.1f} left",
+    "minutes": "after {}",
+    "minutes_left": "{} left",
     "load_max": "busiest expert {:.2f} x",
     "load_entropy": "entropy {:.3f}",
     "idle_experts": "{} idle",
     "expert_load": None,  # too long
+    "sample": None,  # on a line of its own
 }
 
 

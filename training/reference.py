@@ -15,7 +15,7 @@ from model.checkpoint import load_model, load_tensors, save_tensors, weights_fin
 from model.model import CausalLM
 from training.machine import Machine
 from training.packing import Batch, PackedDataset
-from training.shard import call, place
+from training.shard import shard_model
 
 LogProbFunction = Callable[[CausalLM, Batch], Tensor]  # -> a number for each document of the batch, (documents,)
 
@@ -32,7 +32,7 @@ def reference_log_probs(
 
     The model is freed at the end, so that training holds one model. cache: a folder for files that the next run reads.
     """
-    model = place(load_model(reference), machine)
+    model = shard_model(load_model(reference), machine)
 
     @torch.no_grad()
     def compute(data: PackedDataset, rows: np.ndarray) -> Tensor:
@@ -41,7 +41,7 @@ def reference_log_probs(
         for own in machine.rank_rows(rows, batch_size):
             batch = data.batch(own).to(machine.device)
             with machine.autocast():
-                found[batch.documents] = call(log_probs, model, batch)
+                found[batch.documents] = log_probs(model, batch)
         return machine.all_reduce(found).cpu()
 
     found = {}

@@ -3,16 +3,17 @@
 import math
 import os
 
-from base.cli import LESS_MEMORY, UserError, command_line
+from base.cli import LESS_MEMORY, UserError, command_line, next_step
+from corpus.prepared import META
 from model.chat import tokenizer_fingerprint
 from model.LMConfig import LMConfig
 from model.model import CausalLM
 from training.cost import StepSettings, memory_estimate, memory_of_machine, step_flops
 from training.flags import RunSettings
-from training.log import Log
+from training.log import Log, duration
 from training.machine import Machine
 from training.packing import PackedDataset
-from training.schedule import TrainState
+from training.schedule import Schedule, TrainState
 
 USUAL_MFU = 0.6  # of the rate of plain matrix products, for the estimate of the time
 
@@ -54,56 +55,45 @@ def run_report(
     settings: RunSettings, step: StepSettings, machine: Machine, model: CausalLM, data: PackedDataset, peak: float
 ) -> str:
     """What is trained, on what, in how much memory and time. peak: FLOP/s of one process."""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    total = model.num_parameters()
+    active = f", {total - model.num_idle_parameters():,} active per token" if model.config.use_moe else ""
+    with machine.autocast():
+        attention = model.model.attention_kind()
     return "\n".join(
         [
-            f"model    {model_line(model)}",
-            f"data     {data_line(data)}",
-            *mixture_lines(settings.seed, data),
+            f"model    {total:,} parameters{active}, {trained / total:.1%} of them trained",
+            *data_lines(settings.seed, data),
             f"machine  {machine.world_size} x {machine.device.type}, {str(machine.dtype).removeprefix('torch.')}, "
-            f"matrix products at {peak / 1e9:,.0f} GFLOP/s each, attention {attention_kind(machine, model)}",
-            f"step     {step_line(settings, step, machine, model)}",
-            f"time     {time_line(settings, step, machine, model, data, peak)}",
+            f"matrix products at {peak / 1e9:,.0f} GFLOP/s each, attention {attention}",
+            step_line(step, settings.fit_batch, machine, model, attention),
+            time_line(settings.schedule, step, machine, model, data, peak),
         ]
     )
 
 
-def attention_kind(machine: Machine, model: CausalLM) -> str:
-    with machine.autocast():
-        return model.model.attention_kind()
-
-
-def model_line(model: CausalLM) -> str:
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    total = model.num_parameters()
-    active = f", {total - model.num_idle_parameters():,} active per token" if model.config.use_moe else ""
-    return f"{total:,} parameters{active}, {trained / total:.1%} of them trained"
-
-
-def data_line(data: PackedDataset) -> str:
-    line = f"{data.paths}: {data.n_tokens:,} tokens in {len(data):,} rows of {data.max_seq_len}, "
+def data_lines(seed: int, data: PackedDataset) -> list[str]:
+    """A line for all, and one for each of several folders: its weight, its size, and how often an epoch reads it."""
+    line = f"data     {data.paths}: {data.n_tokens:,} tokens in {len(data):,} rows of {data.max_seq_len}, "
     line += f"{data.real_fraction:.1%} of them real"
     if data.truncated or data.dropped:
         line += f"; {data.truncated:,} samples truncated to {data.max_seq_len} tokens, {data.dropped:,} left out"
-    return line
-
-
-def mixture_lines(seed: int, data: PackedDataset) -> list[str]:
-    """A line for each of several sources: its weight, its size, and how often an epoch of the mixture reads it."""
     if len(data.weights) == 1:
-        return []
+        return [line]
     times = data.times_seen(seed, epoch=1, row=0)
-    return [
+    return [line] + [
         f"         {name}: {weight:.1%} of the tokens; its own {tokens:,} are read {times[name]:.2f} times an epoch"
-        for (name, weight), tokens in zip(data.weights.items(), data.source_tokens)
+        for (name, weight), tokens in zip(data.weights.items(), data.folder_tokens)
     ]
 
 
-def step_line(settings: RunSettings, step: StepSettings, machine: Machine, model: CausalLM) -> str:
+def step_line(step: StepSettings, fit_batch: bool, machine: Machine, model: CausalLM, attention: str) -> str:
     rows = step.batch_size * step.accumulation_steps * machine.world_size
     shards = machine.world_size if machine.shards else 1
-    gigabytes = memory_estimate(model, step, machine.dtype.itemsize, attention_kind(machine, model), shards) / 2**30
-    at_a_time = f" ({step.batch_size} at a time in each process)" if settings.fit_batch else ""
-    line = f"{rows} rows{at_a_time}, {rows * step.max_seq_len:,} tokens; about {gigabytes:.1f} GiB in each process"
+    gigabytes = memory_estimate(model, step, machine.dtype.itemsize, attention, shards) / 2**30
+    at_a_time = f" ({step.batch_size} at a time in each process)" if fit_batch else ""
+    line = f"step     {rows} rows{at_a_time}, {rows * step.max_seq_len:,} tokens; "
+    line += f"about {gigabytes:.1f} GiB in each process"
     processes, memory = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), memory_of_machine() / 2**30
     if machine.device.type == "cpu" and processes * gigabytes > memory:  # a process killed for it cannot say so
         line += f", and there are {memory:.1f} in all: {LESS_MEMORY}"
@@ -111,15 +101,15 @@ def step_line(settings: RunSettings, step: StepSettings, machine: Machine, model
 
 
 def time_line(
-    settings: RunSettings, step: StepSettings, machine: Machine, model: CausalLM, data: PackedDataset, peak: float
+    schedule: Schedule, step: StepSettings, machine: Machine, model: CausalLM, data: PackedDataset, peak: float
 ) -> str:
-    schedule, rows = settings.schedule, step.batch_size * step.accumulation_steps * machine.world_size
+    rows = step.batch_size * step.accumulation_steps * machine.world_size
     tokens = data.n_tokens * schedule.epochs
     if schedule.max_steps:
         tokens = min(tokens, schedule.max_steps * rows * step.max_seq_len * data.real_fraction)
     minutes = step_flops(model, tokens, 0) / (USUAL_MFU * peak * machine.world_size) / 60
     minutes = min(minutes, schedule.max_minutes or math.inf)
-    return f"about {minutes:,.{0 if minutes > 10 else 1}f} minutes"
+    return f"time     about {duration(minutes)}"
 
 
 def closing_message(settings: RunSettings, state: TrainState, data: PackedDataset, stopped: bool) -> str:
@@ -127,11 +117,15 @@ def closing_message(settings: RunSettings, state: TrainState, data: PackedDatase
         return "stopped before the first step: nothing to save"
     if stopped:
         command = command_line() + ("" if settings.saving.resume else " --resume")
-        return f"stopped at step {state.step:,}, and saved; continue with:\n  {command}"
-    minutes = state.seconds / 60
+        return f"stopped at step {state.step:,}, and saved\nnext: {command}"
     seen = ""
     if len(data.weights) > 1:
         times = data.times_seen(settings.seed, state.epoch, state.row)
         seen = f" ({', '.join(f'{name} {n:.2f} times' for name, n in times.items())})"
-    out_dir = settings.saving.out_dir
-    return f"done: {state.step:,} steps, {state.tokens:,} tokens{seen}, {minutes:.1f} minutes -> {out_dir}"
+    out_dir, minutes = settings.saving.out_dir, duration(state.seconds / 60)
+    chats = next(iter(data.folders.values())).folder.with_name("sft")
+    if data.kind == "pretrain" and (chats / META).exists():
+        then = next_step("2-sft.py", "--data", chats, "--init_from", out_dir)
+    else:
+        then = next_step("eval.py", "--model", out_dir)
+    return f"done: {state.step:,} steps, {state.tokens:,} tokens{seen}, {minutes} -> {out_dir}\n{then}"

@@ -1,4 +1,4 @@
-"""Rewards that can be checked: a function of what the model wrote and of the task, without a judge.
+"""Rewards that can be checked: a function of the answer and of the task, without a judge.
 
 An answer counts only if it is one: the model ended it by itself, with at most one thought, which it closed, and no
 other control token, but for calls of tools. What it says in its thoughts is not its answer.
@@ -18,7 +18,7 @@ from engine.session import PARTS, Reply, last_turn, read_tokens
 from engine.tools import calculate
 from model.chat import IM_END, IM_START, SPECIAL_TOKENS, THINK
 
-RewardFunction = Callable[[Reply, dict], float]  # (what was written, the task's note) -> from 0 to 1
+RewardFunction = Callable[[Reply, dict], float]  # (the answer, the task's note) -> from 0 to 1
 
 
 def exact(reply: Reply, task: dict) -> float:
@@ -98,7 +98,7 @@ def load_reward(name: str) -> RewardFunction:
 
 
 def read_reply(sequence: Sequence, tokenizer: Tokenizer) -> Reply | None:
-    """What was written, if it is an answer as the rules above say; else None, which has no reward."""
+    """The answer, if it keeps the rules above; else None, which has no reward."""
     tokens = sequence.tokens
     if sequence.finish_reason != "stop" or tokens[-1] != IM_END:
         return None

@@ -1,6 +1,5 @@
 """What a model generates to learn from: groups of answers to each question, their rewards, and rows to train on."""
 
-import argparse
 import json
 import math
 from collections import Counter
@@ -18,8 +17,8 @@ from base.cli import UserError, one_line, positive
 from base.files import ROLLOUTS_FILE
 from corpus.prepared import Prepared
 from engine.decoding import pack_for_decoding, shared_copy
-from engine.generation import Engine, Sampling, Sequence
-from engine.session import Reply, Session
+from engine.generation import Engine, Sequence
+from engine.session import GenerationConfig, Reply, Session
 from engine.tools import load_tools
 from model.chat import THINK, TOOL_CALL, load_tokenizer, tokenizer_fingerprint, translate
 from model.lora import has_lora, merge_lora
@@ -160,10 +159,9 @@ class RolloutGenerator:
 
         The random numbers of an answer depend on `seed`, its question and its place alone, not on the process.
         """
-        how = argparse.Namespace(max_new_tokens=self.settings.max_new_tokens, think="show", max_think_tokens=0)
-        vars(how).update(Sampling(temperature)._asdict())
+        config = GenerationConfig(self.settings.max_new_tokens, temperature, top_p=1.0, repetition_penalty=1.0)
         model = decoding_copy(self.model)
-        session = Session(model, self.tokenizer, how, self.tools)
+        session = Session(model, self.tokenizer, config, self.tools)
         engine = Engine(model, self.settings.rollout_rows, keep_log_probs=True)
         groups = []
         for question in questions[self.machine.rank :: self.machine.world_size].tolist():
@@ -175,6 +173,8 @@ class RolloutGenerator:
             for sequence in sequences:
                 engine.submit(sequence)
         while engine.busy:
+            if self.machine.leaves_early():  # the step will be left out
+                return []
             engine.step()
         for group in groups:
             for one in group:
@@ -208,7 +208,10 @@ class RolloutGenerator:
         for group in sampled:
             rewards = [one.reward for one in group]
             sums.update(sampled=sum(rewards) / len(rewards), best=max(rewards))
+        sums.update(stopped=self.machine.leaves_early())
         total = self.machine.sum_counters(sums)
+        if total["stopped"]:
+            return {}
         names = ("accuracy", "sampled", "best", "length")
         return {f"val_{name}": total[name] / total["questions"] for name in names}
 

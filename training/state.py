@@ -26,13 +26,13 @@ from torch import Tensor
 from base.cli import UserError, command_line
 from base.files import RUN_FILE, STATE_FILE, finish_replacing, replace_directory, write_json
 from model.checkpoint import (
+    full_tensor,
     load_config,
     load_tensors,
     save_model,
     save_tensors,
     tensors_on_disk,
     weights_fingerprint,
-    whole,
 )
 from model.LMConfig import LMConfig
 from model.lora import has_lora, to_peft
@@ -41,7 +41,7 @@ from training.log import Log
 from training.machine import Machine
 from training.packing import PackedDataset
 from training.schedule import TrainState
-from training.shard import cut, part
+from training.shard import distribute_tensor, local_shard
 
 OWN_FLAGS = ("data", "mix", "init_from", "out_dir", "device", "wandb", "tensorboard")  # may differ by machine
 
@@ -195,14 +195,15 @@ class Checkpointer:
             save_tensors(self.directory / STATE_FILE, tensors, info=json.dumps(info))
         elif self.machine.shards:  # every process must take part in a gather
             for tensor in tensors.values():
-                whole(tensor)
+                full_tensor(tensor)
         self.export_model()
         if self.machine.rank == 0:
             write_json(self.directory / RUN_FILE, self.run_record())
-            log.draw()
             if self.directory != self.out_dir:
                 replace_directory(self.out_dir, self.directory, keep_old=True)
         self.directory = log.directory = self.out_dir
+        if self.machine.rank == 0 and not self.machine.stop.made:  # torchrun kills 30 seconds after SIGTERM
+            log.draw()
         self.saved_step = state.step
 
     def export_model(self):
@@ -211,7 +212,7 @@ class Checkpointer:
             save_model(self.directory, self.model, self.tokenizer_dir, self.settings.init_from)
         elif self.machine.shards:
             for tensor in tensors_on_disk(self.model).values():
-                whole(tensor)
+                full_tensor(tensor)
 
     def discard(self):
         """Deletes the hidden neighbour of a run that ends before its first save."""
@@ -252,12 +253,12 @@ class Checkpointer:
             kind, _, name = key.partition(".")
             if kind == "weight":
                 parameter = parameters[name].data
-                part(parameter).copy_(part(cut(tensor, parameter)))
+                local_shard(parameter).copy_(local_shard(distribute_tensor(tensor, parameter)))
             elif kind == "buffer":
                 self.model.get_buffer(name).copy_(tensor)
             elif kind == "optimizer":
                 name, _, entry = name.rpartition("/")
-                self.optimizer.state[parameters[name]][entry] = cut(tensor, parameters[name])
+                self.optimizer.state[parameters[name]][entry] = distribute_tensor(tensor, parameters[name])
             elif kind == "random" and int(name) == self.machine.rank:
                 self.machine.set_random_state(tensor.cpu())
         trained = {name for name, parameter in parameters.items() if parameter.requires_grad}

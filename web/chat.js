@@ -12,7 +12,7 @@ const [composer, text, turns, status] = ["composer", "text", "turns", "status"].
 let models = []; // as /v1/models has them, in the order in which they were trained
 let chosen = kept("models", []);
 let conversation = start();
-let writing = null; // the AbortController of the answers that are being written
+let generating = null; // the AbortController of the answers in progress
 
 function start() {
   return { id: crypto.getRandomValues(new Uint32Array(2)).join("-"), time: Date.now(), turns: [] };
@@ -33,7 +33,7 @@ function save(one) {
 }
 
 function open(one) {
-  writing?.abort();
+  generating?.abort();
   conversation = one;
   keep("open", one.id);
   toggleMenu(false);
@@ -131,7 +131,7 @@ function settings() {
 
 // ---- the conversation on the page
 
-const redrawing = new Map(); // an answer that is being written -> what shows it as it is now
+const redrawing = new Map(); // an answer in progress -> what shows it as it is now
 
 function draw() {
   redrawing.clear();
@@ -218,7 +218,7 @@ function ending(answer) {
   return parts.join(" · ");
 }
 
-/** Text, and as <pre> what stands between fences of ```. */
+/** Text, and as <pre> the text between fences of ```. */
 function blocks(content) {
   return content.split(/^```.*\n?/m).map((part, i) => (i % 2 ? make("pre", {}, make("code", {}, part)) : make("span", {}, part)));
 }
@@ -228,8 +228,8 @@ function blocks(content) {
 /** Answers `message` as turn number i, in the place of that turn and those behind it. */
 async function send(message, i = conversation.turns.length) {
   if (!chosen.length) return;
-  writing?.abort();
-  const controller = (writing = new AbortController());
+  generating?.abort();
+  const controller = (generating = new AbortController());
   const [asked, fields] = [conversation, settings()];
   asked.turns.length = i;
   const blank = () => ({ content: "", reasoning: "", calls: [], runs: [] });
@@ -241,8 +241,8 @@ async function send(message, i = conversation.turns.length) {
   showWriting(true);
   await Promise.all(chosen.map((id) => answer(id, asked, i, turn.answers[id], fields, controller.signal)));
   if (kept(`chat.${asked.id}`)) save(asked); // unless it has been deleted
-  if (writing === controller) {
-    writing = null;
+  if (generating === controller) {
+    generating = null;
     showWriting(false);
   }
 }
@@ -330,11 +330,11 @@ $("compare").addEventListener("change", () => (keep("compare", $("compare").chec
 text.addEventListener("keydown", sendOnEnter);
 composer.addEventListener("submit", (event) => {
   event.preventDefault();
-  if (writing || !text.value.trim() || !composer.reportValidity()) return;
+  if (generating || !text.value.trim() || !composer.reportValidity()) return;
   send(text.value.trim());
   text.value = "";
 });
-$("stop").addEventListener("click", () => (writing?.abort(), text.focus()));
+$("stop").addEventListener("click", () => (generating?.abort(), text.focus()));
 $("new").addEventListener("click", () => open(start()));
 $("menu").addEventListener("click", () => toggleMenu(!$("history").classList.contains("open")));
 $("delete_all").addEventListener("click", () => {
@@ -344,10 +344,10 @@ $("delete_all").addEventListener("click", () => {
 });
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Escape") return;
-  writing?.abort();
+  generating?.abort();
   toggleMenu(false);
 });
-addEventListener("pagehide", () => writing && save(conversation)); // what has been written so far
+addEventListener("pagehide", () => generating && save(conversation)); // the answer so far
 conversation = conversations().find((one) => one.id === kept("open")) ?? conversation;
 draw();
 drawHistory();

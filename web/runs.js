@@ -186,13 +186,15 @@ function drawLoads(name) {
 }
 
 function drawSamples(name) {
-  const samples = loaded.get(name)?.samples ?? [];
+  const { records = [], samples: rollouts = [] } = loaded.get(name) ?? {};
+  const texts = records.filter((record) => record.sample).map(({ step, sample }) => ({ step, written: sample }));
+  const samples = [...texts, ...rollouts];
   if (!samples.length) return null;
   const items = samples.toReversed().map(({ step, written, reward, ...task }) =>
     make(
       "div",
       { class: "sample" },
-      make("p", { class: "note" }, `${word("step")} ${number(step)} · ${word("reward")} ${number(reward)}`),
+      make("p", { class: "note" }, `${word("step")} ${number(step)}${reward === undefined ? "" : ` · ${word("reward")} ${number(reward)}`}`),
       make("p", {}, Object.values(task).map((value) => (typeof value === "string" ? value : JSON.stringify(value))).join(" · ")),
       make("pre", {}, String(written)),
     ),

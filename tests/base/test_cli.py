@@ -89,5 +89,5 @@ def test_another_process_says_what_is_wrong_with_it_alone(monkeypatch, capsys):
     monkeypatch.setattr(cli.time, "sleep", waits.append)
     with pytest.raises(SystemExit):
         cli._exit("no such file", 2)
-    assert waits == [3]
+    assert waits == [10]
     assert capsys.readouterr().err == "error: process 1: no such file\n"

@@ -46,6 +46,6 @@ def test_the_line_is_the_last_one(tmp_path, monkeypatch, capsys):
     Path("a.jsonl").write_text("\n".join(lines))
     tokenizer = Path(data_process.__file__).parent / "model/tokenizer"
     data_process.main(["sft", "a.jsonl", "--output", "out", "--workers", "1", "--tokenizer", str(tokenizer)])
-    last = capsys.readouterr().out.splitlines()[-1]
+    last = capsys.readouterr().out.splitlines()[-2]  # before the next command
     assert last.startswith("is it enough? 39")
     assert "is too few to trust" in last

@@ -152,7 +152,7 @@ def test_a_set_is_fetched_with_what_is_known_of_it_said_first(hub, which, capsys
     out = capsys.readouterr().out
     assert Path("data/set/a.jsonl").read_bytes() == LINES
     assert [path.name for path in Path("data/set").iterdir()] == ["a.jsonl"]
-    told = ["MIT", "never tried by us", "Good for tests.", "1 files, ", "SHA-256 as the hub tells", "prepare it with: "]
+    told = ["MIT", "never tried by us", "Good for tests.", "1 files, ", "SHA-256 as the hub tells", "next: "]
     places = [out.index(words) for words in told]
     assert places == sorted(places)
     assert "data_process.py pretrain data/set/a.jsonl" in out.replace("\\", "/")

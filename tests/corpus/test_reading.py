@@ -215,7 +215,9 @@ TABLES = {  # content, the rows that are read, the places of bad rows
     "quotes that swallow lines": ('id,text\n1,"a\n2,b\n3,c"\n4,d\n', ["2", "3", "4"], [2]),
     "stray quotes": ('text\n"Hello" he said\nfine\n"Yes\nno" then\nlast\n', ["fine", "no\" then", "last"], [2, 4]),
     "one that stays open": ('text\nfine\n"open\nlast\n', ["fine", "last"], [3]),
-    "an honest line end in the middle": ('n,text,m\nx,"one\nand, two",1\n', [{"n": "x", "text": "one\nand, two", "m": "1"}], []),
+    "an honest line end in the middle": (
+        'n,text,m\nx,"one\nand, two",1\n', [{"n": "x", "text": "one\nand, two", "m": "1"}], []
+    ),
     "an honest line end": ('text,n\n"one\ntwo",1\n', [{"text": "one\ntwo", "n": "1"}], []),
     "blanks around names": (" text ,n\na,1\n", [{"text": "a", "n": "1"}], []),
 }  # fmt: skip

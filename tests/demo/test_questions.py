@@ -44,7 +44,7 @@ def test_the_same_seed_writes_the_same_bytes_and_another_other_ones(folder, tmp_
 @pytest.mark.parametrize("language", [ZH, EN])
 @pytest.mark.parametrize("skill", SKILLS)
 def test_wordings_and_operands_of_the_tests_are_kept_for_them(skill, language):
-    trained, kept = (set(part.split("|")) for part in SKILLS[skill].wordings[language].split("||"))
+    trained, kept = set(SKILLS[skill].wordings[language]), set(SKILLS[skill].test_wordings[language])
     assert len(trained) >= 4
     assert len(kept) >= 2
     assert not trained & kept
@@ -87,7 +87,7 @@ def test_computed_answers_are_right(language, test):
     def numbers(d):
         return [int(slot) for slot in d.slots if str(slot).isdigit()]
 
-    days = demo.WEEKDAYS[language]
+    days = demo.DATA["weekdays"][language]
     right = {
         "sum": lambda d: sum(numbers(d)),
         "difference": lambda d: numbers(d)[0] - numbers(d)[1],
@@ -110,10 +110,10 @@ UNIT |= {"厘米": 1, "米": 100, "公里": 10**5, "克": 1, "公斤": 1000}
 
 
 def test_tables_of_facts_ask_nothing_that_has_two_answers():
-    for entries in (demo.CAPITALS, demo.COURTESY_NAMES, demo.WORDS):
-        for column in zip(*(entry[:2] for entry in entries)):
+    for entries in (*demo.DATA["capitals"], *demo.DATA["courtesy_names"], demo.DATA["words"]):
+        for column in zip(*entries):
             assert len(set(column)) == len(entries)
-    for pairs in demo.OPPOSITES:
+    for pairs in demo.DATA["opposites"]:
         words = [word for pair in pairs for word in pair]
         assert len(set(words)) == len(words)
 

@@ -4,11 +4,22 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import TOKENIZER, greedy, prompt, sharp_model
 
-from engine.decoding import FEW_ROWS, HalfProduct, Product, pack_for_decoding
+from engine import decoding
+from engine.decoding import (
+    FEW_ROWS,
+    DecodingAttention,
+    DecodingFeedForward,
+    DecodingNorm,
+    HalfLinear,
+    PackedLinear,
+    pack_for_decoding,
+)
 from model.checkpoint import save_model
 from model.LMConfig import PRESETS, LMConfig
+from model.model import CausalLM
 
 SIZES = {"num_hidden_layers": 2, "max_position_embeddings": 64}
 CONFIGS = {
@@ -19,7 +30,11 @@ CONFIGS = {
     "inner sizes that no part divides": PRESETS["tiny"] | SIZES | {"intermediate_size": 254},
     "sigmoid experts": PRESETS["tiny-moe"] | SIZES,
     "softmax experts": PRESETS["tiny-moe"] | SIZES | {"scoring_func": "softmax"},
+    "relu2": PRESETS["tiny"] | SIZES | {"hidden_act": "relu2"},
+    "gelu experts": PRESETS["tiny-moe"] | SIZES | {"hidden_act": "gelu_pytorch_tanh"},
 }
+NARROW = {"hidden_size": 96, "head_dim": 16, "intermediate_size": 96, "moe_intermediate_size": 32}
+CONFIGS |= {preset: flags | SIZES | NARROW for preset, flags in PRESETS.items()}  # each with its own heads
 needs_fbgemm = pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="needs FBGEMM")
 
 
@@ -48,8 +63,23 @@ def test_the_layout_changes_no_logit_and_no_text(name):
     assert [greedy(packed, [one], 20)[0] for one in prompts] == expected
 
 
+@pytest.mark.parametrize("preset", ["tiny", "tiny-moe"])
+@pytest.mark.parametrize("part", [DecodingFeedForward, DecodingAttention, DecodingNorm])
+def test_a_layer_that_decodes_otherwise_is_reported(part, preset, monkeypatch):
+    """Even with the weights of a model that has not been trained, which differ least."""
+    forward = {
+        DecodingFeedForward: lambda self, x: self.down_proj(F.gelu(self.gate_up_proj(x).chunk(2, -1)[0])),
+        DecodingAttention: lambda self, x, *_: torch.zeros_like(x),
+        DecodingNorm: lambda self, x: 1.01 * F.rms_norm(x, self.weight.shape[-1:]) * self.weight,
+    }
+    monkeypatch.setattr(part, "forward", forward[part])
+    monkeypatch.setattr(decoding, "_COMPARED", set())
+    with pytest.raises(RuntimeError, match="logits differ by"):
+        pack_for_decoding(CausalLM(LMConfig(**PRESETS[preset])).eval())
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (2, 5), (1, FEW_ROWS), (1, FEW_ROWS + 1), (0, 1)], ids=str)
-@pytest.mark.parametrize("product", [Product, pytest.param(HalfProduct, marks=needs_fbgemm)])
+@pytest.mark.parametrize("product", [PackedLinear, pytest.param(HalfLinear, marks=needs_fbgemm)])
 def test_a_product_is_that_of_its_layers_side_by_side(shape, product):
     layers = [torch.nn.Linear(64, n_out, bias=False) for n_out in (24, 8)]
     with torch.inference_mode():
@@ -57,7 +87,7 @@ def test_a_product_is_that_of_its_layers_side_by_side(shape, product):
         exact = torch.cat([layer(x) for layer in layers], dim=-1)
         # A weight is off by at most 2^-11 of itself in float16.
         bound = torch.cat([x.abs() @ layer.weight.abs().t() for layer in layers], dim=-1) / 2**11 + 1e-5
-        atol = 1e-5 if product is Product else bound
+        atol = 1e-5 if product is PackedLinear else bound
         assert ((product(*layers)(x) - exact).abs() <= atol).all()
 
 
@@ -78,7 +108,7 @@ def test_half_weights_are_those_of_float16_and_nothing_else_is(name):
 
 def test_half_weights_without_the_product_for_them_are_refused(monkeypatch):
     monkeypatch.setattr(torch.backends, "quantized", SimpleNamespace(supported_engines=["qnnpack"]))
-    with pytest.raises(ValueError, match="no product with float16 weights"):
+    with pytest.raises(ValueError, match="no matrix product with float16 weights"):
         pack_for_decoding(sharp_model(LMConfig(**CONFIGS["llama"])), half_weights=True)
 
 
@@ -93,4 +123,4 @@ def test_eval_writes_with_half_weights(tmp_path, run_here):
 
 def test_half_weights_are_for_a_cpu_and_for_writing(tmp_path, run_here):
     result = run_here("eval.py", "--half_weights", "--model", tmp_path, "--data", tmp_path, "--device", "cpu")
-    assert "--half_weights is for writing on a CPU" in result.error_line(2)
+    assert "--half_weights is for generation on a CPU" in result.error_line(2)

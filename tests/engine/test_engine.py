@@ -169,7 +169,7 @@ def test_one_that_is_taken_out_leaves_the_others_as_they_were(model):
 
 
 def test_prompts_that_are_too_many_for_one_pass_are_read_in_several(model, monkeypatch):
-    monkeypatch.setattr("engine.generation.PROMPT_TOKENS", 16)
+    monkeypatch.setattr("engine.generation.MAX_PREFILL_TOKENS", 16)
     few = sequences(sampling=GREEDY)
     write(model, few, max_rows=10)
     monkeypatch.undo()

@@ -65,7 +65,7 @@ def test_a_prompt_in_pieces_is_the_prompt(cuts, model):
 def test_a_full_cache_is_an_error_and_not_an_overflow(model):
     cache = KVCache(model, 1, 4)
     model(torch.tensor([prompt(3)]), cache=cache)
-    with pytest.raises(ValueError, match="room for 4 tokens, not 5"):
+    with pytest.raises(ValueError, match="holds 4 tokens, not 5"):
         model(torch.tensor([prompt(2)]), cache=cache)
 
 

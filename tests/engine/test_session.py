@@ -1,12 +1,10 @@
 """Thinking and tools: what is forced, what is shown, and that ids are those of a chat that was rendered whole."""
 
-from types import SimpleNamespace
-
 import pytest
 from helpers import TOKENIZER, sharp_model
 
 from engine.generation import Engine
-from engine.session import ReplyStream, Session
+from engine.session import GenerationConfig, ReplyStream, Session
 from engine.tools import load_tools
 from model.chat import EOS, IM_END, THINK, TOOL_CALL, encode, encode_chat, load_tokenizer
 from model.LMConfig import PRESETS, LMConfig
@@ -30,7 +28,7 @@ def tokenizer():
 
 def session(model, tokenizer, tools=(), **flags) -> Session:
     flags = FLAGS | dict(think="show", max_think_tokens=0) | flags
-    return Session(model, tokenizer, SimpleNamespace(**flags), load_tools(tools))
+    return Session(model, tokenizer, GenerationConfig(**flags), load_tools(tools))
 
 
 def write(session: Session, messages: list[dict], say: list[int]) -> list[int]:

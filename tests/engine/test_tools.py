@@ -24,6 +24,10 @@ from engine.tools import calculate, load_tools, run_calls
         ("999999999999 * 999999999999", "999999999998000000000001"),
         ("３×４", "error: unexpected '３'"),
         ("3×4÷2", "6"),
+        (f"{'(' * 31}7{')' * 31}", "7"),
+        ("-" * 63 + "1", "-1"),
+        ("1" + "+1" * 31, "32"),
+        (" 007 +\n1.050 ", "8.05"),
     ],
 )
 def test_the_calculator_is_exact(expression, value):
@@ -32,7 +36,29 @@ def test_the_calculator_is_exact(expression, value):
 
 @pytest.mark.parametrize(
     "expression",
-    ["9**9**9", "(" * 50_000, "(" * 40, "-" * 60, "1/0", "1/(2-2)", "", "()", "1 2", "1 +", "2 ** 3", "9" * 13, "1e99"]
+    [
+        "9**9**9",
+        "(" * 50_000,
+        "(" * 40,
+        "-" * 60,
+        "1 # 2",
+        "+1",
+        ".5",
+        "7//2",
+        "1(2)",
+        "...",
+        "1_0",
+        "0x1",
+        "1/0",
+        "1/(2-2)",
+        "",
+        "()",
+        "1 2",
+        "1 +",
+        "2 ** 3",
+        "9" * 13,
+        "1e99",
+    ]
     + ["__import__('os')", "<|im_end|>", "\ud800", "1,000", "nan", "٣+٤", "²", "1.2.3"],
 )
 def test_an_expression_that_is_none_is_an_error_in_words_and_in_no_time(expression):

@@ -174,7 +174,7 @@ def test_stop_tokens_of_any_kind_in_a_modelfile(ids, world):
         assert set(stops) <= {'PARAMETER stop "<|end_of_text|>"', 'PARAMETER stop "<|im_end|>"'}
         assert len(stops) == len(set(stops)) > 0
     else:
-        with pytest.raises(UserError, match="no control token"):
+        with pytest.raises(UserError, match="not a control token"):
             write_modelfile(path, model, Path("x.gguf"))
         assert not path.exists()
 

@@ -306,7 +306,7 @@ def test_check_names_what_is_damaged_in_a_run(runs, run_here, tmp_path):
             if damaged or name not in ("sums.json", STATE_FILE):  # these may be missing: a model needs neither
                 assert path.name in run_here("data_process.py", "check", tmp_path).error_line(status=2)
         path.write_bytes(whole)
-    assert "holds neither" in run_here("data_process.py", "check", ROOT / "docs").error_line(status=2)
+    assert "contains neither" in run_here("data_process.py", "check", ROOT / "docs").error_line(status=2)
 
 
 def test_a_change_that_was_meant_is_taken_when_the_sums_are_gone(runs, tmp_path):

@@ -10,7 +10,6 @@ import pickle
 import shutil
 import struct
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ import data_process
 from base.cli import UserError
 from corpus.exams import read_exam
 from corpus.prepared import Prepared
-from engine.session import Session
+from engine.session import GenerationConfig, Session
 from model.chat import load_tokenizer
 from model.checkpoint import load_adapter, load_model, save_model
 from model.lora import apply_lora
@@ -62,9 +61,10 @@ def make_world(folder: Path):
 
 def read_model(world: Path):
     model, tokenizer = load_model(world / "model"), load_tokenizer(world / "model")
-    flags = Namespace(max_new_tokens=4, think="show")
     model.stop_token_ids = [2, 4]
-    return Session(model, tokenizer, flags).prompt_ids([{"role": "user", "content": "春天 <unk>"}])
+    return Session(model, tokenizer, GenerationConfig(max_new_tokens=4)).prompt_ids(
+        [{"role": "user", "content": "春天 <unk>"}]
+    )
 
 
 def read_adapter(world: Path):

@@ -98,7 +98,7 @@ def test_a_base_model_begins_with_bos_and_has_no_template(tmp_path):
     gguf.write_gguf(path, load_model(tmp_path / "pretrain"), TOKENIZER, "f16")
     verify_gguf(path, model, TOKENIZER, "f16")
     ids = encode(load_tokenizer(TOKENIZER), "春天")
-    assert LlamaCpp(path, 256, threads=1).ask("tokenize", content="春天", add_special=True)["tokens"] == [1, *ids]
+    assert LlamaCpp(path, 256, threads=1).post("tokenize", content="春天", add_special=True)["tokens"] == [1, *ids]
     gguf.write_modelfile(tmp_path / "Modelfile", model, path)
     assert 'TEMPLATE """{{ .Prompt }}"""' in (tmp_path / "Modelfile").read_text("utf-8")
 

@@ -10,10 +10,11 @@ from helpers import TOKENIZER, random_ids, random_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from base.cli import UserError
+from base.files import write_json
 from model import cpu
-from model.checkpoint import load_model, save_model
-from model.LMConfig import CARD_PRESETS, PRESETS, LMConfig
-from model.model import CausalLM
+from model.checkpoint import load_config, load_model, save_model
+from model.LMConfig import CARD_PRESETS, HIDDEN_ACTS, PRESETS, LMConfig
+from model.model import CausalLM, FeedForward
 from model.operators import DocumentLengths, apply_rope, document_mask, rope_tables
 
 TINY = LMConfig(**PRESETS["tiny"])
@@ -34,11 +35,19 @@ DOCUMENTS = [7, 1, 12, 3]  # tokens of each
 # ------------------------------------------------------------------------------------------------- against transformers
 
 
-@pytest.fixture(scope="module", params=["llama, odd sizes", "qwen3, odd sizes", "llama, tied", "qwen3, tied"])
+EXPORTED = {
+    "llama, odd sizes": ODD_SIZES | dict(qk_norm=False),
+    "qwen3, odd sizes": ODD_SIZES,
+    "llama, relu2": PRESETS["tiny"] | dict(qk_norm=False, hidden_act="relu2"),
+    "qwen3, gelu": PRESETS["tiny"] | dict(hidden_act="gelu_pytorch_tanh"),
+    "qwen3, tied": PRESETS["tiny"],
+}
+
+
+@pytest.fixture(scope="module", params=EXPORTED)
 def exported(request, tmp_path_factory):
-    """A model of ours, and what transformers makes of its files."""
-    sizes = ODD_SIZES if "odd" in request.param else PRESETS["tiny"]
-    model = random_model(LMConfig(**sizes, qk_norm="qwen3" in request.param))
+    """One of our models, and the same loaded by transformers."""
+    model = random_model(LMConfig(**EXPORTED[request.param]))
     directory = tmp_path_factory.mktemp("exported")
     save_model(directory, model, TOKENIZER)
     return model, AutoModelForCausalLM.from_pretrained(directory), directory
@@ -314,6 +323,25 @@ def test_tied_weights_are_one_matrix():
     assert untied.num_parameters() == model.num_parameters() + 6400 * TINY.hidden_size
 
 
+def test_every_activation_keeps_as_much_for_the_backward_pass():
+    """training/cost.py counts four tensors of intermediate_size, whatever the activation."""
+    sizes = set()
+    for hidden_act in HIDDEN_ACTS:
+        kept = {}
+
+        def pack(tensor, kept=kept):
+            kept[tensor.data_ptr()] = tensor
+            return tensor
+
+        layer, x = FeedForward(16, 32, hidden_act), torch.randn(4, 16, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            y = layer(x)
+        assert y.requires_grad
+        inner = [tensor.numel() for tensor in kept.values() if tensor.shape == (4, 32)]
+        sizes.add(sum(inner))
+    assert sizes == {4 * 4 * 32}
+
+
 # ----------------------------------------------------------------------------------------------------- impossible sizes
 
 
@@ -374,8 +402,8 @@ def test_odd_sizes_survive_too():
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"use_sliding_window": True}, "use_sliding_window"),
-        ({"layer_types": ["sliding_attention", "full_attention"]}, "only a part"),
-        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "only a part"),
+        ({"layer_types": ["sliding_attention", "full_attention"]}, "sliding-window"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "sliding-window"),
         ({"attention_bias": True}, "attention_bias"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"hidden_size": "wide"}, "hidden_size must be int"),
@@ -383,8 +411,7 @@ def test_odd_sizes_survive_too():
         ({"hidden_size": True}, "hidden_size must be int"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings must be bool"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be above 0"),
-        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be at most"),
-        ({"head_dim": 10**6}, "head_dim must be at most"),
+        ({"hidden_act": ["silu"]}, "hidden_act must be str"),
     ],
     ids=str,
 )
@@ -393,9 +420,19 @@ def test_what_the_decoder_does_not_compute_is_refused_by_name(changes, named):
         LMConfig.from_hf(TINY.to_hf() | changes)
 
 
-def test_experts_that_no_model_has_are_refused():
-    with pytest.raises(UserError, match="times n_routed_experts"):
-        LMConfig(**PRESETS["tiny-moe"] | {"num_hidden_layers": 1000, "n_routed_experts": 1000})
+@pytest.mark.parametrize(
+    ("preset", "changes", "named"),
+    [
+        ("tiny", {"num_hidden_layers": 10**9}, "num_hidden_layers"),
+        ("tiny", {"head_dim": 10**6}, "head_dim"),
+        ("tiny-moe", {"num_hidden_layers": 1000, "n_routed_experts": 1000}, r"num_hidden_layers \* n_routed_experts"),
+    ],
+    ids=str,
+)
+def test_a_config_file_of_impossible_size_is_refused(preset, changes, named, tmp_path):
+    write_json(tmp_path / "config.json", LMConfig(**PRESETS[preset]).to_hf() | changes)
+    with pytest.raises(UserError, match=f"config.json: {named} must be at most"):
+        load_config(tmp_path)
 
 
 def test_of_several_ends_the_first_is_that_of_a_text():

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from bench.train_speed import made_up_batch
 from model import experts
 from model import model as model_module
-from model.LMConfig import PRESETS, LMConfig
+from model.LMConfig import HIDDEN_ACTS, PRESETS, LMConfig
 from model.model import CausalLM
 from model.operators import CuSeqlens, attend, attention_kind, document_mask
 from training.loss import next_token_loss
@@ -122,28 +122,31 @@ def test_a_forward_and_backward_pass_asks_the_device_nothing(preset, monkeypatch
 # -------------------------------------------------------------------------------------------------------------- experts
 
 
-def random_visits(dtype=torch.float64):
+def random_visits():
     torch.manual_seed(0)
-    M, k, E, H, m = 40, 3, 8, 16, 8
-    tokens, gate_up, down = (torch.randn(*shape, dtype=dtype) for shape in ((M, H), (E, 2 * m, H), (E, H, m)))
-    weights, chosen = torch.rand(M, k, dtype=dtype), torch.rand(M, E - 1).topk(k).indices  # nobody visits the last
+    M, k, E, H, m = 20, 3, 6, 8, 8
+    tokens, gate_up, down = (torch.randn(*shape, dtype=torch.float64) for shape in ((M, H), (E, 2 * m, H), (E, H, m)))
+    weights = torch.rand(M, k, dtype=torch.float64)
+    chosen = torch.rand(M, E - 1).topk(k).indices  # nobody visits the last
     return [tokens.requires_grad_(), weights.requires_grad_(), chosen, gate_up.requires_grad_(), down.requires_grad_()]
 
 
-def test_the_operators_gradients_are_right():
+@pytest.mark.parametrize("hidden_act", HIDDEN_ACTS)
+def test_the_operators_gradients_are_right(hidden_act):
     tokens, weights, chosen, gate_up, down = random_visits()
 
     def visit(tokens, weights, gate_up, down):
-        return experts.visit_experts(tokens, weights, chosen, gate_up, down)[0]
+        return experts.visit_experts(tokens, weights, chosen, gate_up, down, hidden_act)[0]
 
     assert torch.autograd.gradcheck(visit, (tokens, weights, gate_up, down))
-    torch.library.opcheck(experts.visit_experts, (tokens, weights, chosen, gate_up, down))
+    torch.library.opcheck(experts.visit_experts, (tokens, weights, chosen, gate_up, down, hidden_act))
 
 
-@pytest.mark.parametrize("at_once", [False, True])
-def test_the_operator_computes_what_the_loop_does(at_once, monkeypatch):
+@pytest.mark.parametrize(("at_once", "hidden_act"), [(False, "silu"), (True, "silu"), (True, "relu2")])
+def test_the_operator_computes_what_the_loop_does(at_once, hidden_act, monkeypatch):
     monkeypatch.setattr(experts, "groups_at_once", lambda *_: at_once)
-    model, batch, results = random_model(LMConfig(**PRESETS["tiny-moe"])).train(), made_up_batch(2, 64, 6400), []
+    config = LMConfig(**PRESETS["tiny-moe"], hidden_act=hidden_act)
+    model, batch, results = random_model(config).train(), made_up_batch(2, 64, 6400), []
     layer = model.model.layers[1].mlp
     for operator in (False, True):
         with monkeypatch.context() as patch:

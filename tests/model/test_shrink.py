@@ -40,7 +40,7 @@ def test_dense_layers_of_a_model_with_experts_are_counted():
 
 @pytest.mark.parametrize("layers", [[], [0, 0], [1, 0], [-1, 2], [0, 4]])
 def test_layers_that_are_none_are_refused(layers):
-    with pytest.raises(UserError, match="rising numbers from 0 to 3"):
+    with pytest.raises(UserError, match="increasing numbers from 0 to 3"):
         keep_layers(random_model(LMConfig(**PRESETS["tiny"])), layers)
 
 

@@ -3,7 +3,6 @@
 import socket
 import threading
 import time
-from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -18,8 +17,9 @@ from model.chat import EOS, IM_END, IM_START, load_tokenizer
 from model.checkpoint import save_model
 from model.LMConfig import PRESETS, LMConfig
 from server.api import create_app
-from server.guard import Impatient
+from server.guard import TimeoutProtocol
 from server.models import Served
+from server.service import ServerConfig
 
 CONTEXT = 384
 FLAGS = dict(host="127.0.0.1", api_key=None, half_weights=False, max_rows=16, max_queue=64, max_new_tokens=1024)
@@ -49,8 +49,8 @@ class Live:
 
     def __init__(self, directories, tools=(), **flags):
         self.served = {served.name: served for served in map(Served, directories)}
-        app = create_app(self.served, SimpleNamespace(**FLAGS | flags), torch.device("cpu"), load_tools([*tools]))
-        options = dict(http=Impatient, ws="none", log_level="warning", timeout_graceful_shutdown=1)
+        app = create_app(self.served, ServerConfig(**FLAGS | flags), torch.device("cpu"), load_tools([*tools]))
+        options = dict(http=TimeoutProtocol, ws="none", log_level="warning", timeout_graceful_shutdown=1)
         self.uvicorn = uvicorn.Server(uvicorn.Config(app, **options))
         listening = socket.create_server(("127.0.0.1", 0))
         self.port = listening.getsockname()[1]

@@ -9,7 +9,7 @@ from engine.session import Session, read_tokens
 from model.chat import IM_END, THINK, encode
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
-from server.answer import Answer, StopStrings, tell
+from server.answer import Answer, StopStrings, append
 from server.schema import ChatRequest
 
 
@@ -47,10 +47,10 @@ def test_pieces_together_are_the_reply(tokenizer, seed):
         for _ in range(rng.randint(0, 2)):
             tokens += [THINK, *encode(tokenizer, "".join(rng.choices("想一\n", k=5))), THINK + 1]
         tokens += encode(tokenizer, "".join(rng.choices("答👍\n ", k=rng.randint(0, 12)))) + [IM_END]
-        answer, whole = Answer(0, Session(model, tokenizer, request), request, [1]), {}
+        answer, whole = Answer(0, Session(model, tokenizer, request.generation_config(1024)), request, [1]), {}
         for token in tokens:
             for name, new in answer.put(token, "stop" if token == IM_END else None).items():
-                tell(whole, name, new)
+                append(whole, name, new)
         reply = read_tokens(tokens, tokenizer)
         assert whole.get("content", "") == reply.content
         assert whole.get("reasoning_content", "") == reply.reasoning

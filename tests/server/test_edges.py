@@ -109,7 +109,7 @@ def test_a_request_that_takes_too_long_is_ended(serve, slow):
     with pytest.raises(openai.APIStatusError) as error:
         live.client.chat.completions.create(**LONG)
     assert (error.value.status_code, error.value.code) == (504, "timeout")
-    with pytest.raises(openai.APIError, match=r"no end after 0\.3 seconds"):
+    with pytest.raises(openai.APIError, match=r"not finished after 0\.3 seconds"):
         list(live.client.chat.completions.create(**LONG, stream=True))
     live.wait_for_rows(0)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -21,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from base.cli import UserError
 from bench.train_speed import made_up_batch
-from model.device import choose_device
+from model import device as devices
+from model.device import choose_device, note_unused_gpu
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
 from training import loss
@@ -76,10 +78,10 @@ def test_the_loss_by_chunks_has_the_right_gradients(monkeypatch):
 def test_a_head_in_16_bits_sums_in_32(dtype, error):
     """The sum of so many tokens is beyond float16, and none is rounded to a few digits."""
     hidden, weight, labels = random_head(CARD_CHUNK * 9)
-    exact = cross_entropy_sum(hidden[None], weight, labels[None])
+    exact = cross_entropy_sum(hidden, weight, labels)
     gradients = torch.autograd.grad(exact, (hidden, weight))
     with torch.autocast("cpu", dtype):
-        total = cross_entropy_sum(hidden[None], weight, labels[None])
+        total = cross_entropy_sum(hidden, weight, labels)
     assert exact > 65_504
     assert total.dtype == torch.float32
     assert total.item() == pytest.approx(exact.item(), rel=1e-4)
@@ -201,15 +203,31 @@ def test_an_overflow_halves_the_scale_and_is_not_taken_for_broken_data(data, tmp
 # ----------------------------------------------------------------------------------------------------------- the device
 
 
-def test_a_torch_for_cards_that_finds_none_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
+def test_a_machine_without_a_gpu_computes_on_its_cpu(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert choose_device("auto").type == "cpu"
-    assert "no card found" in capsys.readouterr().err
-    choose_device("cpu")
-    assert not capsys.readouterr().err
     with pytest.raises(UserError, match="--device cuda"):
         choose_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("requested", "cuda", "driver", "lines"),
+    [("auto", "13.0", True, 1), ("auto", "13.0", False, 0), ("auto", None, True, 0), ("cpu", "13.0", True, 0)],
+)
+def test_an_unused_gpu_is_reported_once_where_a_driver_is_installed(
+    requested, cuda, driver, lines, monkeypatch, capsys
+):
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    del os.environ[devices.GPU_NOTE]
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(devices.shutil, "which", lambda name: name if driver else None)
+    monkeypatch.setattr(devices.os.path, "exists", lambda path: False)
+    choose_device(requested)
+    assert capsys.readouterr().err == ""
+    for _ in range(2):
+        note_unused_gpu()
+    assert capsys.readouterr().err.count("no GPU found, although torch is built for CUDA 13.0") == lines
 
 
 def test_the_first_lines_say_how_it_attends(data, tmp_path, capsys):

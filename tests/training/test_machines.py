@@ -1,6 +1,7 @@
 """Several machines, each with its own torchrun; here side by side over gloo, which is the same to the processes."""
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -132,3 +133,33 @@ def test_no_thread_of_the_connection_outlives_it(tmp_path):
     threads = [path.read_text("utf-8") for path in tmp_path.glob("logs/**/stdout.log")]
     assert len(threads) == 2
     assert not any("gloo" in names for names in threads), threads
+
+
+def started_in_two(*flags) -> subprocess.Popen:
+    command = [sys.executable, "1-pretrain.py", "--nproc_per_node", "2", "--device", "cpu", *map(str, flags)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_what_is_wrong_in_all_processes_is_one_line(tmp_path):
+    out, err = (process := started_in_two("--data", tmp_path / "none")).communicate(timeout=TIMEOUT)
+    assert process.returncode == 2, err
+    (line,) = err.splitlines()
+    assert line.startswith("error: ")
+    assert str(tmp_path / "none") in line
+    assert out == ""
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_process_that_started_the_others_saves_the_run(data, tmp_path):
+    process = started_in_two("--data", data, "--out_dir", tmp_path / "out", *SHORT_RUN, "--epochs", "1000")
+    while "step 3/" not in process.stdout.readline():
+        assert process.poll() is None, process.stderr.read()
+    process.terminate()
+    out, err = process.communicate(timeout=TIMEOUT)
+    assert (process.returncode, err) == (128 + signal.SIGTERM, "")
+    command = out.splitlines()[-1].removeprefix("next: ")
+    assert "--nproc_per_node 2" in command
+    assert "torchrun" not in command
+    assert saved_progress(tmp_path / "out")["step"] >= 3
+    again = subprocess.run([*shlex.split(command), "--max_steps", "9"], cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr

@@ -37,7 +37,7 @@ from model.model import CausalLM
 from training import loop, loss, machine
 from training.cost import StepSettings, memory_estimate
 from training.rollouts import RolloutGenerator
-from training.shard import part
+from training.shard import local_shard
 
 MOE = ["--preset", "tiny-moe", "--optimizer", "muon", "--grad_checkpointing", "--batch_size", "1"]
 MOE += ["--accumulation_steps", "2", "--epochs", "2", "--max_steps", "9"]  # steps without a row for one of them
@@ -94,7 +94,9 @@ class ManyRuns:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         state = [x for values in optimizer.state.values() for x in values.values() if x.dim()]
         held = {"gradients": len(buffer.gradients)}
-        held |= {name: sum(part(x).numel() for x in xs) for name, xs in (("weights", parameters), ("state", state))}
+        held |= {
+            name: sum(local_shard(x).numel() for x in xs) for name, xs in (("weights", parameters), ("state", state))
+        }
         held["all"] = {"weights": sum(p.numel() for p in parameters), "state": sum(x.numel() for x in state)}
         Path(f"held.{self.kind}.{self.machine.rank}").write_text(json.dumps(held), "utf-8")
         return norm
@@ -238,7 +240,7 @@ def test_the_estimate_falls_by_what_is_spread():
 
 def test_what_cannot_be_sharded_is_refused(data, run_here, tmp_path):
     flags = ["--data", data, "--out_dir", tmp_path / "out", "--shard"]
-    assert "torchrun --nproc_per_node" in run_here("1-pretrain.py", *flags).error_line(status=2)
+    assert "give --nproc_per_node" in run_here("1-pretrain.py", *flags).error_line(status=2)
     sharded = machine.Machine(0, 2, torch.device("cpu"), torch.float32, shards=True)
     with pytest.raises(UserError, match="this runs without --shard"):  # 5-grpo.py, and 6-distill.py where it generates
         RolloutGenerator(None, None, sharded, None)

@@ -273,7 +273,7 @@ def test_a_link_is_followed_and_not_replaced(trained, run_here, tmp_path):
     assert "circle" in run_here("1-pretrain.py", *flags).error_line(status=2)
 
 
-@pytest.mark.parametrize(("place", "words"), [("/", "mounted"), (".", "holds something else"), ("disk", "mounted")])
+@pytest.mark.parametrize(("place", "words"), [("/", "mounted"), (".", "contains something else"), ("disk", "mounted")])
 def test_a_place_that_cannot_be_replaced_is_known_before_the_first_step(
     place, words, data, run_here, tmp_path, monkeypatch
 ):
