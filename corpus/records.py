@@ -188,7 +188,8 @@ def prompt_of(record: dict, fields: Fields = PROMPT_FIELDS, changes: Changes = l
     changes(rule) says whether a rule is switched on, and counts that it changes the record.
     """
     values = _take(record, fields)
-    turns = unpack(values.get("messages")) if is_filled(values.get("messages")) else values.get("question")
+    turns = unpack(values["messages"]) if is_filled(values.get("messages")) else None
+    turns = turns or values.get("question")
     tools = unpack(values.get("tools")) if is_filled(values.get("tools")) else None
     if isinstance(turns, list):
         messages = [message for turn in turns for message in messages_of(turn)]
