@@ -3,8 +3,7 @@
 from model.LMConfig import PRESETS, LMConfig
 
 TOKENS_PER_PARAMETER = 20  # use a fixed budget of operations best (arXiv 2203.15556; docs/scaling_en.md, 1)
-# Standard deviation of a validation loss over random samples of documents, in nats: 0.14 with 30, 0.08 with 100, 0.05
-# with 300 (python -m bench.validation, docs/data_en.md). Runs differ by a few hundredths.
+# The error of a validation loss falls with the square root of the number of documents: python -m bench.validation.
 FEW_VALIDATION, GOOD_VALIDATION = 100, 300
 # 85 chats were memorized (training loss 0.10, validation loss 1.41), 14,302 were not; 1,631 pairs raised the fraction
 # of unseen pairs ranked right from 50% to 81% (docs/results_en.md, docs/lora_en.md).

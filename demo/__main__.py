@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from base.cli import next_step
+from base.cli import next_step, run
 from corpus.records import each_record, text_of
 from demo.questions import write_demo
 from demo.tasks import write_tasks
@@ -24,4 +24,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
