@@ -1,4 +1,4 @@
-"""Takes web_chat.png, web_side_by_side.png and web_runs.png: the pages of web/ in a browser, with the demonstration's
+"""Takes web_chat.png, web_side_by_side.png and web_runs.png: the pages of server/web/ in a browser, with the demonstration's
 models.
 
     python quickstart.py --no-chat
