@@ -41,7 +41,7 @@ Without a command: installs what is missing, trains a small model through all fo
 questions it answers correctly, and chats with it. All files go to out/quickstart. Started again, it continues where it
 stopped.
 
-  --minutes N           minutes of training, in all (default: 9)
+  --minutes N           limit for the training, which a fast machine does not need (default: 15)
   --clean               start over
   --no-chat             end after the table of results
 
@@ -267,7 +267,7 @@ def parse_flags(arguments):
     parser = argparse.ArgumentParser(
         prog="quickstart.py", usage=HELP.splitlines()[0][7:], add_help=False, allow_abbrev=False
     )
-    parser.add_argument("--minutes", type=minutes, default=9)
+    parser.add_argument("--minutes", type=minutes, default=15)
     parser.add_argument("--clean", action="store_true")
     parser.add_argument("--no-chat", action="store_true")
     return parser.parse_args(arguments)

@@ -1,7 +1,9 @@
-"""Training speed: tokens/s, and the share of what this machine's plain matrix products reach, beside transformers.
+"""Training speed: tokens/s, and the fraction of this machine's matrix product rate, next to transformers and TRL.
 
     python -m bench.train_speed --preset mini small
     python -m bench.train_speed --preset small --data dataset/pretrain
+    python -m bench.train_speed --preset tiny mini --chats             the demonstration's short chats
+    python -m bench.train_speed --preset mini --chats YOUR_CHATS.jsonl
 
 Both models are the same function, of the same size, with the same optimizer (fused AdamW, float32 weights) and input:
 rows packed with texts. Without --qk_norm it is a Llama, with it a Qwen3, which is what the presets train. Jiezi keeps
@@ -9,13 +11,21 @@ the texts of a row apart; transformers' model reads a row as one text, as its us
 of its own, as its users start it: Jiezi's keeps freed memory (model/machine.py), which transformers' does not. To give
 both what that brings, set the environment variables MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647.
 
-The two take turns, step by step, so that a change in the machine's speed meets both; medians are printed. The
-operations counted, for both alike, are those that Jiezi needs: 6 a weight and token, and attention inside documents
-only.
+With --chats, rows are packed with chats of which only the assistant's tokens are scored, about a third; and TRL's
+SFTTrainer makes the same steps on the same rows where it is installed (requirements/interop.txt).
+
+They take turns, step by step, so that a change in the machine's speed meets all; medians are printed. The operations
+counted, for all alike, are those of a model with logits at every position: 6 per weight and token, and attention inside
+documents only.
 """
 
 import argparse
+import importlib.util
+import platform
 import statistics
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +33,7 @@ import numpy as np
 import torch
 
 from base.cli import HelpFormatter, positive, run
-from bench.contest import Contest, ratio
+from bench.contest import TOKENIZER, Contest, ratio
 from model.device import keep_freed_memory
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
@@ -50,6 +60,20 @@ def made_up_batch(rows: int, max_seq_len: int, vocab_size: int) -> Batch:
     input_ids = torch.from_numpy(generator.integers(0, vocab_size, (rows, max_seq_len)))
     positions = torch.from_numpy(position_ids)
     return Batch(input_ids, input_ids.roll(-1, 1), positions, torch.zeros_like(positions), [], "train", real, pairs)
+
+
+def chat_batch(file: Path | None, rows: int, max_seq_len: int) -> Batch:
+    """Rows packed with the chats of a file, in any format that data_process.py reads; without one, the demo's."""
+    with tempfile.TemporaryDirectory() as folder:
+
+        def process(*words):
+            subprocess.run([sys.executable, "data_process.py", *map(str, words)], check=True, stdout=subprocess.DEVNULL)
+
+        if file is None:
+            process("demo", "--output", f"{folder}/demo")
+        process("sft", file or f"{folder}/demo/sft.jsonl", "--output", f"{folder}/sft")
+        data = PackedDataset(f"{folder}/sft", "train", max_seq_len)
+        return data.batch(data.order(0, 0)[:rows])
 
 
 def training_step(
@@ -101,6 +125,28 @@ def transformers(config: LMConfig, batch: Batch, compiled: bool = False) -> Call
     return with_adamw(model, lambda: model(input_ids=batch.input_ids, labels=labels, use_cache=False).loss.backward())
 
 
+def trl(config: LMConfig, batch: Batch, compiled: bool = False) -> Callable[[], None]:
+    """The same with TRL's SFTTrainer, which trains that model on rows that are packed and tokenized already."""
+    from datasets import Dataset
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    torch.manual_seed(0)
+    scored = torch.zeros_like(batch.labels)
+    scored[:, 1:] = batch.labels[:, :-1] != IGNORE
+    rows = Dataset.from_dict({"input_ids": batch.input_ids.tolist(), "completion_mask": scored.tolist()})
+    flags = dict(per_device_train_batch_size=len(rows), max_length=None, torch_compile=compiled, report_to="none")
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = SFTTrainer(
+            AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.to_hf())),
+            SFTConfig(folder, use_cpu=True, bf16=False, gradient_checkpointing=False, **flags),
+            train_dataset=rows,
+            processing_class=AutoTokenizer.from_pretrained(TOKENIZER),
+        )
+    inputs = next(iter(trainer.get_train_dataloader()))
+    return with_adamw(trainer.model, lambda: trainer.training_step(trainer.model, dict(inputs)))
+
+
 def with_adamw(model: torch.nn.Module, gradients: Callable[[], None]) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
@@ -112,8 +158,8 @@ def with_adamw(model: torch.nn.Module, gradients: Callable[[], None]) -> Callabl
     return step
 
 
-def measure(preset: str, config: LMConfig, batch: Batch, steps: int, compiled: bool):
-    contestants = {build.__name__: (build, config, batch, compiled) for build in (jiezi, transformers)}
+def measure(preset: str, config: LMConfig, batch: Batch, steps: int, compiled: bool, libraries: list[Callable]):
+    contestants = {build.__name__: (build, config, batch, compiled) for build in (jiezi, *libraries)}
     with Contest(contestants) as contest:
         seconds, memory, peaks, _ = contest.take_turns(steps)
     model, peak = CausalLM(config), max(peaks)
@@ -123,7 +169,9 @@ def measure(preset: str, config: LMConfig, batch: Batch, steps: int, compiled: b
         share = flops / median / peak
         speed = f"{median:8.3f} s/step {tokens / median:8,.0f} tok/s {share:6.1%} of {peak / 1e9:.0f} GFLOP/s"
         print(f"{preset:8}{model.num_parameters() / 1e6:8.1f}M  {name:14}{speed} {memory[name]:6.2f} GiB")
-    print(f"{preset:8}{'':11}jiezi is {ratio(seconds, 'transformers', 'jiezi'):.2f} x transformers, step by step")
+    for library in libraries:
+        name = library.__name__
+        print(f"{preset:8}{'':11}jiezi is {ratio(seconds, name, 'jiezi'):.2f} x as fast as {name}, step by step")
 
 
 def measuring_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -133,24 +181,39 @@ def measuring_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
     parser.add_argument("--steps", type=positive, default=7, help="measured steps of each")
     args = parser.parse_args()
     shape = f"{args.batch_size} x {args.max_seq_len} tokens"
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {shape}", flush=True)
+    print(f"{cpu_name()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {shape}", flush=True)
     return args
+
+
+def cpu_name() -> str:
+    """What the processor calls itself."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--preset", nargs="+", choices=PRESETS, default=["mini", "small"], help="sizes")
     parser.add_argument("--data", type=Path, help="prepared data; without it, random tokens in texts of natural length")
+    parser.add_argument(
+        "--chats", type=Path, nargs="?", const=True, help="train on a file of chats; without FILE, on the demo's"
+    )
     parser.add_argument("--qk_norm", action="store_true", help="compare with transformers' Qwen3 in place of its Llama")
     parser.add_argument("--compile", action="store_true", help="both with torch.compile")
     args = measuring_flags(parser)
+    libraries = [transformers]
+    batch = made_up_batch(args.batch_size, args.max_seq_len, LMConfig().vocab_size)
+    if args.data:
+        data = PackedDataset(args.data, "train", args.max_seq_len)
+        batch = data.batch(data.order(0, 0)[: args.batch_size])
+    if args.chats:
+        batch = chat_batch(None if args.chats is True else args.chats, args.batch_size, args.max_seq_len)
+        libraries += [trl] if importlib.util.find_spec("trl") else []
+        print(f"{len(batch.documents)} chats, {batch.scored / batch.real_tokens:.0%} of their tokens are scored")
     for preset in args.preset:
         config = LMConfig(**PRESETS[preset], qk_norm=args.qk_norm)
-        batch = made_up_batch(args.batch_size, args.max_seq_len, config.vocab_size)
-        if args.data:
-            data = PackedDataset(args.data, "train", args.max_seq_len)
-            batch = data.batch(data.order(0, 0)[: args.batch_size])
-        measure(preset, config, batch, args.steps, args.compile)
+        measure(preset, config, batch, args.steps, args.compile, libraries)
 
 
 if __name__ == "__main__":

