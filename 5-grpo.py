@@ -32,6 +32,7 @@ from training.flags import LORA_FLAGS, fill, parse_flags, run_settings
 from training.loop import Run
 from training.loss import token_log_probs
 from training.machine import start_machine
+from training.rewards import check_tasks
 from training.rollouts import Rollout, RolloutBatch, RolloutGenerator, RolloutSettings
 
 
@@ -88,6 +89,8 @@ def main():
     )
     machine = start_machine(args.device, args.dtype, args.seed, args.shard, args.compile)
     train_set, val_set = rollouts.open_prompts(args.data, args.mix, args.max_seq_len, args.max_new_tokens, "rl")
+    for dataset in (train_set, val_set):
+        check_tasks(args.reward, dataset.notes, dataset.paths)
     model = load_model(args.init_from)
     reference = load_model(args.init_from, machine.device) if args.beta else None
     if args.lora_rank:

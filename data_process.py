@@ -2,7 +2,7 @@
 
     python data_process.py list                                # data sets that are known by name
     python data_process.py fetch minimind-sft-mini             # one of them -> data/; from ModelScope with --hub ms
-    python data_process.py look data/minimind-sft-mini         # what is in a file, and the command to go on with
+    python data_process.py look data/minimind-sft-mini         # what is in a file, and the next command
     python data_process.py pretrain corpus/ more.jsonl.gz      # cleans and tokenizes -> dataset/pretrain
     python data_process.py sft chats.jsonl                     # -> dataset/sft
     python data_process.py dpo pairs.jsonl                     # -> dataset/dpo
@@ -13,15 +13,17 @@
     python data_process.py tokenizer corpus/ --output my_tokenizer --vocab_size 6400
     python data_process.py demo --output demo                  # made-up questions and answers for every stage
 
-The commands' work is done in corpus/: files.py reads, records.py knows the shapes, cleaning.py the rules, kinds.py what
-each command makes of a record, pipeline.py sends it through worker processes, prepared.py writes. docs/data_en.md
+The code is in corpus/: files.py reads, records.py knows record formats, cleaning.py has the rules, kinds.py says what
+each command makes of a record, pipeline.py distributes the work over processes, prepared.py writes. docs/data_en.md
 describes the files.
 """
 
 import argparse
+import codecs
 import gzip
 import json
 import os
+import runpy
 import signal
 import sys
 from collections.abc import Iterable
@@ -43,18 +45,18 @@ from base.cli import (
 )
 from base.files import sha256, write_file, write_json
 from corpus.cleaning import known_languages
+from corpus.enough import is_it_enough
 from corpus.exams import load_exams
+from corpus.exports import speakers_of
 from corpus.fetch import HUBS, choose_files, fetch_files, fetch_part, find_entry, open_hub, read_catalogue
 from corpus.figures import draw
-from corpus.files import SUFFIXES, find_files, suffix_of
+from corpus.files import SUFFIXES, ReadOptions, find_files, suffix_of
 from corpus.kinds import KINDS, load_encoder
-from corpus.look import READINGS, SHOWN, describe, examine, first_look, some
+from corpus.look import READINGS, SHOWN, describe, examine, first_look, show_tokens, some
 from corpus.pipeline import Report, read_documents
 from corpus.prepared import META, SPLITS, Prepared, check_prepared, writing_prepared
 from corpus.records import each_record, map_fields, parse, text_of
 from corpus.tokenizer import sample_texts, tokenizer_files, train_pieces
-from demo.questions import write_demo
-from demo.tasks import write_tasks
 from model import chat
 
 
@@ -63,9 +65,9 @@ def prepare(args: argparse.Namespace):
     kind, report = KINDS[args.command], Report(args)
     load_encoder(args.tokenizer)  # here first: a mistake is found before the workers start
     tokenizer_dir = Path(args.tokenizer)
-    shape = dict(masked=kind.masked, group=len(kind.titles), noted=kind.noted)
-    with writing_prepared(args.output, args.command, tokenizer_dir, **shape) as writer:
-        if args.val:  # first, so that what it holds is dropped from the training documents
+    layout = dict(masked=kind.masked, group=len(kind.titles), noted=kind.noted)
+    with writing_prepared(args.output, args.command, tokenizer_dir, **layout) as writer:
+        if args.val:  # first, so that its documents are dropped from the training documents
             for document in read_documents(args, args.val, report):
                 writer.add("val", document.parts, document.size, document.note)
         val_fraction = 0 if args.val else args.val_fraction
@@ -81,6 +83,7 @@ def prepare(args: argparse.Namespace):
     print(report)
     for name, counts in writer.counts.items():
         print(f"{args.output / name}: " + ", ".join(f"{count:,} {unit}" for unit, count in counts.items()))
+    print(is_it_enough(args.command, writer.counts, len(kind.titles), writer.meta["vocab_size"]))
     script, model = TRAINED_BY[args.command]
     if model is None or Path(model).exists():
         print(next_step(script, "--data", args.output))
@@ -90,7 +93,7 @@ def prepare(args: argparse.Namespace):
 
 def clean_files(args: argparse.Namespace):
     """The command clean: the records again, as JSON lines, with the texts cleaned and without those that rules drop."""
-    if suffix_of(args.output) != ".jsonl" or args.output.is_dir():
+    if args.output.name.removesuffix(".gz")[-6:] != ".jsonl" or args.output.is_dir():
         raise UserError(f"{args.output}: --output must be a file with a name that ends in .jsonl or .jsonl.gz")
     report = Report(args)
 
@@ -119,10 +122,10 @@ def train_tokenizer(args: argparse.Namespace):
     print(f"{args.output}: {tokenizer.get_vocab_size():,} pieces, from {sum(map(len, texts)):,} characters")
     for path in find_files(args.val):
         characters = tokens = 0
-        for text in each_record(path, args.text_field, lambda record: text_of(record, args.text_field)):
+        for text in each_record(path, args.options, lambda record: text_of(record, args.text_field)):
             characters += len(text)
             tokens += len(chat.encode(tokenizer, text))
-        print(f"{path}: {characters / tokens:.3f} characters a token")
+        print(f"{path}: {characters / tokens:.3f} characters per token")
     fields = [] if args.text_field == "text" else ["--text_field", args.text_field]
     print(next_step("data_process.py", "pretrain", *args.inputs, *fields, "--tokenizer", args.output))
 
@@ -135,34 +138,21 @@ def show(args: argparse.Namespace):
             f"{args.folder}: {args.split} has {len(data)} documents: --index must be from 0 to {len(data) - 1}"
         )
     tokenizer = chat.load_tokenizer(data.tokenizer_dir)
-    before, after = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[[", "]]")
     for title, (ids, mask) in zip(KINDS[data.kind].titles, data.record(args.index), strict=True):
         print(f"--- {title} {args.index} of {args.split}: {len(ids)} tokens, {mask.sum()} trained")
-        for trained, stretch in groupby(zip(ids.tolist(), mask.tolist(), strict=True), key=lambda pair: pair[1]):
-            text = printable(tokenizer.decode([token_id for token_id, _ in stretch], skip_special_tokens=False))
-            marked = trained and data.mask is not None
-            print(f"{before}{text}{after}" if marked else text, end="")
-        print()
+        marked = None if data.mask is None else mask.tolist()
+        print(show_tokens(ids.tolist(), marked, tokenizer, sys.stdout.isatty()))
     if KINDS[data.kind].noted:
         print(f"--- answer to check: {data.notes()[args.index]['answer']}")
 
 
 def check(args: argparse.Namespace):
-    """The command check: hold every file of prepared data, or of models and runs, against its sum."""
+    """The command check: compare every file of prepared data, or of models and runs, with its SHA-256 sum."""
     from model.checkpoint import check_model  # torch takes long to import
 
     for folder in args.folders:
         check_prepared(folder) if (folder / META).exists() else check_model(folder)
         print(f"{folder}: every file is as it was written")
-
-
-def demo(args: argparse.Namespace):
-    """The command demo: the files of demo/questions.py, with a corpus's texts mixed into the one for pretraining."""
-    texts = (text for file in args.corpus for text in each_record(file, "text", lambda record: text_of(record, "text")))
-    counts = write_tasks(args.output, args.seed) if args.tasks else write_demo(args.output, texts, args.seed)
-    for name, count in counts.items():
-        print(f"{args.output / name}.jsonl: {count:,} records")
-    print(next_step("data_process.py", "look", args.output / f"{next(iter(counts))}.jsonl"))
 
 
 def list_sets(args: argparse.Namespace):
@@ -188,7 +178,7 @@ def fetch(args: argparse.Namespace):
             paths = fetch_part(hub, files, folder, args.max_mb, args.max_records)
         else:
             paths = fetch_files(hub, files, folder)
-        few = len(paths) < 4 and all(map(suffix_of, paths))  # an archive's files lie beside it
+        few = len(paths) < 4 and all(map(suffix_of, paths))  # an archive's files are beside it
         command = [entry.stage, *map(str, paths if few else [folder]), *entry.flags]
         if entry.stage == "exam":
             print(f"keep it out of a training text: data_process.py with --exclude {folder}")
@@ -200,27 +190,34 @@ def fetch(args: argparse.Namespace):
 
 
 def look(args: argparse.Namespace):
-    """The command look: what files hold, and the command to go on with."""
+    """The command look: what files contain, and the command to continue with."""
     check_parts(args.fields, {part: None for reading in READINGS for part in reading.fields})
-    seen = first_look(args.inputs, args.records, args.fields)
-    about = f" of about {seen.records / seen.share:,.0f}" if seen.share < 1 else ""
+    options = ReadOptions("text", args.encoding or "", args.speaker, args.redact)
+    seen = first_look(args.inputs, args.records, args.fields, options)
+    about = f" of about {seen.records / seen.fraction:,.0f}" if seen.fraction < 1 else ""
     names = printable(", ".join(seen.names))
     print(f"{', '.join(args.inputs)}: the first {seen.records:,}{about} records, with the fields {names}")
     if seen.reading is None:
         raise UserError(
-            f"{args.inputs[0]}: the records are of no known shape: say which field is which with --fields, such as "
+            f"{args.inputs[0]}: the records are of no known format: say which field is which with --fields, such as "
             "question=NAME,answer=NAME or text=NAME"
         )
-    print(f"taken for: {seen.reading.what}")
+    print(f"record format: {seen.reading.what}")
+    first = seen.batches[0].records[0][1]
+    if isinstance(first, dict) and (speakers := speakers_of(str(first.get("text")))):
+        print(printable(f"it seems a chat export: sft with --speaker {' or '.join(speakers)} makes chats of it"))
     flags = ["--fields", ",".join(map("=".join, args.fields.items()))] if args.fields else []
+    for name in ("encoding", "speaker"):
+        flags += [f"--{name}", getattr(args, name)] if getattr(args, name) else []
+    flags += ["--redact"] if args.redact else []
     if args.tokenizer != DEFAULT_TOKENIZER:
         flags += ["--tokenizer", args.tokenizer]
     command = [seen.reading.command, *args.inputs, *flags]
     if seen.reading.command in KINDS:
         settled = parse_arguments(command)
         settled.max_bad_fraction = 1
-        report, documents = examine(seen, settled)
-        print(printable("\n".join(describe(report, documents, args.tokenizer))))
+        report, documents, changed = examine(seen, settled)
+        print("\n".join(describe(report, documents, changed, args.tokenizer, sys.stdout.isatty())))
         draw(report.figures.as_dict(), args.picture)
         print(f"picture: {args.picture}")
     else:
@@ -253,10 +250,17 @@ if not Path(DEFAULT_TOKENIZER).exists():  # started from another folder
 STAGES = ("pretrain", "sft", "dpo", "rl", "exam")  # of the catalogue
 
 
-def share(text: str) -> float:
+def fraction_below_one(text: str) -> float:
     if not 0 <= float(text) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 0 and below 1, not {text}")
     return float(text)
+
+
+def encoding(name: str) -> str:
+    try:
+        return codecs.lookup(name).name
+    except LookupError:
+        raise argparse.ArgumentTypeError(f"no encoding is called {name}") from None
 
 
 def mapping(text: str) -> dict[str, str]:
@@ -273,18 +277,28 @@ def add_flags(name: str, command: argparse.ArgumentParser):
     add("--skip_rules", type=lambda names: names.split(","), default=[], help=f"some of {','.join(kind.rules)}")
     command.set_defaults(add_rules=[])
     if kind.optional:
-        add("--add_rules", choices=kind.optional, nargs="+", help="rules that do not work unasked")
-    add("--exclude", nargs="+", default=(), metavar="FILE", help="drop what holds a question of these exams")
+        add("--add_rules", choices=kind.optional, nargs="+", help="rules that are off by default")
+    add("--exclude", nargs="+", default=(), metavar="FILE", help="drop what contains a question of these exams")
     add("--languages", nargs="+", default=(), metavar="CODE", help="drop what is in none of these, such as zh en")
     add("--fields", type=mapping, default={}, metavar="PART=NAME,…", help=f"parts are {', '.join(kind.fields)}")
-    add("--text_field", default="text", help="where a record keeps its text; as --fields text=NAME")
+    add("--text_field", default="text", help="the field with the text of a record; the same as --fields text=NAME")
+    add(
+        "--encoding",
+        type=encoding,
+        default=None,
+        help="of text, such as gb18030; UTF-8 and UTF-16 are recognized",
+    )
     add("--max_bad_fraction", type=fraction, default=0.1, help="stop if more of the records cannot be read")
     add("--workers", type=positive, default=available_cores(), help="processes")
     if kind.titles:
         add("--output", type=Path, default=Path("dataset") / name, help="folder")
         add("--tokenizer", default=DEFAULT_TOKENIZER, help="folder")
-        add("--val_fraction", type=share, default=0.01, help="share of the documents for validation")
+        add("--val_fraction", type=fraction_below_one, default=0.01, help="fraction of the documents for validation")
         add("--val", nargs="+", default=[], metavar="FILE", help="validate on these instead")
+    if name == "sft":
+        add("--speaker", default="", metavar="NAME", help="of a chat export: whose messages are the answers")
+        add("--redact", action="store_true", help="of a chat export: replace names, numbers and addresses")
+    command.set_defaults(speaker="", redact=False)
     if kind.masked or kind.noted:
         add("--max_tokens", type=natural, default=0, help="drop chats that are longer; 0: keep all")
     if name == "clean":
@@ -295,10 +309,10 @@ def add_flags(name: str, command: argparse.ArgumentParser):
         add("--vocab_size", type=positive, default=6400, help="with the 16 control tokens and 256 bytes")
         add("--character_coverage", type=fraction, default=0.995, help="the characters beyond it are kept as bytes")
         add("--max_mb", type=above_zero, default=100, help="of more text, take a random sample of this size")
-        add("--val", nargs="+", default=[], metavar="FILE", help="print the characters a token on these")
+        add("--val", nargs="+", default=[], metavar="FILE", help="print the characters per token on these")
 
 
-FETCH = """Licence and size are printed first. A download that was cut goes on when the command is run again.
+FETCH = """Licence and size are printed first. An interrupted download resumes when the command is run again.
 
 HF_ENDPOINT names a mirror of Hugging Face, HF_TOKEN a token, HF_HOME where its cache is; MODELSCOPE_ENDPOINT and
 MODELSCOPE_API_TOKEN are the same for ModelScope."""
@@ -310,13 +324,16 @@ def check_parts(fields: dict[str, str], known: Iterable[str]):
 
 
 def settle(args: argparse.Namespace):
-    """Adds what the pipeline wants to the arguments of a command that reads records."""
+    """Adds what the pipeline needs to the arguments of a command that reads records."""
     known = KINDS[args.command].fields
     check_parts(args.fields, known)
     if "text" in known:
         args.text_field = args.fields.get("text", args.text_field)
         known = {"text": (args.text_field, *known["text"])}
     args.names = map_fields(known, args.fields)
+    if args.redact and not args.speaker:
+        raise UserError("--redact is for a chat export: name the assistant of it with --speaker")
+    args.options = ReadOptions(args.text_field, args.encoding or "", args.speaker, args.redact)
     if args.languages and (unknown := set(args.languages) - (languages := known_languages())):
         raise UserError(f"--languages: {', '.join(sorted(unknown))} is none of {', '.join(sorted(languages))}")
     args.exclude = tuple(args.exclude)
@@ -356,22 +373,18 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--max_records", type=natural, default=0, help="only so many of the first records; 0: all")
     add("--prepare", action="store_true", help="run the command that prepares it, too")
     add("--language", **languages)
-    command = commands.add_parser("look", help="what is in files, and how to go on", formatter_class=HelpFormatter)
+    command = commands.add_parser("look", help="what is in files, and the next command", formatter_class=HelpFormatter)
     command.set_defaults(function=look)
     add = command.add_argument
     add("inputs", nargs="+", metavar="FILE", help="files, or folders of files")
     add("--records", type=positive, default=5000, help="look at so many of the first")
     add("--fields", type=mapping, default={}, metavar="PART=NAME,…", help="which field is which")
+    add("--encoding", type=encoding, default=None, help="of text files, such as gb18030")
+    add("--speaker", default="", metavar="NAME", help="of a chat export: whose messages are the answers")
+    add("--redact", action="store_true", help="of a chat export: replace names, numbers and addresses")
     add("--tokenizer", default=DEFAULT_TOKENIZER, help="folder")
     add("--picture", type=Path, default=Path("out/look.png"), help="file for the histograms")
-    command = commands.add_parser("demo", help="questions and answers that can be checked, for every stage")
-    command.set_defaults(function=demo)
-    command.add_argument("--output", type=Path, required=True, help="folder")
-    command.add_argument("--corpus", nargs="+", default=[], metavar="FILE", help="texts for pretraining; else made up")
-    command.add_argument(
-        "--tasks", action="store_true", help="instead, questions for 5-grpo.py and chats to start from"
-    )
-    command.add_argument("--seed", type=int, default=0)
+    commands.add_parser("demo", help="made-up questions and answers for every stage; the same as python -m demo")
     args = parser.parse_args(arguments)
     if args.command in KINDS:
         rules = KINDS[args.command].rules
@@ -385,7 +398,12 @@ def main(arguments: list[str] | None = None):
     os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1")  # the worker processes fill the cores
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # for terminals that cannot show Chinese, and lone surrogates
-    args = parse_arguments(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    if words[:1] == ["demo"]:  # a program of its own, which imports this project and not the other way round
+        sys.argv = [sys.argv[0], *words[1:]]
+        runpy.run_module("demo", run_name="__main__")
+        return
+    args = parse_arguments(words)
     args.function(args)
 
 

@@ -34,7 +34,8 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
-from corpus.records import BadRecord, each_record, prompt_of, text_of
+from corpus.files import ReadOptions
+from corpus.records import each_record, request_of, text_of
 from engine.decoding import pack_for_decoding
 from engine.generation import Engine
 from engine.session import GenerationConfig, ReplyStream, Session, read_tokens
@@ -121,16 +122,16 @@ def converse(session: Session, messages: list[dict], seed: int | None):
             print(f"error: {error}")
 
 
-def answer_batch(session: Session, file: str, batch_size: int, seed: int | None, system: list[dict]):
+def answer_batch(
+    session: Session, file: str, options: ReadOptions, batch_size: int, seed: int | None, system: list[dict]
+):
     """Answers every {"prompt"} or {"messages"} of a jsonl file; prints one {…, "answer"} per line, in the same order.
 
     batch_size answers are generated at a time; when one ends, the next starts.
     """
 
     def enqueue(record: dict):
-        messages, tools = prompt_of(record)
-        if not messages:
-            raise BadRecord(f"neither prompt nor messages; there is {', '.join(map(str, record))}")
+        messages, tools = request_of(record)
         if messages[0]["role"] != "system":
             messages = [*system, *messages]
         own_seed = None if seed is None else f"{seed}/{len(unprinted)}"
@@ -140,7 +141,7 @@ def answer_batch(session: Session, file: str, batch_size: int, seed: int | None,
 
     engine = Engine(session.model, batch_size)
     unprinted = deque()  # record, its sequence
-    deque(each_record(file, "prompt", enqueue), maxlen=0)
+    deque(each_record(file, options, enqueue), maxlen=0)
     output = jsonlines.Writer(sys.stdout, flush=True, dumps=functools.partial(json.dumps, ensure_ascii=False))
     while unprinted:
         engine.step()
@@ -148,11 +149,12 @@ def answer_batch(session: Session, file: str, batch_size: int, seed: int | None,
             record, sequence = unprinted.popleft()
             reply = read_tokens(sequence.tokens, session.tokenizer)
             parts = {"reasoning": reply.reasoning, "tool_calls": reply.tool_calls}
-            output.write(record | {name: part for name, part in parts.items() if part} | {"answer": reply.content})
+            parts = {name: part for name, part in parts.items() if part} | {"answer": reply.content}
+            output.write({f"reference_{name}" if name in parts else name: record[name] for name in record} | parts)
 
 
 @torch.inference_mode()
-def perplexity(model: CausalLM, tokenizer: Tokenizer, file: str, text_field: str) -> dict:
+def perplexity(model: CausalLM, tokenizer: Tokenizer, file: str, options: ReadOptions) -> dict:
     """Mean loss per token in nats, its exponential, and bits per UTF-8 byte, over every text of the file.
 
     A text longer than the context is split; the first tokens of a part are predicted without those before them.
@@ -160,7 +162,7 @@ def perplexity(model: CausalLM, tokenizer: Tokenizer, file: str, text_field: str
     device, context = model.model.embed_tokens.weight.device, model.config.max_position_embeddings
     loss = 0.0
     tokens = texts = size = 0
-    for text in each_record(file, text_field, lambda record: text_of(record, text_field)):
+    for text in each_record(file, options, lambda record: text_of(record, options.text_field)):
         ids = torch.tensor([BOS, *encode(tokenizer, text), EOS], device=device)
         for start in range(0, len(ids) - 1, context):
             piece = ids[start : start + context + 1]
@@ -189,11 +191,14 @@ def validation(model: CausalLM, directory: Path, folders: list[str], max_seq_len
     return evaluate(model, next_token_loss, data, machine, batch_size=8)
 
 
-def choice(model: CausalLM, tokenizer: Tokenizer, exam: str, shots: int, by: str, batch_size: int) -> dict:
+def choice(
+    model: CausalLM, tokenizer: Tokenizer, exam: str, encoding: str, shots: int, by: str, batch_size: int
+) -> dict:
     """Accuracy on four-choice questions with its 95% Wilson interval; for an exam also by subject and category."""
-    from engine.exams import accuracy, answer_exam, read_exam, wilson_interval  # imports pandas, which takes a second
+    from corpus.exams import read_exam
+    from engine.exams import accuracy, answer_exam, wilson_interval  # imports pandas, which takes a second
 
-    questions, examples = read_exam(exam)
+    questions, examples = read_exam(exam, encoding)
     results = answer_exam(model, tokenizer, questions, examples, shots, by, batch_size)
     right, n = float(results["right"].mean()), len(results)
     low, high = wilson_interval(right, n)
@@ -240,6 +245,7 @@ def parse_arguments() -> argparse.Namespace:
     task.add_argument("--choice", metavar="PATH", help="multiple-choice questions: a file, a folder or a zip file")
     parser.add_argument("--system", help="system prompt")
     parser.add_argument("--text_field", default="text", help="the field of a record that --perplexity reads")
+    parser.add_argument("--encoding", default="", help="of text, such as gb18030; UTF-8 and UTF-16 are recognized")
     parser.add_argument("--max_seq_len", type=positive, default=512, help="tokens in a row of --data")
     parser.add_argument("--shots", type=natural, default=0, help="examples from the dev part before each question")
     parser.add_argument(
@@ -292,13 +298,15 @@ def main():
     system = [{"role": "system", "content": as_utf8(args.system)}] if args.system else []
     figures = {}
     if args.perplexity:
-        figures = perplexity(model, tokenizer, args.perplexity, args.text_field)
+        options = ReadOptions(args.text_field, args.encoding)
+        figures = perplexity(model, tokenizer, args.perplexity, options)
     elif args.data:
         figures = validation(model, directory, args.data, args.max_seq_len)
     elif args.choice:
-        figures = choice(model, tokenizer, args.choice, args.shots, args.choice_by, args.batch_size)
+        figures = choice(model, tokenizer, args.choice, args.encoding, args.shots, args.choice_by, args.batch_size)
     elif args.batch:
-        answer_batch(session, args.batch, args.batch_size, args.seed, system)
+        options = ReadOptions("prompt", args.encoding)
+        answer_batch(session, args.batch, options, args.batch_size, args.seed, system)
     elif args.prompt is not None:
         if not model.is_chat:
             print(args.prompt, end="")

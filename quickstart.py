@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent
 OLDEST, NEWEST = (3, 10), (3, 13)
 CORE, TEST, CONSTRAINTS = "requirements.txt", "requirements/test.txt", "constraints.txt"
 # For the tests that are marked extra.
-EXTRA = [f"requirements/{name}.txt" for name in ("export", "track", "languages", "interop")]
+EXTRA = [f"requirements/{name}.txt" for name in ("export", "track", "languages", "documents", "interop")]
 TORCH_INDEX = "https://download.pytorch.org/whl/"  # with a folder for each build: cpu, cu126, cu130
 NO_INDEX = "pip could not reach a package index: check the network, proxy or PIP_INDEX_URL, then run this again"
 FULL = "the disk is full: free some space, then run this again"

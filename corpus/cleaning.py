@@ -18,13 +18,16 @@ class Dropped(Exception):
 CONTROL = re.compile("[\0-\x08\x0e-\x1b\x1f\x7f-\x84\x86-\x9f\xad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
 
 
+MARKS = ("Mn", "Mc", "Me", "Cf")  # categories of Unicode: what is written on or between letters
+
+
 def control(text: str) -> str:
     """Takes out control characters, soft hyphens, invisible direction marks and byte order marks."""
     return CONTROL.sub("", text)
 
 
 def nfc(text: str) -> str:
-    """Unicode's canonical composition: one way to write é, not two. After control: what stood between may be gone."""
+    """Unicode's canonical composition: one way to write é, not two. After the rules that take out what separates it."""
     return unicodedata.normalize("NFC", text)
 
 
@@ -36,14 +39,72 @@ def whitespace(text: str) -> str:
     return text.strip("\n")
 
 
+# Control tags of chat formats and tokenizers: ChatML, Llama 2 and 3, Gemma, Mistral, DeepSeek; OWN: Jiezi's.
+# As letters they would be learned in the place of control tokens. <s> and </s> also strike out text in HTML: inside a
+# line they stay.
+NEWLINES = r"\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029"  # what str.splitlines cuts at
+OTHERS = (  # all but their first character, "<" or "["
+    r"\|im_start\|>(?:(?:system|user|assistant|tool)\r?\n)?|\|[A-Za-z0-9_]{1,40}\|>|｜[^<>｜\n]{1,40}｜>"
+    r"|start_of_turn>(?:(?:user|model)\r?\n)?|end_of_turn>|(?:bos|eos|pad|unk|sep|eod|eop|sop|eo[ahrt])>"
+    r"|(?:reserved|extra_id)_\d+>|/?INST\]|</?SYS>>|(?:CLS|SEP|PAD|UNK|g?MASK|EOS|BOS)\]"
+    r"|/?(?:TOOL_CALLS|TOOL_RESULTS|AVAILABLE_TOOLS)\]|s>(?=\s*\[INST\])"
+    rf"|/s>(?=\s*(?:<s>|[{NEWLINES}]|\Z))"
+)
+OWN = r"/?(?:think|tool_call|tool_response|tools)>"
+STRUCK = rf"(s>(?!\s*\[INST\])[^<{NEWLINES}]*</s>)"
+TAGS = re.compile(rf"\A\s*<s>|[<[](?:{STRUCK}|{OTHERS}|{OWN})")
+EDGES = re.compile(rf"\A(?:\s*<s>)?(?:\s*[<[](?:{OTHERS}))+\n?|\A\s*<s>|(?:\s*[<[](?:{OTHERS}))+\s*\Z")
+
+
+def has_tags(text: str) -> bool:
+    if "<" not in text and "[" not in text:  # by far the most, and quickly found
+        return False
+    return any(found[1] is None for found in TAGS.finditer(text))
+
+
+def tags(text: str) -> str:
+    """Takes out control tags that are written as letters."""
+    return _without(TAGS, text)
+
+
+def outer_tags(text: str) -> str:
+    """Takes out other formats' control tags at the beginning and the end of a message."""
+    return _without(EDGES, text)
+
+
+def _without(pattern: re.Pattern, text: str) -> str:
+    if "<" not in text and "[" not in text:
+        return text
+    for _ in range(10):  # what is left on both sides may be another tag; no honest text nests them
+        before, text = text, pattern.sub(lambda found: found[0] if found.re is TAGS and found[1] else "", text)
+        if text == before:
+            break
+    return text
+
+
+def line_ends(text: str) -> str:
+    r"""Every line end becomes \n, as the chat format has it."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def length(text: str) -> str | None:
     """Drops texts of less than 10 characters."""
     return text if len(text) >= 10 else None
 
 
 def readable(text: str) -> str | None:
-    """Drops texts of which, blanks aside, more than half is neither letter nor digit nor Han character."""
-    return text if len(re.findall(r"[^\w\s]", text)) <= 0.5 * sum(map(len, text.split())) else None
+    """Drops texts of which, blanks aside, more than half is neither letter nor digit nor Han character.
+
+    Vowel signs and joiners, a third of the characters in some scripts, count as letters. Code stays: up to three
+    quarters, if less than a fifth is in runs of six and more, of which rulers and ornaments consist.
+    """
+    size = sum(map(len, text.split()))
+    others = re.findall(r"[^\w\s]", text)
+    if len(others) <= 0.5 * size:  # nearly always: spare the slow way
+        return text
+    count = sum(unicodedata.category(letter) not in MARKS for letter in others)
+    in_runs = sum(map(len, re.findall(r"[^\w\s]{6,}", text)))
+    return text if count <= 0.5 * size or (count <= 0.75 * size and in_runs < 0.2 * size) else None
 
 
 def repetition(text: str) -> str | None:
@@ -59,12 +120,12 @@ PLACEHOLDERS = {"", "无", "none", "null", "nan", "n/a"}
 
 
 def is_placeholder(answer: str) -> bool:
-    """Whether it stands where an answer is missing: it would be learnt as one."""
+    """Whether a text is only a placeholder for a missing answer, which would be learned as one."""
     return answer.strip(" \n.。").lower() in PLACEHOLDERS
 
 
 def known_languages() -> set[str]:
-    """The codes that --languages may hold: "zh", "en" …; zh is both ways to write it. UserError without pycld2."""
+    """The codes that --languages accepts; "zh" covers both ways to write Chinese. UserError without pycld2."""
     try:
         import pycld2
     except ImportError:
@@ -75,20 +136,21 @@ def known_languages() -> set[str]:
 
 
 def is_other_language(text: str, languages: tuple[str, ...]) -> bool:
-    """Whether most of it is, as Chrome's CLD2 is sure, in none of these languages; what it cannot tell, it may be."""
+    """Whether CLD2 is sure that most of the text is in none of these languages; a text that it cannot tell is not."""
     import pycld2
 
     try:
         reliable, _, found = pycld2.detect(text.encode())
-    except pycld2.error:  # it refuses control characters, which stand here if their rule is skipped
+    except pycld2.error:  # it refuses control characters, which are here if their rule is skipped
         return False
     language = found[0][1].partition("-")[0]  # zh-Hant is zh
     return reliable and language != "un" and language not in languages
 
 
 Rules = dict[str, Callable[[str], str | None]]
-TEXT_RULES: Rules = {rule.__name__: rule for rule in (control, nfc, whitespace, length, readable, repetition)}
-CHAT_RULES: Rules = {rule.__name__: rule for rule in (control, nfc)}  # no more, for blanks have a meaning in code
+TEXT_RULES: Rules = {rule.__name__: rule for rule in (control, tags, nfc, whitespace, length, readable, repetition)}
+# Of chats no more, because blanks have a meaning in code.
+CHAT_RULES: Rules = {"control": control, "line_ends": line_ends, "tags": outer_tags, "nfc": nfc}
 
 
 def clean(text: str, rules: Rules, args: argparse.Namespace, changed: Counter) -> str:

@@ -1,4 +1,4 @@
-"""Exact and near duplicates: hashes of texts, and a set that holds millions of them."""
+"""Exact and near duplicates: hashes of texts, and a set of millions of them."""
 
 import hashlib
 
@@ -6,7 +6,7 @@ import numpy as np
 
 # Near duplicates, by MinHash (Broder 1997) over the set of a text's 5-character windows: two texts with a Jaccard
 # similarity of s have a minimum in common with probability s. Five bands of ten minima each are hashed, and texts that
-# share a band are taken for duplicates, with probability 1 - (1 - s^10)^5: 0.99 for s = 0.95, 0.88 for 0.9, 0.43 for
+# share a band count as duplicates, with probability 1 - (1 - s^10)^5: 0.99 for s = 0.95, 0.88 for 0.9, 0.43 for
 # 0.8, 0.03 for 0.6.
 WINDOW, BANDS, ROWS = 5, 5, 10
 
@@ -43,8 +43,8 @@ def band_hashes(texts: list[str]) -> np.ndarray:
 class HashSet:
     """64-bit hashes in an open-addressing table: 11 to 16 bytes each, where Python's set takes about 75.
 
-    It is asked and filled by whole arrays, for one process does it for all workers. A key is looked for in a bucket of
-    BUCKET slots, a cache line, and in the next one where that is full.
+    It is queried and filled with whole arrays, because one process does it for all workers. A key is looked up in a
+    bucket of BUCKET slots, a cache line, and in the next one where that is full.
     """
 
     BUCKET = 8
@@ -103,7 +103,7 @@ class Duplicates:
         self.exact, self.near = HashSet(), HashSet()
 
     def rules(self, keys: np.ndarray, bands: np.ndarray) -> list[str | None]:
-        """For each document of a batch the rule that drops it as like an earlier one; None, and it is remembered.
+        """For each document of a batch the rule that drops it as a duplicate; None for a new one, which is remembered.
 
         keys: hashes of contents, uint64 (N,). bands: uint64 (N, BANDS), or (N, 0) where near duplicates may stay.
         """
@@ -132,6 +132,6 @@ class Duplicates:
 
 
 def _repeated(values: np.ndarray) -> np.ndarray:
-    """Which of the values stand in the array more than once: bool, of the same shape."""
+    """Which of the values occur in the array more than once: bool, of the same shape."""
     ordered = np.sort(values, axis=None)
     return np.isin(values, ordered[1:][ordered[1:] == ordered[:-1]])

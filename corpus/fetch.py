@@ -31,7 +31,8 @@ from tqdm import tqdm
 
 from base.cli import UserError, one_line
 from base.files import sha256
-from corpus.files import read_records, suffix_of
+from corpus.errors import BadRecord
+from corpus.files import ReadOptions, open_decompressed, read_records, suffix_of
 
 CATALOGUE = Path(__file__).parent / "catalogue.json"
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2")
@@ -439,9 +440,9 @@ def fetch_part(hub: Hub, files: list[RemoteFile], folder: Path, max_mb: float, m
 def _lines(hub: Hub, file: RemoteFile) -> Iterator[bytes]:
     """The records of a file on the hub as lines of JSON."""
     with io.BufferedReader(hub.stream(file), BLOCK) as stream:
-        gzipped = file.path.lower().endswith(".gz")
-        plain = io.BufferedReader(gzip.GzipFile(fileobj=stream), BLOCK) if gzipped else stream
-        for _, record in read_records(Path(file.path), plain, "text"):
+        for _, record in read_records(Path(file.path), open_decompressed(stream), ReadOptions()):
+            if isinstance(record, BadRecord):
+                continue  # which the command that prepares the part would skip too
             if isinstance(record, bytes):
                 yield record.rstrip(b"\n") + b"\n"
             else:

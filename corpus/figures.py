@@ -22,7 +22,7 @@ LENGTHS = ("characters", "tokens")
 
 
 def measure(documents: list[Document], token_size: int) -> np.ndarray:
-    """A row a document: characters, tokens (of `token_size` bytes), characters by script; int64 (N, 2 + S)."""
+    """One row per document: characters, tokens (of `token_size` bytes), characters by script; int64 (N, 2 + S)."""
     table = np.zeros((len(documents), len(LENGTHS) + len(SCRIPTS)), np.int64)
     for i, document in enumerate(documents):
         tokens = sum(len(ids) for ids, mask in document.parts) // token_size if token_size else 0
@@ -50,11 +50,11 @@ class Figures:
             histogram += np.bincount(np.frexp(lengths)[1], minlength=len(histogram))
 
     def as_dict(self) -> dict:
-        """Means, histograms ({"from": count}) and the shares of scripts in a sample."""
+        """Means, histograms ({"from": count}) and the fractions of scripts in a sample."""
         scripts = dict(zip(SCRIPTS, self.sums[len(LENGTHS) :].tolist()))
         characters = max(sum(scripts.values()), 1)
-        shares = {script: round(count / characters, 4) for script, count in scripts.items() if count}
-        figures = {"documents": self.documents, "scripts": dict(sorted(shares.items(), key=lambda pair: -pair[1]))}
+        fractions = {script: round(count / characters, 4) for script, count in scripts.items() if count}
+        figures = {"documents": self.documents, "scripts": dict(sorted(fractions.items(), key=lambda pair: -pair[1]))}
         for name, total, histogram in zip(LENGTHS, self.sums.tolist(), self.histograms):
             if total:
                 counts = {2**i >> 1: count for i, count in enumerate(histogram.tolist()) if count}
@@ -63,11 +63,11 @@ class Figures:
 
 
 def lines_of(figures: dict) -> list[str]:
-    """Of Figures.as_dict(), for a terminal."""
-    shares = ", ".join(f"{script} {share:.0%}" for script, share in figures["scripts"].items())
-    lines = [f"letters: {shares} (one document of {EVERY}; by script, so Latin is every language written in it)"]
+    """The lines for a terminal of Figures.as_dict()."""
+    fractions = ", ".join(f"{script} {fraction:.0%}" for script, fraction in figures["scripts"].items())
+    lines = [f"scripts: {fractions} (one document of {EVERY}; Latin covers every language written in it)"]
     for name in filter(figures.get, LENGTHS):
-        lines.append(f"{name} a document: {figures[name]['mean']:,.1f} on average")
+        lines.append(f"{name} per document: {figures[name]['mean']:,.1f} on average")
         counts = figures[name]["from"]
         most = max(counts.values())
         for start, count in counts.items():
@@ -77,19 +77,19 @@ def lines_of(figures: dict) -> list[str]:
 
 
 def draw(figures: dict, path: Path):
-    """The histograms, side by side, and the shares of scripts."""
+    """The histograms, side by side, and the fractions of scripts."""
     from matplotlib.figure import Figure
 
     names: Iterable[str] = [name for name in LENGTHS if name in figures]
     figure = Figure(figsize=(4 * (len(names) + 1), 3), layout="constrained")
-    *panels, last = figure.subplots(1, len(names) + 1)
+    *panels, last = figure.subplots(1, len(names) + 1, squeeze=False)[0]
     for axes, name in zip(panels, names):
         starts, counts = zip(*figures[name]["from"].items())
         axes.bar([f"{start:,}" for start in starts], counts)
-        axes.set(xlabel=f"{name} a document, from", ylabel="documents")
+        axes.set(xlabel=f"{name} per document, from", ylabel="documents")
         axes.tick_params(axis="x", rotation=90)
     last.barh(list(figures["scripts"]), list(figures["scripts"].values()))
     last.invert_yaxis()
-    last.set(xlabel="share of characters", xlim=(0, 1))
+    last.set(xlabel="fraction of characters", xlim=(0, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", dpi=120)

@@ -12,16 +12,17 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from base.cli import UserError
-from corpus.cleaning import CHAT_RULES, TEXT_RULES, Dropped, clean, is_placeholder
+from corpus.cleaning import CHAT_RULES, TEXT_RULES, Dropped, clean, has_tags, is_placeholder
 from corpus.duplicates import hash64
+from corpus.messages import Messages, check_turns
 from corpus.records import (
     CHAT_FIELDS,
     PAIR_FIELDS,
     PROMPT_FIELDS,
     TASK_FIELDS,
     Fields,
-    Messages,
     chat_of,
+    has_bad_label,
     pair_of,
     task_of,
     text_field_of,
@@ -40,7 +41,7 @@ class Document(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """How a record becomes a document, and what is to know of the prepared folder."""
+    """How a record becomes a document, and what the prepared folder of such documents is like."""
 
     read: Callable[[int, dict, argparse.Namespace, Counter], Document]  # Dropped or BadRecord where it cannot
     rules: tuple[str, ...]  # that may drop or change it, in the report's order
@@ -49,12 +50,12 @@ class Kind(NamedTuple):
     titles: tuple[str, ...] = ()  # of the sequences that a record becomes, which stay together; none: not prepared
     masked: bool = False  # whether only some tokens are trained
     noted: bool = False  # whether each record has a note
-    optional: tuple[str, ...] = ()  # those of the rules that work only where --add_rules says so
+    optional: tuple[str, ...] = ()  # rules that are off unless --add_rules names them
 
 
 class Encoder(NamedTuple):
     tokenizer: Tokenizer
-    encode: Callable[[str], list[int]]  # for much text
+    encode: Callable[[str], list[int]]  # fast, for a lot of text
     sizes: np.ndarray  # UTF-8 bytes of each id, (V,)
     dtype: np.dtype  # of ids on disk
 
@@ -114,7 +115,7 @@ def tokenize_texts(documents: list[Document], args: argparse.Namespace) -> list[
 
 
 def cut(text: str, size: int) -> Iterator[str]:
-    """Pieces of at most `size` characters, cut at a line end where there is one, for no token spans one."""
+    """Pieces of at most `size` characters, cut at a line end where possible, because no token spans one."""
     start = 0
     while start < len(text):
         end = start + size
@@ -124,8 +125,19 @@ def cut(text: str, size: int) -> Iterator[str]:
         start = end
 
 
+def _changes(args: argparse.Namespace, changed: Counter, rule: str) -> bool:
+    """Whether a rule is switched on; counts that it changes a record."""
+    if rule in args.skip_rules:
+        return False
+    changed[rule] += 1
+    return True
+
+
 def read_chat_record(place: int, record: dict, args: argparse.Namespace, changed: Counter) -> Document:
-    messages, tools = chat_of(record, args.names)
+    changes = partial(_changes, args, changed)
+    messages, tools = chat_of(record, args.names, changes)
+    messages = check_turns(messages, changes)
+    _drop_bad_label(record, messages, args)
     return _chat_document(place, [messages], 0, tools, args, changed)
 
 
@@ -133,6 +145,11 @@ def read_pair_record(place: int, record: dict, args: argparse.Namespace, changed
     """The document of a preference pair: two chats, of which only the answers that differ are trained."""
     chosen, rejected, shared, tools = pair_of(record, args.names)
     return _chat_document(place, [chosen, rejected], shared, tools, args, changed)
+
+
+def _drop_bad_label(record: dict, messages: Messages, args: argparse.Namespace):
+    if "bad_label" not in args.skip_rules and has_bad_label(record):
+        raise Dropped("bad_label", messages[-1]["content"][:80])
 
 
 def _chat_document(
@@ -148,7 +165,10 @@ def _chat_document(
     text = "\n".join([*questions, *(message["content"] for message in answers)])
     sample = text[:80]
     asked = chats[0][: shared or None]  # by both of a pair
-    if not any(message["role"] == "user" and message["content"].strip() for message in asked):
+    if "tags" not in args.skip_rules and any(map(_has_inner_tags, answers)):
+        raise Dropped("tags", sample)
+    asks = any(message["role"] == "user" and message["content"].strip() for message in asked)
+    if not asks and "no_question" not in args.skip_rules:
         raise Dropped("no_question", sample)
     if len(chats) == 2 and chats[0] == chats[1]:
         raise Dropped("same_answer", sample)
@@ -177,7 +197,8 @@ def _chat_document(
 def read_task_record(place: int, record: dict, args: argparse.Namespace, changed: Counter) -> Document:
     """The document of a question for 5-grpo.py: the prompt, and as its note what an answer is checked against."""
     encoder = load_encoder(args.tokenizer)
-    messages, answer, tools = task_of(record, args.names)
+    messages, answer, tools = task_of(record, args.names, partial(_changes, args, changed))
+    _drop_bad_label(record, messages, args)
     for message in messages:
         message["content"] = clean(message["content"], CHAT_RULES, args, changed)
     sample = messages[-1]["content"][:80]
@@ -199,17 +220,32 @@ def read_task_record(place: int, record: dict, args: argparse.Namespace, changed
     return Document(place, key, [(tokens.tobytes(), b"")], size, messages[-1]["content"], note)
 
 
+def _has_inner_tags(message: dict) -> bool:
+    """Whether an answer has control tags as letters: turns, thoughts or calls in a form that is not known."""
+    return message.get("weight") != 0 and has_tags(message["content"] + message.get("reasoning_content", ""))
+
+
 def _says_nothing(message: dict) -> bool:
     """Whether it is a placeholder for an answer; one that thinks or calls a tool is not."""
     return message["role"] == "assistant" and len(message) == 2 and is_placeholder(message["content"])
 
 
-TEXT_FIELDS: Fields = {"text": ("text", "completion")}  # --text_field says another
+TEXT_FIELDS: Fields = {"text": ("text", "completion")}  # unless --text_field names another
 OF_ALL = ("other_language", "exam_question", "exact_duplicate", "near_duplicate")  # rules for every kind
 TEXT_NAMES = (*TEXT_RULES, *OF_ALL)
-CHAT_NAMES = (*CHAT_RULES, "no_question", "no_answer", "too_long", "empty_answer", *OF_ALL)
+OF_TURNS = ("empty_input", "second_system", "open_question", "double_answer", "bad_label")
+CHAT_NAMES = (*CHAT_RULES, *OF_TURNS, "no_question", "no_answer", "too_long", "empty_answer", *OF_ALL)
 PAIR_NAMES = (*CHAT_RULES, "no_question", "same_answer", "no_answer", "too_long", "empty_answer", *OF_ALL)
-TASK_NAMES = (*CHAT_RULES, "no_question", "empty_answer", "too_long", *OF_ALL)
+TASK_NAMES = (
+    *CHAT_RULES,
+    "empty_input",
+    "second_system",
+    "bad_label",
+    "no_question",
+    "empty_answer",
+    "too_long",
+    *OF_ALL,
+)
 IF_ASKED = ("near_duplicate",)  # chats that differ in one number are near duplicates, and may both be worth learning
 KINDS = {
     "clean": Kind(read_json_record, TEXT_NAMES, TEXT_FIELDS),

@@ -1,25 +1,27 @@
-"""A first look at files, before anything is made of them: shape, counts, lengths, letters, duplicates, samples."""
+"""A first look at files: record format, counts, lengths, scripts, duplicates, samples; and how tokens are shown."""
 
 import argparse
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tokenizers import Tokenizer
 
-from base.cli import UserError
+from base.cli import UserError, printable
 from corpus.duplicates import Duplicates, band_hashes
+from corpus.errors import BadRecord
 from corpus.figures import lines_of
-from corpus.files import RecordBatch, find_files, read_batches
+from corpus.files import ReadOptions, RecordBatch, find_files, read_batches
 from corpus.kinds import Document, load_encoder
 from corpus.pipeline import Report, work
 from corpus.records import (
     CHAT_FIELDS,
     PAIR_FIELDS,
     TASK_FIELDS,
-    BadRecord,
     Fields,
     chat_of,
     map_fields,
@@ -30,15 +32,16 @@ from corpus.records import (
 )  # fmt: skip
 from model import chat
 
-# Characters a token of the tokenizer that ships, on texts that it has not seen; model/tokenizer/README.md says which.
+# Characters per token of model/tokenizer on texts that it was not trained on, from its README.md.
 REFERENCE = {"Han": ("Chinese", 1.22), "Latin": ("English", 2.84)}
 KEPT = 4096  # characters of a text that are kept to be encoded
+GREEN, REVERSED = ("\033[32m", "\033[39m"), ("\033[7m", "\033[27m")
 SHOWN, EXAMPLE = 400, 160  # of a sample, its beginning and end as it is trained; of what a rule drops
-PROBED = 64  # records of a batch that are tried in every shape
+PROBED = 64  # records of a batch that are tried in every record format
 
 
 class Reading(NamedTuple):
-    """What a record may be taken for."""
+    """A kind of data that a record may be."""
 
     what: str
     command: str  # of data_process.py; "exam" is for eval.py
@@ -52,7 +55,7 @@ def _read_exam(record: dict, fields: Fields):
 
 
 def _read_task(record: dict, fields: Fields):
-    """Any question and answer could be a task; here its answer says by its place or form that it is to be checked."""
+    """Any question and answer could be a task; the place or the form of this answer says that it can be checked."""
     task_of(record, fields)
     if not {"gt", "answer_only"} & record.keys() and "####" not in str(record.get("answer")):
         raise BadRecord("the answer may be no more than a text")
@@ -71,18 +74,20 @@ class Look(NamedTuple):
     reading: Reading | None  # what most records are; None: nothing that is known
     batches: list[RecordBatch]
     records: int
-    share: float  # of the input, as it lies on disk, that was read
+    fraction: float  # of the input's bytes on disk that was read
     names: list[str]  # of a record's fields
 
 
-def first_look(inputs: list[str | Path], most: int, mapping: dict[str, str]) -> Look:
+def first_look(
+    inputs: list[str | Path], most: int, mapping: dict[str, str], options: ReadOptions | str = "text"
+) -> Look:
     """Reads up to `most` records, and finds out what they are, with a mapping of fields where one is given.
 
     UserError where there is none that can be read.
     """
     files = find_files(inputs)
     batches, count = [], 0
-    for batch in read_batches(files, "text"):
+    for batch in read_batches(files, options):
         batches.append(batch._replace(records=batch.records[: most - count]))
         count += len(batches[-1].records)
         if count == most:
@@ -102,8 +107,8 @@ def first_look(inputs: list[str | Path], most: int, mapping: dict[str, str]) -> 
         raise UserError(faults[0])
     [(most_common, _)] = taken.most_common(1)
     total = sum(path.stat().st_size for path in files)
-    share = min(batches[-1].position / total, 1.0) if total else 1.0
-    return Look(None if most_common is None else READINGS[most_common], batches, count, share, names)
+    fraction = min(batches[-1].position / total, 1.0) if total else 1.0
+    return Look(None if most_common is None else READINGS[most_common], batches, count, fraction, names)
 
 
 def _takes(reading: Reading, record: dict, mapping: dict[str, str]) -> bool:
@@ -116,37 +121,68 @@ def _takes(reading: Reading, record: dict, mapping: dict[str, str]) -> bool:
     return True
 
 
-def examine(look: Look, args: argparse.Namespace) -> tuple[Report, list[Document]]:
-    """What a command with the flags `args` makes of the records: the report, and the documents that it keeps."""
-    report = Report(args)
-    documents = [document for batch in look.batches for document in report.without_duplicates(work(args, batch, KEPT))]
-    return report, documents
+def examine(look: Look, args: argparse.Namespace) -> tuple[Report, list[Document], dict[str, str]]:
+    """What a command with the flags `args` makes of the records: the report, the documents that it keeps, and by rule
+    an example of what it changes."""
+    report, documents, changed = Report(args), [], {}
+    for batch in look.batches:
+        documents += report.without_duplicates(work(args, batch, KEPT, changed))
+    return report, documents, changed
 
 
-def describe(report: Report, documents: list[Document], tokenizer_dir: str) -> list[str]:
-    """For the terminal: what would be dropped and why, figures, and three samples."""
+def show_tokens(ids: list[int], mask: Sequence[int] | None, tokenizer: Tokenizer, color: bool) -> str:
+    """The text of tokens. A control token is ⟦its name⟧, in color reversed; the same letters in a text look otherwise.
+
+    mask: 1 on the tokens that are trained, which are green or in [[…]]; None: all are.
+    """
+    names = {
+        i: token.content.strip("<|>") for i, token in tokenizer.get_added_tokens_decoder().items() if token.special
+    }
+    trained_marks, control_marks = (GREEN, REVERSED) if color else (("[[", "]]"), ("", ""))
+    text = ""
+    for trained, stretch in groupby(zip(ids, mask or [0] * len(ids)), key=lambda pair: pair[1]):
+        part = ""
+        for name, run in groupby((token for token, _ in stretch), key=names.get):
+            if name is None:
+                part += printable(tokenizer.decode(list(run))).replace("⟦", r"\u27e6").replace("⟧", r"\u27e7")
+            else:
+                part += "".join(f"{control_marks[0]}⟦{name}⟧{control_marks[1]}" for _ in run)
+        text += f"{trained_marks[0]}{part}{trained_marks[1]}" if trained else part
+    return text
+
+
+def describe(
+    report: Report, documents: list[Document], changed: dict[str, str], tokenizer_dir: str, color: bool = False
+) -> list[str]:
+    """For the terminal: what would be dropped or changed and why, figures, and three samples.
+
+    changed: rule -> an example of what it changes.
+    """
     lines = [f"{report.records.total():,} records: {report.kept:,} would be kept, {report.bad:,} are bad"]
     lines += [f"  {example}" for example in report.bad_examples]
     for name, rule in report.rules.items():
         if rule["dropped"]:
             lines.append(f"  {rule['dropped']:,} dropped by {name}, such as {rule['example'][:EXAMPLE]!r}")
     if documents and (near := count_near_duplicates(documents)):
-        lines.append(f"  {near:,} of those kept are nearly like another: --add_rules near_duplicate would drop them")
-    for shape, count in report.shapes.most_common():
-        lines.append(f"  {count / report.shapes.total():.1%} of the records have: {shape}")
+        lines.append(f"  {near:,} of those kept are near duplicates: --add_rules near_duplicate would drop them")
+    for name, example in changed.items():
+        lines.append(f"  {report.rules[name]['changed']:,} changed by {name}, such as {example[:EXAMPLE]!r}")
+    for name, count in report.formats.most_common():
+        lines.append(f"  {count / report.formats.total():.1%} of the records have: {name}")
     lines += lines_of(report.figures.as_dict())
-    for script, ratio in characters_a_token(documents, tokenizer_dir).items():
+    for script, ratio in characters_per_token(documents, tokenizer_dir).items():
         language, reference = REFERENCE[script]
-        lines.append(f"{ratio:.2f} characters a token in {script} texts (reference: {language}, {reference})")
+        lines.append(f"{ratio:.2f} characters per token in {script} texts (reference: {language}, {reference})")
+    lines = [printable(line) for line in lines]
     encoder = load_encoder(tokenizer_dir)
     for document in some(documents):
         lines.append(f"--- record {document.place}")
-        for ids, _ in document.parts:
+        for ids, mask in document.parts:
             kept = np.frombuffer(ids, encoder.dtype)[: 4 * KEPT].tolist()  # a character is 4 tokens at most
-            text = encoder.tokenizer.decode(kept, skip_special_tokens=False).rstrip("\n")
+            text = show_tokens(kept, mask or None, encoder.tokenizer, color).rstrip("\n")
             lines.append(text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} […] {text[-SHOWN // 2 :]}")
         if document.note:
-            lines.append(f"--- answer to check: {json.loads(document.note)['answer']}")
+            lines.append(printable(f"--- answer to check: {json.loads(document.note)['answer']}"))
     return lines
 
 
@@ -156,13 +192,13 @@ def some(items: list) -> list:
 
 
 def count_near_duplicates(documents: list[Document]) -> int:
-    """How many of the documents are nearly like an earlier one."""
+    """How many of the documents are near duplicates of an earlier one."""
     bands = band_hashes([document.text for document in documents])
-    keys = np.arange(1, len(bands) + 1, dtype=np.uint64)  # each another, for what is equal is gone already
+    keys = np.arange(1, len(bands) + 1, dtype=np.uint64)  # all different, because equal documents are gone already
     return sum(rule is not None for rule in Duplicates(exact=False).rules(keys, bands))
 
 
-def characters_a_token(documents: list[Document], tokenizer_dir: str) -> dict[str, float]:
+def characters_per_token(documents: list[Document], tokenizer_dir: str) -> dict[str, float]:
     """Of up to 500 texts, by the script that has most of a text's letters, where there is a reference for it."""
     tokenizer = load_encoder(tokenizer_dir).tokenizer
     characters, tokens = Counter(), Counter()

@@ -25,11 +25,12 @@ from tqdm import tqdm
 from base.cli import UserError
 from corpus.cleaning import Dropped, is_other_language
 from corpus.duplicates import Duplicates, band_hashes
+from corpus.errors import BadRecord
 from corpus.exams import load_exams
 from corpus.figures import Figures, measure
 from corpus.files import RecordBatch, find_files, read_batches
 from corpus.kinds import KINDS, Document, load_encoder
-from corpus.records import BadRecord, parse, shape_of
+from corpus.records import format_of, parse
 
 tqdm.monitor_interval = 0  # no thread beside the bar, which is moved often enough
 SAMPLE = 80  # characters of a text that leave the worker, for the report
@@ -45,24 +46,32 @@ class Result(NamedTuple):
     bad: list[tuple[int, str]]  # place, reason
     dropped: list[tuple[str, int, str]]  # rule, place, sample
     changed: Counter  # rule -> how many texts it changed
-    shapes: Counter  # shape of record -> how many have it
+    formats: Counter  # record format -> how many have it
 
 
-def work(args: argparse.Namespace, batch: RecordBatch, sample: int = SAMPLE) -> Result:
-    """Makes documents of the records of a batch, in a worker process."""
+def work(
+    args: argparse.Namespace, batch: RecordBatch, sample: int = SAMPLE, examples: dict[str, str] | None = None
+) -> Result:
+    """Makes documents of the records of a batch, in a worker process.
+
+    examples: for each rule that changes a record, receives the first of them.
+    """
     kind = KINDS[args.command]
-    rules = rules_at_work(args)
+    rules = active_rules(args)
     exams = load_exams(args.exclude) if args.exclude and "exam_question" in rules else None
     languages = args.languages if "other_language" in rules else ()
     documents, bad, dropped = [], [], []
-    changed, shapes = Counter(), Counter()
+    changed, formats = Counter(), Counter()
     for place, record in batch.records:
         try:
             record = parse(record)
             document = kind.read(place, record, args, changed)
+            if examples is not None:
+                line = f"{batch.path}:{place}: {json.dumps(record, ensure_ascii=False, default=str)}"
+                examples.update({rule: line for rule in +changed if rule not in examples})
             if languages and is_other_language(document.text, languages):
                 raise Dropped("other_language", document.text[:sample])
-            if exams and exams.stand_in(document.text):
+            if exams and exams.occur_in(document.text):
                 raise Dropped("exam_question", document.text[:sample])
             documents.append(document)
         except Dropped as drop:
@@ -77,8 +86,8 @@ def work(args: argparse.Namespace, batch: RecordBatch, sample: int = SAMPLE) -> 
         except RecursionError:
             bad.append((place, "lists or objects in each other, too deep to be read"))
             continue
-        shapes[shape_of(record, args.names)] += 1
-    # What follows goes over the whole batch step by step: a fifth faster than text by text, for the processor's caches.
+        formats[format_of(record, args.names)] += 1
+    # The steps below process the whole batch one after the other: a fifth faster than text by text, because of caches.
     if kind.tokenize:
         documents = kind.tokenize(documents, args)
     keys = np.array([document.key for document in documents], np.uint64)
@@ -88,10 +97,10 @@ def work(args: argparse.Namespace, batch: RecordBatch, sample: int = SAMPLE) -> 
     figures = measure(documents, load_encoder(args.tokenizer).dtype.itemsize if kind.titles else 0)
     documents = [document._replace(text=document.text[:sample]) for document in documents]
     count = len(batch.records)
-    return Result(batch._replace(records=[]), count, documents, keys, bands, figures, bad, dropped, changed, shapes)
+    return Result(batch._replace(records=[]), count, documents, keys, bands, figures, bad, dropped, changed, formats)
 
 
-def rules_at_work(args: argparse.Namespace) -> set[str]:
+def active_rules(args: argparse.Namespace) -> set[str]:
     kind = KINDS[args.command]
     return set(kind.rules) - set(args.skip_rules) - (set(kind.optional) - set(args.add_rules))
 
@@ -122,13 +131,13 @@ def in_order(function: Callable, tasks: Iterable, workers: int) -> Iterator:
         while pending:
             yield pending.popleft().result()
     except BrokenProcessPool:
-        raise OSError("a worker process died, maybe for want of memory: try --workers 1") from None
+        raise OSError("a worker process died, maybe because of too little memory: try --workers 1") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 class Report:
-    """What became of the records, and what the documents are like that were kept."""
+    """Counts of what happened to the records, and figures of the documents that were kept."""
 
     def __init__(self, args: argparse.Namespace):
         self.skipped = args.skip_rules
@@ -138,12 +147,12 @@ class Report:
         self.bad = 0
         self.bad_examples: list[str] = []
         self.rules = {name: {"changed": 0, "dropped": 0, "example": None} for name in KINDS[args.command].rules}
-        self.shapes = Counter()
+        self.formats = Counter()
         self.figures = Figures()
         self.duplicates = Duplicates(exact="exact_duplicate" not in args.skip_rules)
 
     def without_duplicates(self, result: Result) -> Iterator[Document]:
-        """Counts what a worker found, and yields the documents that are not like an earlier one."""
+        """Counts what a worker found, and yields the documents that are not duplicates."""
         path = result.batch.path
         dropped = list(result.dropped)
         self.records[path] += result.count
@@ -152,7 +161,7 @@ class Report:
         del self.bad_examples[5:]
         if self.records.total() >= 1000:
             self.check_bad()
-        self.shapes += result.shapes
+        self.formats += result.formats
         rules = self.duplicates.rules(result.keys, result.bands)
         self.figures.add(result.figures[[rule is None for rule in rules]])
         for document, rule in zip(result.documents, rules):
@@ -172,13 +181,13 @@ class Report:
         if self.bad > self.max_bad_fraction * self.records.total():
             raise UserError(
                 f"{self.bad_examples[0]} (this and more, {self.bad} of {self.records.total()} records, are bad: "
-                f"mend them, or allow for them with --max_bad_fraction, now {self.max_bad_fraction})"
+                f"repair them, or allow for them with --max_bad_fraction, now {self.max_bad_fraction})"
             )
 
     def as_dict(self) -> dict:
         counts = {"records": self.records.total(), "kept": self.kept, "bad": self.bad}
         counts |= {"bad_examples": self.bad_examples, "skipped_rules": self.skipped, "rules": self.rules}
-        return counts | {"shapes": self.shapes, "figures": self.figures.as_dict()}
+        return counts | {"record_formats": self.formats, "figures": self.figures.as_dict()}
 
     def __str__(self) -> str:
         lines = [f"{self.records.total():,} records, {self.kept:,} kept, {self.bad:,} bad", *self.bad_examples]
@@ -186,8 +195,8 @@ class Report:
         for name, rule in self.rules.items():
             example = json.dumps(rule["example"], ensure_ascii=False) if rule["example"] else ""
             lines.append(f"{name:16} {rule['changed']:9,} {rule['dropped']:9,}  {example}".rstrip())
-        for shape, count in self.shapes.most_common():
-            lines.append(f"{count / self.shapes.total():6.1%} of the records: {shape}")
+        for name, count in self.formats.most_common():
+            lines.append(f"{count / self.formats.total():6.1%} of the records: {name}")
         lines.append(f"index of duplicates: {len(self.duplicates) / 1e6:.1f} MB")
         return "\n".join(lines)
 
@@ -198,7 +207,7 @@ def read_documents(args: argparse.Namespace, inputs: list[str], report: Report) 
     kept_before = report.kept
     shown = time.monotonic()
     total = sum(path.stat().st_size for path in files)
-    results = in_order(partial(work, args), read_batches(files, args.text_field), args.workers)
+    results = in_order(partial(work, args), read_batches(files, args.options), args.workers)
     with tqdm(total=total, desc=args.command, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
         for result in results:
             yield from report.without_duplicates(result)
@@ -209,4 +218,4 @@ def read_documents(args: argparse.Namespace, inputs: list[str], report: Report) 
     report.check_bad()
     if report.kept == kept_before:
         print(report, file=sys.stderr)
-        raise UserError(f"{', '.join(inputs)}: no document is left; the report above says what became of the records")
+        raise UserError(f"{', '.join(inputs)}: no document is left; the report above says why")

@@ -1,7 +1,7 @@
 """The prepared folder, of which this file alone knows the format: one writer, one reader; numpy only.
 
     train.bin  train.idx  [train.mask]    token ids end to end; where each document begins, and the end of the last;
-    val.bin    val.idx    [val.mask]      of chats, a byte a token: 1 where it is trained
+    val.bin    val.idx    [val.mask]      of chats, a byte per token: 1 where it is trained
     [train.jsonl, val.jsonl]              of questions, a note each: the answer that a reward is given for
     tokenizer/  token_bytes.bin           what the ids mean, and how many UTF-8 bytes of text each stands for
     meta.json                             what it is, counts, sources, SHA-256 sums
@@ -25,11 +25,11 @@ from model.chat import TOKENIZER_FILES, load_tokenizer, token_bytes, tokenizer_f
 FORMAT_VERSION = 2
 SPLITS = ("train", "val")
 META, TOKENIZER, TOKEN_BYTES = "meta.json", "tokenizer", "token_bytes.bin"
-CHECKED = 2**26  # bytes: larger files are held against their sums by `data_process.py check` alone, smaller ones always
+CHECKED = 2**26  # bytes: readers compare smaller files with their sums, `data_process.py check` all of them
 
 
 class PreparedWriter:
-    """A folder while it is written. A sequence is a document, a chat, or one half of a pair."""
+    """A folder that is being written. A sequence is a document, a chat, or one half of a pair."""
 
     def __init__(
         self,
@@ -100,13 +100,13 @@ def writing_prepared(
 ) -> Iterator[PreparedWriter]:
     """A writer whose folder takes the place of `folder` when the block ends well; what it adds to .meta is kept.
 
-    UserError where `folder` holds anything but prepared data: it may be someone's work.
+    UserError where `folder` contains anything but prepared data: it may be someone's work.
     """
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name} if folder.exists() else set()
     ours = {f"{split}.{suffix}" for split in SPLITS for suffix in ("bin", "idx", "mask", "jsonl")}
     ours |= {META, TOKENIZER, TOKEN_BYTES}
     if names and not (META in names and names <= ours):
-        raise UserError(f"{folder} holds something else than prepared data: choose another --output, or move it away")
+        raise UserError(f"{folder} contains more than prepared data: choose another --output, or move it away")
     with replacing_directory(folder) as new:
         with contextlib.ExitStack() as stack:
             writer = PreparedWriter(new, kind, tokenizer_dir, masked, group, noted, stack)
@@ -127,16 +127,18 @@ class Prepared:
         self.mask = self._map(f"{split}.mask", np.uint8) if self.meta["masked"] else None
         self.token_bytes = self._map(TOKEN_BYTES, "<u2").astype(np.int64)  # (V,)
         if not (self.tokenizer_dir / "tokenizer.json").exists():
-            raise UserError(f"{self.tokenizer_dir}/tokenizer.json is missing; make the data anew with data_process.py")
+            raise UserError(
+                f"{self.tokenizer_dir}/tokenizer.json is missing; prepare the data again with data_process.py"
+            )
         rising = len(self.offsets) > 0 and self.offsets[0] == 0 and (np.diff(self.offsets) >= 0).all()
         if not rising or self.offsets[-1] != len(self.tokens):
-            raise UserError(f"{folder}/{split}.idx and {split}.bin do not belong together; make the data anew")
+            raise UserError(f"{folder}/{split}.idx and {split}.bin do not belong together; prepare the data again")
         if self.mask is not None and len(self.mask) != len(self.tokens):
-            raise UserError(f"{folder}/{split}.mask and {split}.bin do not belong together; make the data anew")
+            raise UserError(f"{folder}/{split}.mask and {split}.bin do not belong together; prepare the data again")
         other = SPLITS[1 - SPLITS.index(split)]
         sums = {name: value for name, value in self.meta["files"].items() if not name.startswith(f"{other}.")}
         small = {name: value for name, value in sums.items() if _size(self.folder / name) <= CHECKED}
-        check_sums(self.folder, small, f"{self.folder / META} has another sum; make the data anew")
+        check_sums(self.folder, small, f"{self.folder / META} has another sum; prepare the data again")
 
     @property
     def tokenizer_dir(self) -> Path:
@@ -167,22 +169,22 @@ class Prepared:
         try:
             notes = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
         except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{path} cannot be read ({error}); make the data anew") from None
+            raise UserError(f"{path} cannot be read ({error}); prepare the data again") from None
         if not all(isinstance(note, dict) for note in notes):
-            raise UserError(f"{path} holds a line that is no JSON object; make the data anew")
+            raise UserError(f"{path} has a line that is not a JSON object; prepare the data again")
         if len(notes) != len(self):
-            raise UserError(f"{path} and {self.split}.idx do not belong together; make the data anew")
+            raise UserError(f"{path} and {self.split}.idx do not belong together; prepare the data again")
         return notes
 
     def _map(self, name: str, dtype) -> np.ndarray:
         path, dtype = self.folder / name, np.dtype(dtype)
         if not path.is_file():
-            raise UserError(f"{path} is missing; make the data anew with data_process.py")
+            raise UserError(f"{path} is missing; prepare the data again with data_process.py")
         size = path.stat().st_size
         if size == 0:  # an empty file cannot be mapped
             return np.zeros(0, dtype)
         if size % dtype.itemsize:
-            raise UserError(f"{path} is cut short; make the data anew with data_process.py")
+            raise UserError(f"{path} is cut short; prepare the data again with data_process.py")
         return np.memmap(path, dtype=dtype, mode="r")
 
 
@@ -213,11 +215,11 @@ def read_meta(folder: Path) -> dict:
     meta = read_json(path)
     if meta.get("format_version") != FORMAT_VERSION:
         version = meta.get("format_version", "of another program")
-        raise UserError(f"{path} has format {version}, not {FORMAT_VERSION}; make the data anew")
+        raise UserError(f"{path} has format {version}, not {FORMAT_VERSION}; prepare the data again")
     types = {"kind": str, "masked": bool, "group": int, "dtype": str, "vocab_size": int, "files": dict}
     wrong = [name for name, kind in types.items() if not isinstance(meta.get(name), kind)]
     if wrong or meta["dtype"] not in ("uint16", "uint32") or meta["group"] < 1:
-        raise UserError(f"{path} is not what data_process.py writes; make the data anew")
+        raise UserError(f"{path} is not what data_process.py writes; prepare the data again")
     if meta.get("sha256", _sum_of(meta)) != _sum_of(meta):  # data made earlier have none
-        raise UserError(f"{path} is damaged, or was changed after it was written; make the data anew")
+        raise UserError(f"{path} is damaged, or was changed after it was written; prepare the data again")
     return meta

@@ -1,46 +1,54 @@
-"""The shapes of records that people have -> a text, a chat, a pair of chats, or a task with an answer to check."""
+"""The record formats of data sets -> a text, a chat, a pair of chats, or a task with an answer that can be checked."""
 
-import ast
 import json
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from base.cli import UserError
-from corpus.files import find_files, read_batches
+from corpus.cleaning import is_placeholder
+from corpus.errors import BadRecord
+from corpus.files import DECODER, ReadOptions, find_files, read_batches
+from corpus.messages import (
+    REASONING,
+    Messages,
+    as_text,
+    check_json,
+    expect,
+    is_filled,
+    is_missing,
+    messages_of,
+    or_number,
+    take_tools,
+    unpack,
+)
 
-ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {
-    "human": "user",  # ShareGPT's names
-    "gpt": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
-}
-Messages = list[dict]  # as model.chat.encode_chat takes them
-
-# A part of a record -> the names that its field has in the data sets people have. The first that is filled counts; and
-# of what is asked, messages come before a question, and a question before an instruction with its input.
+# A part of a record -> the names that its field has in data sets. The first that is filled counts. Of what is asked,
+# messages come before a question, and a question before an instruction with its input.
 Fields = dict[str, tuple[str, ...]]
 ASKED: Fields = {
-    "messages": ("conversations", "messages"),
-    "question": ("prompt", "q", "question_zh", "question", "query"),
-    "instruction": ("instruction",),
-    "input": ("input",),
+    "messages": ("conversations", "messages", "conversation"),
+    "question": ("prompt", "q", "question_zh", "question", "query", "问题", "提问", "Question", "Prompt"),
+    "instruction": ("instruction", "指令", "Instruction"),
+    "input": ("input", "输入", "Input"),
 }
 PROMPT_FIELDS = ASKED | {"history": ("history",), "system": ("system", "system_prompt"), "tools": ("tools",)}
-CHAT_FIELDS = PROMPT_FIELDS | {
-    "answer": ("output", "a", "completion", "answer_zh", "answer", "response", "target", "content"),
-    "reasoning": ("reasoning_content",),
-}
+ANSWERS = ("output", "a", "completion", "answer_zh", "answer", "response", "target", "content")
+ANSWERS += ("回答", "答案", "输出", "Answer", "Response", "Output")
+CHAT_FIELDS = PROMPT_FIELDS | {"answer": ANSWERS, "reasoning": (*REASONING, "Complex_CoT", "思考")}
 PAIR_FIELDS = PROMPT_FIELDS | {
-    "chosen": ("chosen", "response_j"),
-    "rejected": ("rejected", "response_k"),
+    "chosen": ("chosen", "response_j", "chosen_response", "response"),
+    "rejected": ("rejected", "response_k", "rejected_response", "rejected_messages"),
     "both": ("output",),  # LLaMA-Factory's older way: [chosen, rejected]
 }
-TASK_FIELDS = PROMPT_FIELDS | {"answer": ("gt", "answer_only", "answer")}
+TASK_FIELDS = PROMPT_FIELDS | {"answer": ("gt", "answer_only", "answer", "答案", "Answer")}
+# Fields that say whether the answer is a good one (KTO data), and the values that say that it is not.
+LABELS = ("label", "kto_tag", "correct", "is_correct", "is_good", "accepted", "is_chosen", "desirable")
+BAD_LABELS = {"false", "0", "0.0", "-1", "no", "bad", "rejected", "undesirable", "incorrect", "wrong"}
+NO_INPUTS = {"<noinput>", "<no input>", "noinput", "no input", "无输入", "（无）", "(无)"}
 
 
-class BadRecord(ValueError):
-    """A record of no known shape, or with a field of the wrong type; the message says what is wrong."""
+Changes = Callable[[str], bool]
 
 
 class Chat(NamedTuple):
@@ -62,43 +70,41 @@ class Task(NamedTuple):
 
 
 def parse(record: bytes | object) -> dict:
-    """A line of JSON, or what another reader made of a record, as a dict."""
+    """A line of JSON, or what another reader made of a record, as a dict. A list of messages is a chat."""
     if isinstance(record, bytes):
         try:
-            record = json.loads(record)
+            record = DECODER.decode(record.decode())
         except (ValueError, RecursionError) as error:  # of the JSON or of its UTF-8
             raise BadRecord(f"broken JSON: {error}") from None
-    return _expect(record, dict, "a JSON object")
-
-
-def _expect(value: Any, kind: type | tuple[type, ...], what: str) -> Any:
-    if not isinstance(value, kind):
-        raise BadRecord(f"expected {what}, found: {type(value).__name__}")
-    return value
+    if isinstance(record, BadRecord):
+        raise record
+    if isinstance(record, list) and record and all(isinstance(turn, dict) and "role" in turn for turn in record):
+        return {"messages": record}
+    return expect(record, dict, "a JSON object")
 
 
 def map_fields(known: Fields, mapping: dict[str, str]) -> Fields:
-    """The table of fields with a user's mapping of parts; who says where the question is means no other field."""
+    """The table of fields with a user's mapping of parts; a mapped question excludes the other question fields."""
     silent = ASKED.keys() - mapping.keys() if ASKED.keys() & mapping.keys() else set()
     return {part: (mapping[part],) if part in mapping else names for part, names in known.items() if part not in silent}
 
 
 def pick_fields(record: dict, fields: Fields) -> dict[str, str]:
-    """Part -> the field of this record that holds it, for the parts that it has."""
+    """Part -> the field of this record that contains it, for the parts that it has."""
     picked = {}
     for part, names in fields.items():
         there = [name for name in names if name in record]
         if there:
-            picked[part] = next((name for name in there if record[name]), there[0])
-    asked = [part for part in ASKED if part in picked and record[picked[part]]]
+            picked[part] = next((name for name in there if is_filled(record[name])), there[0])
+    asked = [part for part in ASKED if part in picked and is_filled(record[picked[part]])]
     used = list(ASKED)  # where all are blank
     if asked:
         used = asked[:1] if asked[0] in ("messages", "question") else ["instruction", "input"]
     return {part: name for part, name in picked.items() if part in used or part not in ASKED}
 
 
-def shape_of(record: dict, fields: Fields) -> str:
-    """What the report calls the record's shape: its fields that are used, and which parts they are."""
+def format_of(record: dict, fields: Fields) -> str:
+    """What the report calls the record format: the fields that are used, and which parts they are."""
     picked = pick_fields(record, fields).items()
     return ", ".join(name if name == part else f"{part}={name}" for part, name in picked)
 
@@ -120,7 +126,7 @@ def text_of(record: dict, field: str) -> str:
     text = record.get(field)
     if not isinstance(text, str):
         if field in record:
-            raise BadRecord(f'the field "{field}" holds no text but {json.dumps(text, default=str)[:40]}')
+            raise BadRecord(f'the field "{field}" is not a text but {json.dumps(text, default=str)[:40]}')
         raise BadRecord(f'no text in the field "{field}" (see --text_field); there is {_fields(record)}')
     return text
 
@@ -129,9 +135,12 @@ def _fields(record: dict) -> str:
     return ", ".join(map(str, record))
 
 
-def each_record(file: str, text_field: str, take: Callable[[dict], Any]) -> Iterator[Any]:
-    """take(record) for every record of a file or folder; UserError names the file and line of a bad one."""
-    for batch in read_batches(find_files([file]), text_field):
+def each_record(file: str, options: ReadOptions | str, take: Callable[[dict], Any]) -> Iterator[Any]:
+    """take(record) for every record of a file or folder; UserError names the file and line of a bad one.
+
+    options: how to read it; a name is the text field.
+    """
+    for batch in read_batches(find_files([file]), options):
         for place, record in batch.records:
             try:
                 record = parse(record)
@@ -146,74 +155,21 @@ def each_record(file: str, text_field: str, take: Callable[[dict], Any]) -> Iter
             yield value
 
 
-def unpack(value: Any) -> Any:
-    """A list or object that may be kept as a string: of JSON, or, in old CSV files, of Python."""
-    if not isinstance(value, str) or not value:
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        pass
-    try:
-        return json.loads(json.dumps(ast.literal_eval(value)))  # of a set, or bytes, a TypeError
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        raise BadRecord(f"neither JSON nor a Python literal: {value[:40]}") from None
-
-
-def _sayable(value: Any) -> Any:
-    """BadRecord for what JSON, in which a chat has its tools, cannot say: parquet files hold dates and bytes."""
-    try:
-        json.dumps(value)
-    except TypeError as error:
-        raise BadRecord(f"in the tools: {error}") from None
-    return value
-
-
-def message_of(turn: Any) -> dict:
-    """A message as encode_chat takes it, of {"role", "content"} or ShareGPT's {"from", "value"}."""
-    _expect(turn, dict, "a message that is an object")
-    role = turn.get("role", turn.get("from"))
-    content = turn.get("content", turn.get("value"))
-    content = "" if content is None else content
-    calls = unpack(turn.get("tool_calls")) or []
-    reasoning = turn.get("reasoning_content") or ""
-    if not isinstance(role, str) or role not in ROLES:
-        raise BadRecord(f'a message has the role "{role}"; known are {", ".join(ROLES)}')
-    if role == "function_call":
-        content, calls = "", unpack(content)
-    if not isinstance(content, str) or not isinstance(reasoning, str):
-        raise BadRecord("the content of a message is not a text")
-    if ROLES[role] == "assistant" and (thought := re.match("<think>(.*?)</think>", content, re.S)):
-        reasoning = thought[1].strip("\n")
-        content = content[thought.end() :].lstrip("\n")  # as DeepSeek-R1 writes it
-    message = {
-        "role": ROLES[role],
-        "content": content,
-        "reasoning_content": reasoning,
-        "tool_calls": _calls_of(calls),
-    }
-    return {key: value for key, value in message.items() if value or key == "content"}
-
-
-def _calls_of(calls: Any) -> list[dict]:
-    """Tool calls as {"name", "arguments"}, of one or several, each maybe inside OpenAI's {"function"}."""
-    calls = [calls] if isinstance(calls, dict) else _expect(calls, list, "a list of tool calls")
-    found = []
-    for call in calls:
-        call = _expect(call, dict, "a tool call that is an object")
-        call = _expect(call.get("function", call), dict, "a function that is an object")
-        if not isinstance(call.get("name"), str) or "arguments" not in call:
-            raise BadRecord("a tool call has no name or no arguments")
-        found.append(_sayable(call))
-    return found
+def has_bad_label(record: dict) -> bool:
+    """Whether a field says that the answer of the record is a bad one, as in data for KTO."""
+    labels = (record.get(name) for name in LABELS)
+    return any(str(label).strip().lower() in BAD_LABELS for label in labels if not is_missing(label))
 
 
 def answer_of(value: Any, reasoning: Any = None) -> Messages:
-    """The messages of an answer that is a text, a message, or a list of messages."""
-    if isinstance(value, str):
-        value = {"role": "assistant", "content": value, "reasoning_content": reasoning}
-    turns = [value] if isinstance(value, dict) else _expect(value, list, "an answer that is a text, or messages")
-    return [message_of(turn) for turn in turns]
+    """The messages of an answer that is a text, a number, a message, or a list of messages or of parts of a text."""
+    turns = [value] if isinstance(value, dict) else value
+    if isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns):
+        if isinstance(value, dict) or any(turn.keys() & {"role", "from"} for turn in turns):
+            return [message for turn in turns for message in messages_of(turn)]
+    elif isinstance(value, list) and value:
+        raise BadRecord(f"expected an answer that is a text, or messages, found a list of {len(value)}")
+    return messages_of({"role": "assistant", "content": or_number(value), "reasoning_content": reasoning})
 
 
 def split_turns(text: str) -> Messages:
@@ -222,46 +178,72 @@ def split_turns(text: str) -> Messages:
     names, contents = parts[::2], parts[1::2]
     if before.strip() or names[:2] != ["Human", "Assistant"]:
         return []
-    return [message_of({"role": name.lower(), "content": content.strip()}) for name, content in zip(names, contents)]
+    turns = [{"role": name, "content": content.strip()} for name, content in zip(names, contents)]
+    return [message for turn in turns for message in messages_of(turn)]
 
 
-def prompt_of(record: dict, fields: Fields = PROMPT_FIELDS) -> Chat:
-    """All of a record but what answer fields hold. No messages where the shape is not known."""
+def prompt_of(record: dict, fields: Fields = PROMPT_FIELDS, changes: Changes = lambda rule: True) -> Chat:
+    """All of a record but what answer fields hold. No messages where the record format is not known.
+
+    changes(rule) says whether a rule is switched on, and counts that it changes the record.
+    """
     values = _take(record, fields)
-    turns = unpack(values.get("messages")) or values.get("question")
-    tools = unpack(values.get("tools"))
-    messages = []
+    turns = unpack(values["messages"]) if is_filled(values.get("messages")) else None
+    turns = turns or values.get("question")
+    tools = unpack(values.get("tools")) if is_filled(values.get("tools")) else None
     if isinstance(turns, list):
-        messages = [message_of(turn) for turn in turns]
+        messages = [message for turn in turns for message in messages_of(turn)]
         tools = tools or (turns and unpack(turns[0].get("tools")))  # MiniMind keeps them in the system message
     else:
-        for exchange in _expect(unpack(values.get("history")) or [], list, "a history that is a list"):
-            if not isinstance(exchange, list | tuple) or len(exchange) != 2:
-                raise BadRecord("an entry of the history is not a question and its answer")
-            question, answer = exchange
-            messages += [message_of({"role": "user", "content": question}), *answer_of(answer)]
-        messages += _question_of(values, turns)
-    if not isinstance(tools or [], list):
-        raise BadRecord("the tools are not a list")
-    if values.get("system") and not (messages and messages[0]["role"] == "system"):
-        messages.insert(0, message_of({"role": "system", "content": values["system"]}))
-    return Chat(messages, _sayable(tools))
+        messages = [*_history_of(values), *_question_of(values, turns, changes)]
+    if system := as_text(values.get("system"), "the system text"):
+        if not (messages and messages[0]["role"] == "system"):
+            messages.insert(0, {"role": "system", "content": system})
+        elif messages[0]["content"] != system:
+            changes("second_system")
+    if messages and messages[0]["role"] == "system" and "<tools>" in messages[0]["content"]:
+        messages[0]["content"], written = take_tools(messages[0]["content"])
+        tools = tools or written
+    return Chat(messages, check_json(expect(tools or None, (list, type(None)), "tools that are a list")))
 
 
-def _question_of(values: dict, question: Any) -> Messages:
+def _history_of(values: dict) -> Messages:
+    messages = []
+    history = unpack(values["history"]) if is_filled(values.get("history")) else []
+    for exchange in expect(history, list, "a history that is a list"):
+        if not isinstance(exchange, list | tuple) or len(exchange) != 2:
+            raise BadRecord("an entry of the history is not a question and its answer")
+        messages += [*messages_of({"role": "user", "content": exchange[0]}), *answer_of(exchange[1])]
+    return messages
+
+
+def _question_of(values: dict, question: Any, changes: Changes) -> Messages:
     """The user's turn, of a question or of Alpaca's instruction and input; none where there is neither."""
-    if not question:
-        parts = [part for part in (values.get("instruction"), values.get("input")) if part]
-        question = "\n".join(_expect(part, str, "an instruction that is a text") for part in parts)
+    if not is_filled(question):
+        parts = [as_text(or_number(values.get(part)), f"the {part}") for part in ("instruction", "input")]
+        placeholder = parts[1].strip() and (is_placeholder(parts[1]) or parts[1].strip().lower() in NO_INPUTS)
+        if parts[0].strip() and placeholder and changes("empty_input"):
+            parts.pop()
+        question = "\n".join(filter(None, parts))
     if isinstance(question, str) and (turns := split_turns(question)):
         return turns if turns[-1]["content"] else turns[:-1]  # "Assistant:" at the end asks for the answer
-    return [message_of({"role": "user", "content": question})] if question else []
+    return messages_of({"role": "user", "content": question}) if is_filled(question) else []
 
 
-def chat_of(record: dict, fields: Fields = CHAT_FIELDS) -> Chat:
-    messages, tools = prompt_of(record, fields)
+def request_of(record: dict) -> Chat:
+    """The prompt of a record for a model to answer: without the answers at its end. BadRecord where no one asks."""
+    messages, tools = prompt_of(record)
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not any(message["role"] in ("user", "tool") for message in messages):
+        raise BadRecord(f"neither prompt nor messages that ask; there is {_fields(record)}")
+    return Chat(messages, tools)
+
+
+def chat_of(record: dict, fields: Fields = CHAT_FIELDS, changes: Changes = lambda rule: True) -> Chat:
+    messages, tools = prompt_of(record, fields, changes)
     values = _take(record, fields)
-    if values.get("answer") and not (messages and messages[-1]["role"] == "assistant"):
+    if is_filled(values.get("answer")) and not (messages and messages[-1]["role"] == "assistant"):
         messages += answer_of(values["answer"], values.get("reasoning"))
     _expect_parts(record, fields, messages, "answer")
     return Chat(messages, tools)
@@ -274,18 +256,20 @@ def _expect_parts(record: dict, fields: Fields, messages: Messages, answer: str)
     asked = "user" in roles or picked & ASKED.keys()
     answered = "assistant" in roles or picked & {answer, "messages"}
     if not asked or not answered:
-        raise BadRecord(
-            f"no chat of a known shape; there is {_fields(record)} (see --fields question=NAME,{answer}=NAME)"
-        )
+        text = record.keys() == {"text"}  # of a file of running text
+        hint = "--speaker NAME for a chat export" if text else f"--fields question=NAME,{answer}=NAME"
+        raise BadRecord(f"no chat of a known record format; there is {_fields(record)} (see {hint})")
 
 
 def pair_of(record: dict, fields: Fields = PAIR_FIELDS) -> Pair:
     prompt, tools = prompt_of(record, fields)
     values = _take(record, fields)
-    answers = [values.get("chosen"), values.get("rejected")]
-    if answers == [None, None]:
+    if "rejected" in values and "chosen" not in values and prompt and prompt[-1]["role"] == "assistant":
+        values["chosen"] = [prompt.pop()]  # ms-swift's messages end with the chosen answer
+    answers = [values[part] for part in ("chosen", "rejected") if part in values]
+    if not answers:
         answers = unpack(values.get("both"))
-    if not isinstance(answers, list) or len(answers) != 2 or not all(answers):
+    if not isinstance(answers, list) or len(answers) != 2:
         flag = "--fields chosen=NAME,rejected=NAME"
         raise BadRecord(f"no pair of chosen and rejected; there is {_fields(record)} (see {flag})")
     chosen, rejected = (_whole_chat(prompt, answer) for answer in answers)
@@ -303,7 +287,7 @@ def pair_of(record: dict, fields: Fields = PAIR_FIELDS) -> Pair:
 
 
 def _whole_chat(prompt: Messages, answer: Any) -> Messages:
-    """The prompt may be in the answer already; but a system text that stands beside it still belongs in front."""
+    """The prompt may be in the answer already; but a separate system text still belongs in front."""
     answer = (isinstance(answer, str) and not prompt and split_turns(answer)) or answer_of(answer)
     if answer[0]["role"] == "assistant":
         return prompt + answer
@@ -312,13 +296,15 @@ def _whole_chat(prompt: Messages, answer: Any) -> Messages:
     return answer
 
 
-def task_of(record: dict, fields: Fields = TASK_FIELDS) -> Task:
+def task_of(record: dict, fields: Fields = TASK_FIELDS, changes: Changes = lambda rule: True) -> Task:
     """A question whose answer can be checked. A chat's last answer is left out: it is blank, or given away."""
-    messages, tools = prompt_of(record, fields)
+    messages, tools = prompt_of(record, fields, changes)
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
     if not messages or messages[-1]["role"] != "user":
-        raise BadRecord(f"no question of a known shape; there is {_fields(record)} (see --fields question=NAME)")
+        raise BadRecord(
+            f"no question of a known record format; there is {_fields(record)} (see --fields question=NAME)"
+        )
     answer = _answer_to_check(_take(record, fields).get("answer"))
     if not answer:
         raise BadRecord(f"no answer to check; there is {_fields(record)} (see --fields answer=NAME)")
@@ -326,12 +312,12 @@ def task_of(record: dict, fields: Fields = TASK_FIELDS) -> Task:
 
 
 def _answer_to_check(value: Any) -> str:
-    """The answer alone: a text or number, or the one in a list; of GSM8K what follows "####". Blank where none is."""
+    """The answer alone: a text or number, or the only one of a list; of GSM8K what follows "####". "" for none."""
     if isinstance(value, list):
         if len(value) != 1:
             raise BadRecord(f"{len(value)} answers, where one is to be checked")
         value = value[0]
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    if isinstance(value, bool) or is_missing(value) or not isinstance(value, str | int | float):
         return ""
     text = str(value)
     if "####" in text:

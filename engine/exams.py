@@ -1,16 +1,4 @@
-"""Multiple-choice exams in the layout of C-Eval and CMMLU: answered by log-likelihood, accuracy by subject.
-
-FILE.csv                     question, A, B, C, D, answer (CMMLU: Question, …, Answer)
-FOLDER or FILE.zip           such files, one per subject, in the parts dev, val and test:
-    dev/law_dev.csv              few-shot examples (CMMLU: dev/law.csv)
-    val/law_val.csv              the questions if test has no answers (C-Eval)
-    test/law_test.csv            the questions if it has answers (CMMLU: test/law.csv)
-"""
-
-import io
-import zipfile
-import zlib
-from pathlib import Path
+"""Four-choice exams, as corpus/exams.py reads them: answered by log-likelihood, counted by subject."""
 
 import pandas as pd
 import torch
@@ -18,88 +6,12 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from base.cli import UserError
-from base.files import read_json
 from model.chat import BOS, IM_END, encode, encode_chat
 from model.model import CausalLM
 
 LETTERS = "abcd"
-PARTS = ("test", "val", "", "dev")  # the first one with answers is evaluated; "": files outside the parts
 BLANK = "____"  # the place of the answer in a question, if there is one
 BLOCK = 64  # questions whose options are sorted by length together
-
-# ------------------------------------------------------------------------------------------------------------- reading
-
-
-def read_exam(path: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The questions, and the examples of the dev part: columns subject, category, question, a, b, c, d, answer.
-
-    UserError names the file, and the question, that cannot be read.
-    """
-    tables = [read_table(file, content) for file, content in csv_files(Path(path)).items()]
-    if not tables:
-        raise UserError(f"{path} holds no .csv file")
-    questions = pd.concat(tables, ignore_index=True)
-    answered = questions[questions["answer"] != ""]
-    if answered.empty:
-        raise UserError(f"{path} holds no answers")
-    categories = {subject: name for name, subjects in ceval_categories().items() for subject in subjects}
-    answered = answered.assign(category=answered["subject"].map(categories))
-    part = next(part for part in PARTS if part in set(answered["part"]))
-    return answered[answered["part"] == part].reset_index(drop=True), answered[answered["part"] == "dev"]
-
-
-def ceval_categories() -> dict[str, list[str]]:
-    """C-Eval's subjects by category. (CMMLU's have several categories each, so only subjects are reported.)"""
-    return read_json(Path(__file__).with_suffix(".json"))
-
-
-def csv_files(path: Path) -> dict[Path, bytes]:
-    """The contents of a file, or of every .csv in a folder or zip file."""
-    if path.is_dir():
-        files = {file: file.read_bytes() for file in sorted(path.rglob("*.csv"))}
-    elif zipfile.is_zipfile(path):
-        try:
-            with zipfile.ZipFile(path) as archive:
-                names = [name for name in sorted(archive.namelist()) if name.endswith(".csv")]
-                files = {path / name: archive.read(name) for name in names}
-        except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, RuntimeError) as error:
-            raise UserError(f"{path} is damaged: {error}") from None
-    elif path.is_file():
-        files = {path: path.read_bytes()}
-    else:
-        raise UserError(f"{path}: no such file")
-    # A Mac puts a hidden ._NAME beside every NAME.
-    return {file: content for file, content in files.items() if not file.name.startswith(".")}
-
-
-def read_table(file: Path, content: bytes) -> pd.DataFrame:
-    """The rows of a CSV file, with column names and answers in lower case; a missing answer is ""."""
-    try:
-        table = pd.read_csv(io.BytesIO(content), dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except ValueError as error:  # pandas' errors, and a wrong encoding
-        raise UserError(f"{file} cannot be read as CSV in UTF-8: {str(error).strip()}") from None
-    if not isinstance(table.index, pd.RangeIndex):  # pandas uses the first fields as an index
-        raise UserError(f"{file} has rows with more fields than its first line")
-    table.columns = table.columns.str.strip().str.lower()
-    if not table.columns.is_unique:
-        raise UserError(f"{file} has two columns {table.columns[table.columns.duplicated()][0]!r}")
-    if table.empty:
-        raise UserError(f"{file} contains no questions")
-    for name in ("question", *LETTERS):
-        missing = table[name] == "" if name in table else pd.Series(True, table.index)
-        if missing.any():
-            raise UserError(f"{file}: question {missing.idxmax() + 1} has no {name}")
-    answers = table["answer"].str.strip().str.lower() if "answer" in table else pd.Series("", table.index)
-    part = next((part for part in PARTS if part and part in (file.parent.name, file.stem.rpartition("_")[2])), "")
-    if (answers != "").any() or not part:
-        for number, answer in enumerate(answers, 1):
-            if answer == "":
-                raise UserError(f"{file}: question {number} has no answer")
-            if answer not in [*LETTERS]:
-                raise UserError(f"{file}: question {number} has the answer {answer!r}, which is not A, B, C or D")
-    subject = file.stem.removesuffix(f"_{part}")
-    return table[["question", *LETTERS]].assign(answer=answers, subject=subject, part=part)
-
 
 # ----------------------------------------------------------------------------------------------------------- answering
 

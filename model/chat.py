@@ -129,7 +129,8 @@ def encode_chat(
     """Encode a chat; returns (ids, mask), two lists of one length.
 
     messages: dicts with "role" (system, user, assistant, tool) and "content" (text or None); an assistant's may have
-        "reasoning_content" and "tool_calls". A system message comes first. tools: a list of JSON schemas.
+        "reasoning_content" and "tool_calls"; with "weight" 0 it is not trained. A system message comes first.
+    tools: a list of JSON schemas.
     mask: 1 for the assistant's tokens, including its <|im_end|>, and 0 elsewhere.
     add_generation_prompt: end with the assistant's header, for the model to continue.
     UserError for an unknown role.
@@ -154,18 +155,19 @@ def encode_chat(
         elif role in ("system", "user"):
             add(IM_START, f"{role}\n{content}", IM_END, "\n")
         elif role == "assistant":
+            learned = int(message.get("weight") != 0)
             add(IM_START, "assistant\n")  # no token spans a newline, so the header can be encoded alone
             if reasoning := message.get("reasoning_content"):
-                add(THINK, f"\n{reasoning}\n", THINK + 1, f"\n\n{content}", trained=1)
+                add(THINK, f"\n{reasoning}\n", THINK + 1, f"\n\n{content}", trained=learned)
             else:
-                add(content, trained=1)
+                add(content, trained=learned)
             for n, call in enumerate(message.get("tool_calls") or []):
                 call = call.get("function", call)
                 name, arguments = to_json([call["name"]])[1:-1], to_json(call["arguments"])
                 if n or content:
-                    add("\n", trained=1)
-                add(TOOL_CALL, f'\n{{"name": {name}, "arguments": {arguments}}}\n', TOOL_CALL + 1, trained=1)
-            add(IM_END, trained=1)
+                    add("\n", trained=learned)
+                add(TOOL_CALL, f'\n{{"name": {name}, "arguments": {arguments}}}\n', TOOL_CALL + 1, trained=learned)
+            add(IM_END, trained=learned)
             add("\n")
         elif role == "tool":  # consecutive responses share one user turn
             if i == 0 or messages[i - 1]["role"] != "tool":

@@ -34,14 +34,13 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 def note_unused_gpu():
     """Prints one line, once per command, if choose_device took the CPU although torch and a driver are for a GPU.
 
-    For when nothing can be refused any more: an error is the first line of its output.
+    On standard output, and after a run's report: an error stays the first line of standard error.
     """
     if os.environ.get(GPU_NOTE) == "due":
         os.environ[GPU_NOTE] = "given"
         print(
             f"no GPU found, although torch is built for CUDA {torch.version.cuda}: computing on the CPU, which is many "
-            "times slower; check `nvidia-smi` and the driver's version, or give --device cpu",
-            file=sys.stderr,
+            "times slower; check `nvidia-smi` and the driver's version, or give --device cpu"
         )
 
 

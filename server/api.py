@@ -31,7 +31,7 @@ from server.runs import router as runs_router
 from server.schema import ChatRequest, CompletionRequest, Request
 from server.service import ServerConfig, Service, usage
 
-WEB = Path(__file__).parent.parent / "web"
+WEB = Path(__file__).parent / "web"
 Pieces = AsyncGenerator[tuple[Answer, dict], None]
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1", "[::1]")
 

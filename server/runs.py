@@ -1,4 +1,4 @@
-"""Runs to be watched in web/runs.html: what stands in the folders that the stages write, as JSON.
+"""Runs to be watched in server/web/runs.html: what stands in the folders that the stages write, as JSON.
 
     GET /api/runs                        every run below the folder, the one that was written last first
     GET /api/runs/NAME?since=N           its arguments, and the records of metrics.jsonl from byte N on

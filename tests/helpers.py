@@ -41,7 +41,8 @@ TIMEOUT = 300  # seconds after which a process is taken for stuck
 torch.set_num_threads(1)
 os.environ["LOCAL_WORLD_SIZE"] = str(os.cpu_count())  # start_machine divides the cores by it
 # The CPU's arithmetic is tested, also on a machine with a GPU.
-os.environ |= {"CUDA_VISIBLE_DEVICES": "", "JIEZI_GPU_NOTE": "given"}
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ.setdefault("JIEZI_GPU_NOTE", "given")
 
 SENTENCES = [
     "春天来了，山上的花开了。",

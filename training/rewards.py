@@ -4,6 +4,7 @@ An answer counts only if it is one: the model ended it by itself, with at most o
 other control token, but for calls of tools. What it says in its thoughts is not its answer.
 """
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +31,7 @@ def number(reply: Reply, task: dict) -> float:
     found = re.fullmatch(r"[-+]?\d+(?:\.\d+)?", _plain(reply.content))
     if not found or not reply.content.isascii():
         return 0.0
-    return float(abs(float(found[0]) - float(task["answer"])) <= task.get("tolerance", 1e-6))
+    return float(abs(float(found[0]) - _value(task["answer"])) <= task.get("tolerance", 1e-6))
 
 
 def pattern(reply: Reply, task: dict) -> float:
@@ -51,6 +52,36 @@ REWARDS: dict[str, RewardFunction] = {f.__name__: f for f in (exact, number, pat
 
 def _plain(text: str) -> str:
     return text.strip().rstrip("。.").strip()
+
+
+def _value(answer: str) -> float:
+    """The number that a task expects, maybe written as 1,200. ValueError if it is none."""
+    value = float(answer.replace(",", "") if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d*)?", answer) else answer)
+    if not math.isfinite(value):
+        raise ValueError("not a number")
+    return value
+
+
+NEEDS = {  # what a reward function reads of a task, so that it fails before training and not in the middle
+    "number": lambda task: _value(task["answer"]),
+    "pattern": lambda task: re.compile(task["answer"]),
+    "countdown": lambda task: sorted(task["numbers"]),
+}
+
+
+def check_tasks(name: str, tasks: list[dict], where: str):
+    """UserError names the first task that the reward function cannot judge, and how many there are."""
+    failed = []
+    for index, task in enumerate(tasks):
+        try:
+            NEEDS.get(name, bool)(task)
+        except (ValueError, KeyError, TypeError, re.error):
+            failed.append(index)
+    if failed:
+        raise UserError(
+            f"{where}: --reward {name} cannot judge the answer {tasks[failed[0]].get('answer')!r} of task {failed[0]}, "
+            f"nor {len(failed) - 1} more: correct the answers, or choose another --reward"
+        )
 
 
 def load_reward(name: str) -> RewardFunction:

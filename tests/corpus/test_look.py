@@ -40,7 +40,7 @@ def write(name: str, records: list[dict]):
     Path(name).write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "utf-8")
 
 
-KINDS = {  # records, what they are taken for, the command to go on with
+KINDS = {  # records, what they are, the next command
     "texts": ([{"text": han(30)}, {"text": han(40)}], "pretrain"),
     "chats": ([{"question": "问一", "answer": "答一"}, {"messages": [], "question": "问二", "answer": "答二"}], "sft"),
     "pairs": ([{"system": "短。", "question": "问", "chosen": "好", "rejected": "差"}], "dpo"),
@@ -56,7 +56,7 @@ def test_a_file_is_taken_for_what_it_is(what, capsys):
     run("look", "a.jsonl")
     out = capsys.readouterr().out
     assert f"a.jsonl: the first {len(records)} records, with the fields {', '.join(records[0])}\n" in out
-    assert f"taken for: {what}\n" in out
+    assert f"record format: {what}\n" in out
     assert f"{command} a.jsonl" in out.splitlines()[-1]
 
 
@@ -65,17 +65,20 @@ def test_samples_are_shown_as_they_are_trained(capsys):
     write("a.jsonl", [{"question": "问二", "answer": "答二", "history": history}])
     run("look", "a.jsonl")
     turns = [("user", history[0][0]), ("assistant", history[0][1]), ("user", "问二"), ("assistant", "答二")]
-    chat = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
-    assert f"--- record 1\n<|begin_of_text|>{chat}picture" in capsys.readouterr().out
+    words = [
+        content.join(("[[", "⟦im_end⟧]]")) if role == "assistant" else f"{content}⟦im_end⟧" for role, content in turns
+    ]
+    chat = "".join(f"⟦im_start⟧{role}\n{said}\n" for (role, _), said in zip(turns, words))
+    assert f"--- record 1\n⟦begin_of_text⟧{chat}picture" in capsys.readouterr().out
     write("b.jsonl", [{"question": "问", "answer": "2\n#### 2"}])
     run("look", "b.jsonl")
-    assert "问<|im_end|>\n<|im_start|>assistant\n--- answer to check: 2\n" in capsys.readouterr().out
+    assert "问⟦im_end⟧\n⟦im_start⟧assistant\n--- answer to check: 2\n" in capsys.readouterr().out
     text = han(3000)
     write("c.jsonl", [{"text": text}])
     run("look", "c.jsonl")
     beginning, end = capsys.readouterr().out.partition("--- record 1\n")[2].partition("\npicture")[0].split(" […] ")
-    assert beginning.startswith(f"<|begin_of_text|>{text[:100]}")
-    assert end.endswith(f"{text[-100:]}<|end_of_text|>")
+    assert beginning.startswith(f"⟦begin_of_text⟧{text[:100]}")
+    assert end.endswith(f"{text[-100:]}⟦end_of_text⟧")
 
 
 def test_files_without_a_record_that_can_be_read_are_one_line(capsys):
@@ -110,7 +113,7 @@ def test_what_would_be_dropped_and_the_figures_and_samples(capsys):
         "         64 to 127                 2 ####",
         "1 dropped by near_duplicate",
         "(reference: Chinese, 1.22)",
-        f"--- record 1\n<|begin_of_text|>{texts[0]}<|end_of_text|>\n",
+        f"--- record 1\n⟦begin_of_text⟧{texts[0]}⟦end_of_text⟧\n",
     ):
         assert line in out
     assert Path("out/look.png").stat().st_size > 5000
@@ -122,7 +125,7 @@ def test_near_duplicates_of_chats_are_counted(capsys):
     run("look", "a.jsonl")
     out = capsys.readouterr().out
     assert "3 would be kept" in out
-    assert "2 of those kept are nearly like another: --add_rules near_duplicate" in out
+    assert "2 of those kept are near duplicates: --add_rules near_duplicate" in out
 
 
 def test_only_the_beginning_of_a_large_file_is_read_and_its_size_told(capsys):
@@ -143,7 +146,7 @@ def test_unknown_fields_are_named_and_can_be_mapped(capsys):
     assert "no part is called prose: it is messages, question" in capsys.readouterr().err
     run("look", "a.jsonl", "--fields", "question=ask,answer=reply")
     out = capsys.readouterr().out
-    assert "taken for: chats" in out
+    assert "record format: chats" in out
     assert "sft a.jsonl --fields question=ask,answer=reply" in out
     write("b.jsonl", [{"body": han(50)}])
     run("look", "b.jsonl", "--fields", "text=body")

@@ -8,9 +8,9 @@ from corpus.records import (
     PAIR_FIELDS,
     BadRecord,
     chat_of,
+    format_of,
     map_fields,
     pair_of,
-    shape_of,
     split_turns,
     task_of,
     text_of,
@@ -43,7 +43,7 @@ CHATS = {  # as data sets on the hubs have them: record, what the report calls i
 @pytest.mark.parametrize(("record", "shape"), CHATS.values(), ids=CHATS)
 def test_chats(record, shape):
     assert chat_of(record).messages == [USER, GOOD]
-    assert shape_of(record, CHAT_FIELDS) == shape
+    assert format_of(record, CHAT_FIELDS) == shape
 
 
 def test_a_field_of_thoughts_belongs_to_the_answer():
@@ -85,7 +85,7 @@ def test_a_mapping_names_any_field():
     record = {"messages": "17 replies", "prompt": "x", "title": "问", "best": "好", "worst": "差", "output": "y"}
     fields = map_fields(CHAT_FIELDS, {"question": "title", "answer": "best"})
     assert chat_of(record, fields).messages == [USER, GOOD]
-    assert shape_of(record, fields) == "question=title, answer=best"
+    assert format_of(record, fields) == "question=title, answer=best"
     fields = map_fields(PAIR_FIELDS, {"question": "title", "chosen": "best", "rejected": "worst"})
     assert pair_of(record, fields).rejected == [USER, POOR]
     fields = map_fields(CHAT_FIELDS, {"instruction": "title", "input": "prompt", "answer": "best"})

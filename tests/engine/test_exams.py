@@ -17,8 +17,9 @@ from helpers import TOKENIZER, make_text, prompt, random_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from base.cli import UserError
+from corpus.exams import ceval_categories, read_exam
 from engine import exams
-from engine.exams import LETTERS, accuracy, answer_exam, ceval_categories, log_likelihoods, read_exam, wilson_interval
+from engine.exams import LETTERS, accuracy, answer_exam, log_likelihoods, wilson_interval
 from model.chat import EOS, IM_END, encode, load_tokenizer
 from model.checkpoint import save_model
 from model.LMConfig import LMConfig
@@ -152,10 +153,10 @@ def test_a_question_that_is_not_whole_is_named(rows, message, tmp_path):
 
 
 def test_an_exam_without_questions_or_answers_is_refused(tmp_path):
-    with pytest.raises(UserError, match="holds no .csv file"):
+    with pytest.raises(UserError, match="no file in this folder"):
         read_exam(tmp_path)
     write_csv(tmp_path / "test" / "law_test.csv", without_answers([ROW]))
-    with pytest.raises(UserError, match="holds no answers"):
+    with pytest.raises(UserError, match="has no answers"):
         read_exam(tmp_path)
 
 

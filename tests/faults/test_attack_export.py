@@ -265,7 +265,7 @@ NAMES = [
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
 def test_a_folders_name_says_nothing_in_a_modelfile_or_a_command(name, world, monkeypatch, capsys):
     (world / "sft").rename(world / name)
-    monkeypatch.setattr(export, "export_gguf", lambda model, args, output: output / f"{args.model.name}-f16.gguf")
+    monkeypatch.setattr(export, "export_gguf", lambda model, source, output, _: output / f"{source.name}-f16.gguf")
     monkeypatch.setattr(sys, "argv", ["export.py", str(world / name), "--to", "ollama", "--output", str(world / "out")])
     if not name.isprintable():
         with pytest.raises(UserError, match="cannot be shown"):
@@ -275,7 +275,7 @@ def test_a_folders_name_says_nothing_in_a_modelfile_or_a_command(name, world, mo
     lines = (world / "out/Modelfile").read_text("utf-8").splitlines()
     assert lines[0] == f"FROM ./{name}-f16.gguf"
     assert {line.split()[0] for line in lines if line[:4].isupper()} == {"FROM", "TEMPLATE", "PARAMETER"}
-    command = capsys.readouterr().out.strip().splitlines()[-1].partition("now: ")[2]
+    command = capsys.readouterr().out.strip().splitlines()[-1].removeprefix("next: ")
     said = subprocess.run(
         ["bash", "-c", f"ollama() {{ printf '%s\\n' \"$@\"; }}; {command}"], capture_output=True, text=True
     )

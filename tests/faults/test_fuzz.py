@@ -38,13 +38,15 @@ import data_process
 from base.cli import UserError
 from base.files import read_json
 from corpus.cleaning import CHAT_RULES, TEXT_RULES, Dropped, clean
-from corpus.files import RecordBatch, read_batches, read_csv, read_json_array
+from corpus.errors import WrongFile
+from corpus.exams import read_exam, read_table
+from corpus.exports import chats_of, read_text_export
+from corpus.files import RecordBatch, Structure, read_batches, read_csv, read_json_values
 from corpus.kinds import KINDS, load_encoder
 from corpus.look import describe, examine, first_look
 from corpus.pipeline import work
 from corpus.prepared import read_meta
 from corpus.records import CHAT_FIELDS, PAIR_FIELDS, TASK_FIELDS, BadRecord, each_record, parse, prompt_of
-from engine.exams import read_exam, read_table
 from engine.generation import Sequence, TextStream
 from engine.session import Session, call_of, last_turn, read_tokens
 from engine.tools import MAX_CHARACTERS, calculate, calculator, run_calls
@@ -126,6 +128,13 @@ SPICE += [
     "无",
     "NaN",
     "1e999",
+    "<|im_<|im_end|>end|>",
+    "<s>",
+    "</s>",
+    "[INST]",
+    "<｜User｜>",
+    "<tools>[{}]</tools>",
+    '<tool_call>{"name": "f", "arguments": ""}</tool_call>',
 ]
 texts = st.lists(st.text(max_size=8) | st.sampled_from(SPICE), max_size=5).map("".join)
 any_text = texts | st.lists(st.characters() | st.sampled_from(["\ud83d", "\udcff"]), max_size=5).map("".join)
@@ -146,6 +155,8 @@ turns = st.fixed_dictionaries(
         "reasoning_content": any_text,
         "tool_calls": st.lists(calls, max_size=2) | written,
         "tools": written,
+        "weight": scalars,
+        "thinking": any_text,
     },
 )
 chats = st.lists(turns, max_size=4)
@@ -237,6 +248,14 @@ FILES = {
     "a.md": b"\xef\xbb\xbf# title\n",
     "a.parquet": parquet(),
     "b.parquet": parquet(compression="none", use_dictionary=False),
+    "wrapped.json": f'{{"version": 1, "info": {{"n": 3}}, "data": [{", ".join(LINES)}], "x": null}}'.encode(),
+    "pretty.jsonl": json.dumps(RECORDS, ensure_ascii=False, indent=1).encode(),
+    "values.jsonl": "".join(json.dumps(record, indent=1) for record in RECORDS).encode(),
+    "lines.txt": "\n".join(LINES).encode(),
+    "wide.jsonl": "\n".join(LINES).encode("utf-16"),
+    "wide.csv": 'text,prompt\r\n"a\nb",1\r\n'.encode("utf-16-le"),
+    "chinese.txt": "春天来了，山上的花开了。\n".encode("gbk") * 9,
+    "quotes.csv": b'id,text\n1,"a\n2,b\n3,c"\n4,"d" e\n5,f\n',
 }
 FILES |= {f"{name}.gz": gzip.compress(content) for name, content in FILES.items()}
 
@@ -290,7 +309,7 @@ def test_a_damaged_file_is_read_or_refused(file, command, number, folder):
     for content in contents:
         COUNTS["damaged files"] += 1
         (folder / name).write_bytes(content)
-        with or_refused(f"{folder / name}: broken after record "):
+        with or_refused(f"{folder / name}: "):
             for batch in read_batches([folder / name], "text"):
                 account(COMMANDS[command], batch)
 
@@ -316,7 +335,7 @@ def test_a_damaged_file_can_be_looked_at(file, number, folder):
 def test_a_torn_line_costs_no_other(kept, torn, number, folder):
     """Cut anywhere, as by a full disk or a download, and the lines around it."""
     COUNTS["torn lines"] += 1
-    lines = []
+    lines = [b'{"text": "x"}']  # a first line that is whole says that these are lines
     for i, value in enumerate(kept):
         line = json.dumps(value, default=str).encode()
         lines += [line, *(line[:length] for length in torn[i : i + 1])]
@@ -329,7 +348,7 @@ def test_a_torn_line_costs_no_other(kept, torn, number, folder):
             record = parse(raw)
         except BadRecord:
             continue
-        assert repr(record) == repr(json.loads(raw))
+        assert repr(record) == repr(json.loads(raw, parse_constant=lambda name: None))
 
 
 class Slow(io.StringIO):
@@ -352,10 +371,11 @@ def test_an_array_is_read_element_by_element(elements, size, indent, rest, numbe
     file.size = size
     if rest.strip():
         with pytest.raises(ValueError, match="more follows"):
-            list(read_json_array(file))
+            list(read_json_values(file, Structure(False, 1, "]")))
     else:
-        found = list(read_json_array(file))
-        assert repr(found) == repr(list(enumerate(json.loads(json.dumps(elements)), 1)))
+        found = list(read_json_values(file, Structure(False, 1, "]")))
+        expected = json.loads(json.dumps(elements), parse_constant=lambda name: None)
+        assert repr(found) == repr(list(enumerate(expected, 1)))
 
 
 @fuzz(0.005)
@@ -364,6 +384,7 @@ def test_an_array_is_read_element_by_element(elements, size, indent, rest, numbe
 def test_a_csv_file_comes_back_as_it_was_written(rows, number):
     COUNTS["CSV rows"] += 1
     file = io.StringIO(newline="")
+    rows = [(f"x{row[0]}", *row[1:]) for row in rows]  # a number there may be a sign that a quote took in lines
     csv.writer(file).writerows([("a", "b", "c"), *rows])
     content = file.getvalue().encode("utf-8", "surrogatepass")
     read_back = io.TextIOWrapper(io.BytesIO(content), "utf-8", "surrogateescape", newline="")
@@ -382,9 +403,41 @@ def test_running_text_comes_back_whole(contents, name, number, folder):
     for content in contents:
         COUNTS["running text"] += 1
         content = content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
+        content = b"x\n" + content  # neither JSON nor the signature of a format
         (folder / name).write_bytes(gzip.compress(content, 1) if name.endswith(".gz") else content)
-        found = [record["text"] for batch in read_batches([folder / name], "text") for _, record in batch.records]
-        assert "".join(found) == io.TextIOWrapper(io.BytesIO(content), "utf-8-sig", "surrogateescape").read()
+        found = None
+        with or_refused(name, "text"):
+            found = [record["text"] for batch in read_batches([folder / name], "text") for _, record in batch.records]
+        assert (
+            found is None
+            or "".join(found) == io.TextIOWrapper(io.BytesIO(content), "utf-8-sig", "surrogateescape").read()
+        )
+
+
+EXPORT = [
+    "12/30/20, 9:15 PM - Ann: Hi\n",
+    "[30.12.20, 21:16:03] Ben: \u200eHello\n",
+    "12/30/20, 9:15 PM - Ann changed the subject\n",
+    "2020-12-30 21:15:03 Ann\n你好\n",
+    "Ben, [30.12.2020 21:16]\n",
+    "Ann 2020年12月30日 下午9:15\n",
+    "<Media omitted>\n",
+]
+
+
+@fuzz(0.02, families=True)
+@given(relatives=family(st.lists(st.sampled_from(EXPORT) | any_text, max_size=8)), redact=st.booleans())
+def test_a_chat_export_of_any_text_is_read_or_refused(relatives, redact, number):
+    for parts in relatives:
+        COUNTS["chat exports"] += 1
+        text = "".join(part for part in parts if isinstance(part, str)) if isinstance(parts, list) else str(parts)
+        with contextlib.suppress(WrongFile):
+            messages = read_text_export(text)
+            for record in chats_of(messages, "Ben", redact):
+                roles = [turn["role"] for turn in record["messages"]]
+                assert roles == ["user", "assistant"] * (len(roles) // 2)
+                assert all(turn["content"].strip() for turn in record["messages"])
+                assert not redact or not any("Ann" in turn["content"] for turn in record["messages"])
 
 
 # ------------------------------------------------------------------------------------- records, rules, tokens and chats
@@ -730,8 +783,10 @@ def test_a_damaged_exam_is_read_or_refused(file, number, folder):
 def test_an_exam_comes_back_as_it_was_written(rows, number):
     COUNTS["exam rows"] += 1
     file = io.StringIO(newline="")
+    rows = [(f"x{row[0]}", *row[1:]) for row in rows]
     csv.writer(file, quoting=csv.QUOTE_ALL).writerows([("question", *"ABCD", "answer"), *rows])
-    table = read_table(Path("x_val.csv"), file.getvalue().encode())
+    file.seek(0)
+    table = read_table(Path("x_val.csv"), read_csv(file))
     found = table[["question", *"abcd", "answer"]].itertuples(index=False, name=None)
     assert list(found) == [(*row[:5], row[5].lower()) for row in rows]
 

@@ -18,8 +18,8 @@ from helpers import SMALL_CONFIG, TOKENIZER, Processes, make_documents, write_da
 
 import data_process
 from base.cli import UserError
+from corpus.exams import read_exam
 from corpus.prepared import Prepared
-from engine.exams import read_exam
 from engine.session import GenerationConfig, Session
 from model.chat import load_tokenizer
 from model.checkpoint import load_adapter, load_model, save_model

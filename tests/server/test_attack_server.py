@@ -730,7 +730,7 @@ def test_folders_whose_names_are_no_text_are_passed_over(watch, tmp_path):
 # --------------------------------------------------------------------------------------------------------------- pages
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "web").glob("*.html")), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", sorted((ROOT / "server/web").glob("*.html")), ids=lambda page: page.name)
 def test_a_page_allows_itself_nothing_but_its_own_files(page):
     text = page.read_text("utf-8")
     (policy,) = re.findall(r'<meta http-equiv="Content-Security-Policy" content="([^"]*)"', text)
@@ -744,7 +744,7 @@ def test_a_page_allows_itself_nothing_but_its_own_files(page):
     )
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "web").glob("*.js")), ids=lambda script: script.name)
+@pytest.mark.parametrize("script", sorted((ROOT / "server/web").glob("*.js")), ids=lambda script: script.name)
 def test_a_script_makes_nothing_of_texts_but_texts(script):
     text = re.sub(r"^\s*//.*$", "", script.read_text("utf-8"), flags=re.MULTILINE)
     sinks = r"\b(?:innerHTML|outerHTML|insertAdjacentHTML|setHTML|createContextualFragment)"

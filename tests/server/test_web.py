@@ -1,4 +1,4 @@
-"""The pages of web/ in a browser without a window: what a visitor does, with a made-up server behind them.
+"""The pages of server/web/ in a browser without a window: what a visitor does, with a made-up server behind them.
 
 It takes Playwright (requirements/interop.txt) and a browser: Debian's chromium, or what `playwright install chromium`
 brings.
@@ -86,7 +86,7 @@ def fake_server(out: Path):
         deltas = [{"text": " and"}, {"text": " so on"}]
         return StreamingResponse(events(body, deltas), media_type="text/event-stream")
 
-    app.mount("/", StaticFiles(directory=ROOT / "web", html=True))
+    app.mount("/", StaticFiles(directory=ROOT / "server/web", html=True))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     threading.Thread(target=server.run, daemon=True).start()
     while not server.started:
@@ -401,10 +401,10 @@ def test_two_languages_and_dark(visit):
 
 
 def test_every_word_is_known_in_both_languages():
-    table = (ROOT / "web" / "page.js").read_text("utf-8").partition("const WORDS")[2].partition("\n};")[0]
+    table = (ROOT / "server/web" / "page.js").read_text("utf-8").partition("const WORDS")[2].partition("\n};")[0]
     known = set(re.findall(r"^  (\w+): \[", table, re.MULTILINE))
     used = {"x_step", "x_tokens", "x_minutes", "theme_auto", "theme_light", "theme_dark", "kind_chat", "kind_base"}
-    for path in (ROOT / "web").glob("*.*"):
+    for path in (ROOT / "server/web").glob("*.*"):
         if path.suffix in (".js", ".html"):
             text = path.read_text("utf-8")
             used |= set(re.findall(r'(?:word\(|data-(?:word|label|placeholder)"?[=:] ?|startPage\()"(\w+)"', text))

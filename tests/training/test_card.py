@@ -224,10 +224,10 @@ def test_an_unused_gpu_is_reported_once_where_a_driver_is_installed(
     monkeypatch.setattr(devices.shutil, "which", lambda name: name if driver else None)
     monkeypatch.setattr(devices.os.path, "exists", lambda path: False)
     choose_device(requested)
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr() == ("", "")
     for _ in range(2):
         note_unused_gpu()
-    assert capsys.readouterr().err.count("no GPU found, although torch is built for CUDA 13.0") == lines
+    assert capsys.readouterr().out.count("no GPU found, although torch is built for CUDA 13.0") == lines
 
 
 def test_the_first_lines_say_how_it_attends(data, tmp_path, capsys):

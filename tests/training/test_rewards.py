@@ -8,7 +8,7 @@ from helpers import TOKENIZER
 from base.cli import UserError
 from engine.generation import Sequence
 from model.chat import EOS, IM_END, IM_START, THINK, TOOL_CALL, TOOL_RESPONSE, encode, load_tokenizer
-from training.rewards import load_reward, read_reply
+from training.rewards import check_tasks, load_reward, read_reply
 
 TOK = load_tokenizer(TOKENIZER)
 
@@ -116,3 +116,24 @@ def test_a_reward_of_the_users_own(tmp_path):
     for wrong in ("brief", "nowhere.py:brief", f"{tmp_path / 'mine.py'}:missing", f"{tmp_path / 'broken.py'}:brief"):
         with pytest.raises(UserError):
             load_reward(wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("number", {"answer": "twelve"}),
+        ("number", {"answer": "1,20"}),
+        ("number", {"answer": "nan"}),
+        ("pattern", {"answer": "("}),
+        ("countdown", {"answer": "24"}),
+    ],
+)
+def test_tasks_that_a_reward_cannot_judge_are_named_before_training(name, task):
+    fine = {"answer": "1,200.5", "numbers": [1, 2]}
+    check_tasks(name, [fine], "x")
+    with pytest.raises(UserError, match=rf"x: --reward {name} cannot judge the answer .* of task 1, nor 0 more"):
+        check_tasks(name, [fine, task], "x")
+
+
+def test_a_number_with_commas_is_judged():
+    assert score("number", "1200.5", IM_END, answer="1,200.5") == 1
