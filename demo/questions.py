@@ -1,11 +1,12 @@
 """Skills whose answers can be checked, Chinese and English: data for all four stages, and questions to count with.
 
-Every question has one right answer. What the tests ask was never trained on: each skill keeps some wordings for them,
-and those that compute keep operands too, in pretraining as in SFT. (A fact that was never seen cannot be known, so of
-facts only the wording is new.) SFT's answers are half of them brief and half rambling; DPO's pairs prefer the brief
-ones; LoRA's chats change the model's name and nothing else.
+Every question has one correct answer. The test questions come from the same generators as the pages of pretraining and
+the chats of SFT. Held out of all training files are the wordings of the tests and, for the skills that compute (sum,
+difference, larger, count, sorted, reversed, unit), one set of operands in eight. Facts, and the multiplication table,
+are all in the training data: of them only the wording of a test is new.
 
-`python data_process.py demo --output DIR` writes it all. Of the project it needs `base` alone.
+Half of SFT's answers are brief and half ramble; DPO's pairs prefer the brief ones; LoRA's chats change the model's name
+and nothing else. `python data_process.py demo --output DIR` writes everything. It needs only `base` of the project.
 """
 
 import hashlib

@@ -92,6 +92,9 @@ STAGES = {
         "--max_seq_len 256 --learning_rate 1e-4 --min_learning_rate 1e-5 --sft_weight 1",
     ),
 }
+HELD_OUT = """\
+The questions come from the generators of the training data. Not in those are the wordings of the questions and the
+numbers of computations; the facts that are asked for are."""
 COLUMNS = {  # of the table: a probe's figure, what it is called, and how it is printed
     "loss": ("loss on unseen chats", "{:.2f}"),
     "right": ("correct answers", "{:.1%}"),
@@ -273,6 +276,7 @@ def finish(tour: Tour):
         rows[title] = {stage: form.format(result[name]) for stage, result in results.items() if name in result}
     with pd.option_context("display.unicode.east_asian_width", True):
         print("\n" + pd.DataFrame.from_dict(rows, orient="index").fillna("").to_string())
+    print(HELD_OUT)
     total = sum(step["seconds"] for step in tour.done.values()) / 60
     print(f"in all {total:.1f} minutes")
     cut = [stage for stage, result in trained.items() if result["finished"] < 1]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 96  # queries; longer blocks compute more masked pairs, shorter ones give too small matrix products
-GROUP_SCORES = 2**14  # query-key pairs of blocks that are multiplied together: their scores stay in the cache
+GROUP_SCORES = 2**15  # query-key pairs of blocks that are multiplied together: their scores stay in the cache
 PADDING = 1.25  # how much longer than the shortest of them the longest is
 FUTURE = torch.full((BLOCK, BLOCK), -math.inf).triu(1)  # added to the scores of a block with itself
 

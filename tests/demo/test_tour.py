@@ -28,6 +28,7 @@ class Commands(list):
     """What a tour would have run; a command with a word of `failing` ends with that word's status."""
 
     failing: dict[str, int]
+    finished = 1.0  # which fraction of its steps a stage reaches within its minutes
 
 
 @pytest.fixture
@@ -45,7 +46,8 @@ def commands(tmp_path, monkeypatch):
             out_dir = tmp_path / words[words.index("--out_dir") + 1]
             (out_dir / STATE_FILE).parent.mkdir(parents=True, exist_ok=True)
             (out_dir / STATE_FILE).touch()
-            records = [{"step": 0, "val_accuracy": 0.5}, {"step": 9, "minutes": 1, "loss": 2, "val_accuracy": 0.9}]
+            steps = round(commands.finished * int(words[words.index("--max_steps") + 1]))
+            records = [{"step": 0, "val_accuracy": 0.5}, {"step": steps, "loss": 2, "val_accuracy": 0.9}]
             write_lines(out_dir / "metrics.jsonl", records)
         return next((status for word, status in commands.failing.items() if word in words), 0), False
 
@@ -80,14 +82,28 @@ def test_every_stage_is_trained_and_asked_in_turn_and_the_table_says_what_came_o
     for words in commands:
         assert "--model" not in words or "out/quickstart" in words[words.index("--model") + 1]
         assert "--out_dir" not in words or "out/quickstart" in words[words.index("--out_dir") + 1]
-    rows = {line[:30].strip(): line[30:].split() for line in capsys.readouterr().out.splitlines()}
-    assert rows["right answers"] == ["50.0%"] * 4
+    out = capsys.readouterr().out
+    rows = {line[:30].strip(): line[30:].split() for line in out.splitlines()}
+    assert rows["of its steps"] == ["100%"] * 4
+    assert "time limit" not in out
+    assert rows["correct answers"] == ["50.0%"] * 4
     assert rows["says it is 芥子 or Jiezi"] == ["50%"] * 4
     assert rows["says it is 明月 or Mingyue"] == ["50%"] * 4
     assert rows["answers briefly"] == ["75%"] * 4
     assert rows["prefers the brief of a pair"] == ["50.0%", "90.0%"]  # of SFT and DPO
     for language, path in tour.PICTURES.items():
-        assert path.read_text("utf-8") == f"{language} {dict.fromkeys(tour.STAGES, [(1, 2)])}"
+        curves = {name: [(stage.steps, 2)] for name, stage in tour.STAGES.items()}
+        assert path.read_text("utf-8") == f"{language} {curves}"
+
+
+def test_the_table_says_where_the_time_limit_ended_a_stage_and_how_long_it_needs(commands, monkeypatch, capsys):
+    commands.finished = 0.5
+    go(monkeypatch)
+    out = capsys.readouterr().out
+    (row,) = (line for line in out.splitlines() if line.startswith("of its steps"))
+    assert row.split()[-4:] == ["50%"] * 4
+    assert "ended pretrain and sft and lora and dpo before the last step" in out
+    assert "quickstart.py --clean --minutes 20" in out  # a tenth more than 9 / 0.5
 
 
 def test_what_is_finished_is_not_done_again_until_all_is_cleaned_away(commands, monkeypatch):
