@@ -24,6 +24,9 @@ from training.machine import start_machine
 from training.packing import open_data
 from training.sample import sample_text
 
+# Measured on two CPU cores, docs/loss_en.md, section 2.
+PRESET_HINT = "--preset small trains this size with Muon, and learns faster: loss 6.61 after 60 steps"
+
 
 def main():
     args = parse_flags(
@@ -47,6 +50,8 @@ def main():
             model = CausalLM(LMConfig(**PRESETS[args.preset]) if args.preset else LMConfig())
 
     training = Run(run_settings(args), machine, model, train_set)
+    if not args.preset and not args.init_from:
+        training.log.info(f"hint     {PRESET_HINT}")
 
     def validate(rows: int | None) -> dict:
         figures = evaluate(model, next_token_loss, val_set, machine, training.batch_size, rows)

@@ -61,7 +61,7 @@ def main():
     args = parser.parse_args()
     if not (QUICKSTART / "pretrain" / "model.safetensors").exists():
         raise UserError("this begins with the model that `python quickstart.py` pretrains: run that first")
-    tour = Tour(args.minutes, OUT / "tour.json")
+    tour = Tour(args.minutes, file=OUT / "tour.json")
     tour.once("data", functools.partial(prepare_data, tour))
     for name in RUNS:
         tour.once(name, functools.partial(train, tour, name))

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import pandas as pd
 import torch
 
-from base.cli import above_zero, available_cores, join_words, python_command, run
+from base.cli import above_zero, available_cores, join_words, natural, python_command, run
 from base.files import STATE_FILE, read_json, write_file, write_json
 from demo.picture import plot
 from demo.questions import NAMES, NEW_NAMES, is_brief, is_right
@@ -108,8 +108,8 @@ COLUMNS = {  # of the table: a probe's figure, what it is called, and how it is 
 class Tour:
     """What is done, kept in a file of JSON, and how a step is run."""
 
-    def __init__(self, minutes: float, file: Path = OUT / "tour.json"):
-        self.minutes, self.file = minutes, file
+    def __init__(self, minutes: float, seed: int = 0, file: Path = OUT / "tour.json"):
+        self.minutes, self.seed, self.file = minutes, seed, file
         self.done = read_json(self.file) if self.file.exists() else {}
         cores, device = available_cores(), choose_device("auto").type
         note_unused_gpu()  # here, for all stages
@@ -215,7 +215,7 @@ def train(tour: Tour, stage: str) -> dict:
         command += ["--init_from", OUT / ("pretrain" if stage == "sft" else "sft")]
     command += ["--max_steps", steps, "--epochs", 1000, "--max_minutes", f"{tour.minutes * fraction:.3g}"]
     command += ["--batch_size", max(1, rows // tour.processes), *flags.split()]
-    command += ["--log_interval", 50, "--warmup_steps", 10]
+    command += ["--log_interval", 50, "--warmup_steps", 10, "--seed", tour.seed]
     if (out_dir / STATE_FILE).exists():  # this stage was interrupted
         command.append("--resume")
     tour.run(*tour.torchrun(), *command)
@@ -303,13 +303,14 @@ def activation() -> str:
 def main():
     parser = argparse.ArgumentParser()  # quickstart.py, which starts this, has looked at the flags already
     parser.add_argument("--minutes", type=above_zero, required=True)
+    parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--clean", action="store_true")
     parser.add_argument("--no-chat", action="store_true")
     args = parser.parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")
     if args.clean:
         shutil.rmtree(OUT, ignore_errors=True)
-    tour = Tour(args.minutes)
+    tour = Tour(args.minutes, args.seed)
     print("Corpus and questions, then four stages; after each the same questions are asked.", flush=True)
     tour.once("corpus", lambda: fetch_corpus(tour))
     tour.once("data", lambda: prepare_data(tour))

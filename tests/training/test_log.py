@@ -122,6 +122,15 @@ def test_validation_begins_early_so_that_plots_can_compare(data, run_here, tmp_p
     assert [record["step"] for record in records(tmp_path / "out") if "val_loss" in record] == [0, 20, 50, 60]
 
 
+def test_a_run_without_a_preset_names_the_one_that_learns_faster(data, run_here, tmp_path):
+    flags = ["--data", data, "--max_steps", "1", "--max_seq_len", "16", "--batch_size", "1", "--eval_rows", "1"]
+    plain = run_here("1-pretrain.py", *flags, "--out_dir", tmp_path / "plain")
+    preset = run_here("1-pretrain.py", *flags, "--out_dir", tmp_path / "preset", "--preset", "tiny")
+    assert (plain.status, preset.status) == (0, 0), plain.err + preset.err
+    assert "--preset small" in plain.out
+    assert "--preset" not in preset.out
+
+
 def next_command(result) -> list[str]:
     assert result.status == 0, result.err
     last = result.out.splitlines()[-1]
