@@ -139,12 +139,12 @@ def trl(config: LMConfig, batch: Batch, compiled: bool = False) -> Callable[[], 
     with tempfile.TemporaryDirectory() as folder:
         trainer = SFTTrainer(
             AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.to_hf())),
-            SFTConfig(folder, use_cpu=True, bf16=False, gradient_checkpointing=False, **flags),
+            SFTConfig(folder, use_cpu=True, bf16=False, activation_checkpointing=False, **flags),
             train_dataset=rows,
             processing_class=AutoTokenizer.from_pretrained(TOKENIZER),
         )
     inputs = next(iter(trainer.get_train_dataloader()))
-    return with_adamw(trainer.model, lambda: trainer.training_step(trainer.model, dict(inputs)))
+    return with_adamw(trainer.model, lambda: trainer.compute_loss(trainer.model, dict(inputs)).backward())
 
 
 def with_adamw(model: torch.nn.Module, gradients: Callable[[], None]) -> Callable[[], None]:
