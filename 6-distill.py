@@ -16,7 +16,6 @@ The student is the model of --init_from, some layers of it (--keep_layers), or a
     python 6-distill.py --nproc_per_node 2 --teacher out/large           the same in two processes
 """
 
-import argparse
 import time
 from functools import partial
 from pathlib import Path
@@ -43,7 +42,7 @@ from training.distillation import (
 from training.flags import LORA_FLAGS, fill, parse_flags, run_settings
 from training.loop import Run
 from training.loss import LossFunction, evaluate, next_token_loss
-from training.machine import Machine, start_machine
+from training.machine import start_machine
 from training.packing import PackedDataset, open_data
 
 STUDENT = Path("out/sft")
@@ -71,13 +70,23 @@ def main():
         args.init_from = None
     check_flags(args)
     machine = start_machine(args.device, args.dtype, args.seed, args.shard, args.compile)
-    (learn_from_own_texts if args.mode == "on_policy" else learn_from_given_texts)(args, machine)
+    own_texts = args.mode == "on_policy"
+    if args.mode != "logits":
+        prompts = rollouts.open_prompts(args.data, args.mix, args.max_seq_len, args.max_new_tokens, "rl", "sft")
+    if args.mode == "text":  # the data are the teacher's answers
+        settings, cache = fill(AnswerSettings, args), args.out_dir.parent / "distill-text"
+        args.data, args.mix = generate_answers(args.teacher, *prompts, settings, machine, cache), None
+    train_set, val_set = prompts if own_texts else open_data(args.data, args.mix, args.max_seq_len, "pretrain", "sft")
 
+    loss_fn, metrics = next_token_loss, ()
+    if args.mode != "text":  # the divergence between student and teacher, summed over the scored tokens
+        teacher = load_teacher(args.teacher, args.teacher_dtype, machine, train_set)
+        kind = args.divergence or ("reverse" if own_texts else "forward")
+        how = Divergence(kind, args.temperature, args.jsd_beta, args.ce_weight)
+        loss_fn = partial(distillation_loss, teacher=teacher, how=how)
+        metrics = (*rollouts.METRICS, *METRICS) if own_texts else METRICS
 
-def make_student(args: argparse.Namespace, train_set: PackedDataset) -> CausalLM:
-    if args.preset:
-        return CausalLM(LMConfig(**PRESETS[args.preset]))
-    model = load_model(args.init_from)
+    model = CausalLM(LMConfig(**PRESETS[args.preset])) if args.preset else load_model(args.init_from)
     if args.keep_layers:
         model = keep_layers(model, args.keep_layers)
     if args.keep_ffn:
@@ -86,59 +95,48 @@ def make_student(args: argparse.Namespace, train_set: PackedDataset) -> CausalLM
         model = keep_neurons(model, importance, args.keep_ffn)
     if args.lora_rank:
         apply_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
-    return model
-
-
-def teacher_loss(args: argparse.Namespace, machine: Machine, data: PackedDataset) -> LossFunction:
-    """The divergence between student and teacher, summed over the scored tokens: their distributions after one text."""
-    teacher = load_teacher(args.teacher, args.teacher_dtype, machine, data)
-    kind = args.divergence or ("reverse" if args.mode == "on_policy" else "forward")
-    how = Divergence(kind, args.temperature, args.jsd_beta, args.ce_weight)
-    return lambda model, batch: distillation_loss(model, batch, teacher, how)
-
-
-def learn_from_given_texts(args: argparse.Namespace, machine: Machine):
-    """--mode logits: the loss compares with the teacher. --mode text: the data are its answers, the loss is SFT's."""
-    if args.mode == "text":
-        prompts = rollouts.open_prompts(args.data, args.mix, args.max_seq_len, args.max_new_tokens, "rl", "sft")
-        settings, cache = fill(AnswerSettings, args), args.out_dir.parent / "distill-text"
-        args.data, args.mix = generate_answers(args.teacher, *prompts, settings, machine, cache), None
-    train_set, val_set = open_data(args.data, args.mix, args.max_seq_len, "pretrain", "sft")
-    loss_fn, metrics = next_token_loss, ()
-    if args.mode == "logits":
-        loss_fn, metrics = teacher_loss(args, machine, train_set), METRICS
-    model = make_student(args, train_set)
 
     training = Run(run_settings(args), machine, model, train_set, metrics)
-    validate = partial(evaluate, model, loss_fn, val_set, machine, training.batch_size)
+    if own_texts:
+        learn_from_own_texts(training, loss_fn, val_set, fill(rollouts.RolloutSettings, args), args.questions)
+    else:
+        rows_per_step = args.batch_size * args.accumulation_steps * machine.world_size
+        learn_from_given_texts(training, loss_fn, val_set, rows_per_step)
+
+
+def learn_from_given_texts(training: Run, loss_fn: LossFunction, val_set: PackedDataset, rows_per_step: int):
+    """--mode text and logits."""
+    validate = partial(evaluate, training.model, loss_fn, val_set, training.machine, training.batch_size)
     training.log_start(validate)
     with training:
-        for rows in training.steps(args.batch_size * args.accumulation_steps * machine.world_size):
+        for rows in training.steps(rows_per_step):
             training.forward_backward(loss_fn, training.batches(rows))
             training.update()
             training.log_step(validate)
 
 
-def learn_from_own_texts(args: argparse.Namespace, machine: Machine):
+def learn_from_own_texts(
+    training: Run,
+    loss_fn: LossFunction,
+    val_set: rollouts.PromptDataset,
+    settings: rollouts.RolloutSettings,
+    questions_per_step: int,
+):
     """--mode on_policy."""
-    train_set, val_set = rollouts.open_prompts(args.data, args.mix, args.max_seq_len, args.max_new_tokens, "rl", "sft")
-    loss_fn = teacher_loss(args, machine, train_set)
-    model = make_student(args, train_set)
-
-    training = Run(run_settings(args), machine, model, train_set, (*rollouts.METRICS, *METRICS))
-    generator = rollouts.RolloutGenerator(model, fill(rollouts.RolloutSettings, args), machine, train_set.tokenizer_dir)
+    train_set = training.train_set
+    generator = rollouts.RolloutGenerator(training.model, settings, training.machine, train_set.tokenizer_dir)
     validate = partial(validate_answers, generator, val_set, loss_fn, training.batch_size)
     training.log_start(validate)
     with training:
-        for questions in training.steps(args.questions):
+        for questions in training.steps(questions_per_step):
             # Generate: the student's own answers. Their rewards, where there are any, are only logged.
-            start, seed = time.perf_counter(), f"{args.seed}/{training.state.step}"
-            groups = generator.generate(train_set, questions, args.generations, seed)
+            start, seed = time.perf_counter(), f"{training.settings.seed}/{training.state.step}"
+            groups = generator.generate(train_set, questions, settings.generations, seed)
             generator.score(train_set, groups)
             training.add_sums(**rollouts.sums_of(groups), sampling_seconds=time.perf_counter() - start)
             # Learn: the teacher's distribution after each of their tokens.
             answers = [one for group in groups for one in group]
-            batches = rollouts.learning_batches(answers, args.max_seq_len, training.batch_size)
+            batches = rollouts.learning_batches(answers, train_set.max_seq_len, training.batch_size)
             training.forward_backward(loss_fn, batches)
             training.update()
             if training.log_step(validate, partial(distillation_metrics, checked=train_set.checked)):

@@ -27,6 +27,7 @@ import runpy
 import signal
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
@@ -51,7 +52,7 @@ from corpus.exports import speakers_of
 from corpus.fetch import HUBS, choose_files, fetch_files, fetch_part, find_entry, open_hub, read_catalogue
 from corpus.figures import draw
 from corpus.files import SUFFIXES, ReadOptions, find_files, suffix_of
-from corpus.kinds import KINDS, load_encoder
+from corpus.kinds import KINDS, DocumentSettings, load_encoder
 from corpus.look import READINGS, SHOWN, describe, examine, first_look, show_tokens, some
 from corpus.pipeline import Report, read_documents
 from corpus.prepared import META, SPLITS, Prepared, check_prepared, writing_prepared
@@ -62,16 +63,16 @@ from model import chat
 
 def prepare(args: argparse.Namespace):
     """The commands pretrain, sft and dpo: write the folder that the stages read."""
-    kind, report = KINDS[args.command], Report(args)
+    kind, report = KINDS[args.command], Report(document_settings(args))
     load_encoder(args.tokenizer)  # here first: a mistake is found before the workers start
     tokenizer_dir = Path(args.tokenizer)
     layout = dict(masked=kind.masked, group=len(kind.titles), noted=kind.noted)
     with writing_prepared(args.output, args.command, tokenizer_dir, **layout) as writer:
         if args.val:  # first, so that its documents are dropped from the training documents
-            for document in read_documents(args, args.val, report):
+            for document in read_documents(args.val, report):
                 writer.add("val", document.parts, document.size, document.note)
         val_fraction = 0 if args.val else args.val_fraction
-        for i, document in enumerate(read_documents(args, args.inputs, report)):
+        for i, document in enumerate(read_documents(args.inputs, report)):
             # By the hash; but the first two go to a split each, so that neither stays empty.
             in_val = document.key < val_fraction * 2**64 if i > 1 else i == 1 and val_fraction
             writer.add("val" if in_val else "train", document.parts, document.size, document.note)
@@ -95,11 +96,11 @@ def clean_files(args: argparse.Namespace):
     """The command clean: the records again, as JSON lines, with the texts cleaned and without those that rules drop."""
     if args.output.name.removesuffix(".gz")[-6:] != ".jsonl" or args.output.is_dir():
         raise UserError(f"{args.output}: --output must be a file with a name that ends in .jsonl or .jsonl.gz")
-    report = Report(args)
+    report = Report(document_settings(args))
 
     def write(path: Path):
         with gzip.open(path, "wb") if args.output.suffix == ".gz" else open(path, "wb") as file:
-            for document in read_documents(args, args.inputs, report):
+            for document in read_documents(args.inputs, report):
                 line, _ = document.parts[0]
                 file.write(line)
 
@@ -112,56 +113,55 @@ def clean_files(args: argparse.Namespace):
 
 def train_tokenizer(args: argparse.Namespace):
     """The command tokenizer: train SentencePiece BPE, and write it with its fast twin and the chat template."""
-    report = Report(args)
-    texts = sample_texts(read_documents(args, args.inputs, report), args.max_mb * 1e6)
+    report = Report(document_settings(args))
+    texts = sample_texts(read_documents(args.inputs, report), args.max_mb * 1e6)
     files = tokenizer_files(train_pieces(texts, args.vocab_size, args.character_coverage, args.workers))
     for name, content in files.items():
         write_file(args.output / name, lambda path, content=content: path.write_bytes(content))
     tokenizer = chat.load_tokenizer(args.output)
     print(report)
     print(f"{args.output}: {tokenizer.get_vocab_size():,} pieces, from {sum(map(len, texts)):,} characters")
+    text_field = report.settings.options.text_field
     for path in find_files(args.val):
         characters = tokens = 0
-        for text in each_record(path, args.options, lambda record: text_of(record, args.text_field)):
+        for text in each_record(path, report.settings.options, lambda record: text_of(record, text_field)):
             characters += len(text)
             tokens += len(chat.encode(tokenizer, text))
         print(f"{path}: {characters / tokens:.3f} characters per token")
-    fields = [] if args.text_field == "text" else ["--text_field", args.text_field]
+    fields = [] if text_field == "text" else ["--text_field", text_field]
     print(next_step("data_process.py", "pretrain", *args.inputs, *fields, "--tokenizer", args.output))
 
 
-def show(args: argparse.Namespace):
+def show(folder: Path, split: str, index: int):
     """The command show: print one document, or the two of a pair, with the trained tokens marked."""
-    data = Prepared(args.folder, args.split)
-    if not 0 <= args.index < len(data):
-        raise UserError(
-            f"{args.folder}: {args.split} has {len(data)} documents: --index must be from 0 to {len(data) - 1}"
-        )
+    data = Prepared(folder, split)
+    if not 0 <= index < len(data):
+        raise UserError(f"{folder}: {split} has {len(data)} documents: --index must be from 0 to {len(data) - 1}")
     tokenizer = chat.load_tokenizer(data.tokenizer_dir)
-    for title, (ids, mask) in zip(KINDS[data.kind].titles, data.record(args.index), strict=True):
-        print(f"--- {title} {args.index} of {args.split}: {len(ids)} tokens, {mask.sum()} trained")
+    for title, (ids, mask) in zip(KINDS[data.kind].titles, data.record(index), strict=True):
+        print(f"--- {title} {index} of {split}: {len(ids)} tokens, {mask.sum()} trained")
         marked = None if data.mask is None else mask.tolist()
         print(show_tokens(ids.tolist(), marked, tokenizer, sys.stdout.isatty()))
     if KINDS[data.kind].noted:
-        print(f"--- answer to check: {data.notes()[args.index]['answer']}")
+        print(f"--- answer to check: {data.notes()[index]['answer']}")
 
 
-def check(args: argparse.Namespace):
+def check(folders: list[Path]):
     """The command check: compare every file of prepared data, or of models and runs, with its SHA-256 sum."""
     from model.checkpoint import check_model  # torch takes long to import
 
-    for folder in args.folders:
+    for folder in folders:
         check_prepared(folder) if (folder / META).exists() else check_model(folder)
         print(f"{folder}: every file is as it was written")
 
 
-def list_sets(args: argparse.Namespace):
+def list_sets(language: str):
     """The command list: the catalogue."""
     sets = sorted(read_catalogue().values(), key=lambda entry: STAGES.index(entry.stage))
     for stage, entries in groupby(sets, key=lambda entry: entry.stage):
         print(f"\n{stage}")
         for entry in entries:
-            print(f"  {entry.name:24} {entry.facts}\n  {'':24} {getattr(entry, args.language)}")
+            print(f"  {entry.name:24} {entry.facts}\n  {'':24} {getattr(entry, language)}")
     print("\nNames are for: python data_process.py fetch NAME")
 
 
@@ -214,9 +214,8 @@ def look(args: argparse.Namespace):
         flags += ["--tokenizer", args.tokenizer]
     command = [seen.reading.command, *args.inputs, *flags]
     if seen.reading.command in KINDS:
-        settled = parse_arguments(command)
-        settled.max_bad_fraction = 1
-        report, documents, changed = examine(seen, settled)
+        settings = replace(document_settings(parse_arguments(command)), max_bad_fraction=1)
+        report, documents, changed = examine(seen, settings)
         print("\n".join(describe(report, documents, changed, args.tokenizer, sys.stdout.isatty())))
         draw(report.figures.as_dict(), args.picture)
         print(f"picture: {args.picture}")
@@ -273,21 +272,16 @@ def mapping(text: str) -> dict[str, str]:
 def add_flags(name: str, command: argparse.ArgumentParser):
     """The flags of a command that reads records."""
     kind, add = KINDS[name], command.add_argument
+    command.set_defaults(add_rules=[], tokenizer="", max_tokens=0, speaker="", redact=False)  # where there is no flag
     add("inputs", nargs="+", metavar="INPUT", help=f"files, or folders of files: {', '.join(SUFFIXES)}, each also .gz")
     add("--skip_rules", type=lambda names: names.split(","), default=[], help=f"some of {','.join(kind.rules)}")
-    command.set_defaults(add_rules=[])
     if kind.optional:
         add("--add_rules", choices=kind.optional, nargs="+", help="rules that are off by default")
     add("--exclude", nargs="+", default=(), metavar="FILE", help="drop what contains a question of these exams")
     add("--languages", nargs="+", default=(), metavar="CODE", help="drop what is in none of these, such as zh en")
     add("--fields", type=mapping, default={}, metavar="PART=NAME,…", help=f"parts are {', '.join(kind.fields)}")
     add("--text_field", default="text", help="the field with the text of a record; the same as --fields text=NAME")
-    add(
-        "--encoding",
-        type=encoding,
-        default=None,
-        help="of text, such as gb18030; UTF-8 and UTF-16 are recognized",
-    )
+    add("--encoding", type=encoding, help="of text, such as gb18030; UTF-8 and UTF-16 are recognized")
     add("--max_bad_fraction", type=fraction, default=0.1, help="stop if more of the records cannot be read")
     add("--workers", type=positive, default=available_cores(), help="processes")
     if kind.titles:
@@ -298,7 +292,6 @@ def add_flags(name: str, command: argparse.ArgumentParser):
     if name == "sft":
         add("--speaker", default="", metavar="NAME", help="of a chat export: whose messages are the answers")
         add("--redact", action="store_true", help="of a chat export: replace names, numbers and addresses")
-    command.set_defaults(speaker="", redact=False)
     if kind.masked or kind.noted:
         add("--max_tokens", type=natural, default=0, help="drop chats that are longer; 0: keep all")
     if name == "clean":
@@ -323,23 +316,26 @@ def check_parts(fields: dict[str, str], known: Iterable[str]):
         raise UserError(f"--fields: no part is called {', '.join(sorted(unknown))}: it is {', '.join(known)}")
 
 
-def settle(args: argparse.Namespace):
-    """Adds what the pipeline needs to the arguments of a command that reads records."""
-    known = KINDS[args.command].fields
+def document_settings(args: argparse.Namespace) -> DocumentSettings:
+    """What the pipeline needs, from the flags of a command that reads records."""
+    kind, text_field, exclude = KINDS[args.command], args.text_field, tuple(args.exclude)
+    known = kind.fields
     check_parts(args.fields, known)
     if "text" in known:
-        args.text_field = args.fields.get("text", args.text_field)
-        known = {"text": (args.text_field, *known["text"])}
-    args.names = map_fields(known, args.fields)
+        text_field = args.fields.get("text", text_field)
+        known = {"text": (text_field, *known["text"])}
+    names = map_fields(known, args.fields)
     if args.redact and not args.speaker:
         raise UserError("--redact is for a chat export: name the assistant of it with --speaker")
-    args.options = ReadOptions(args.text_field, args.encoding or "", args.speaker, args.redact)
+    options = ReadOptions(text_field, args.encoding or "", args.speaker, args.redact)
     if args.languages and (unknown := set(args.languages) - (languages := known_languages())):
         raise UserError(f"--languages: {', '.join(sorted(unknown))} is none of {', '.join(sorted(languages))}")
-    args.exclude = tuple(args.exclude)
-    if args.exclude:
-        exams = load_exams(args.exclude)
+    if exclude:
+        exams = load_exams(exclude)
         print(f"--exclude: {len(exams.sizes):,} questions to look for; {exams.too_short:,} are too short for that")
+    rules = frozenset(kind.rules) - set(args.skip_rules) - (set(kind.optional) - set(args.add_rules))
+    flags = ("command", "skip_rules", "languages", "tokenizer", "max_tokens", "max_bad_fraction", "workers")
+    return DocumentSettings(options, names, rules, exclude, **{flag: getattr(args, flag) for flag in flags})
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -350,16 +346,16 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         command.set_defaults(function=function)
         add_flags(name, command)
     command = commands.add_parser("show", help="print a document with the trained tokens marked")
-    command.set_defaults(function=show)
+    command.set_defaults(function=lambda args: show(args.folder, args.split, args.index))
     command.add_argument("folder", type=Path, metavar="DIR", help="such as dataset/sft")
     command.add_argument("--index", type=int, required=True, help="which document, or pair, from 0")
     command.add_argument("--split", choices=SPLITS, default="train")
     command = commands.add_parser("check", help="whether prepared data, models and runs are as they were written")
-    command.set_defaults(function=check)
+    command.set_defaults(function=lambda args: check(args.folders))
     command.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="such as dataset/sft, or out")
     languages = dict(choices=("en", "zh"), default="zh" if os.environ.get("LANG", "").startswith("zh") else "en")
     command = commands.add_parser("list", help="the data sets that fetch knows by name")
-    command.set_defaults(function=list_sets)
+    command.set_defaults(function=lambda args: list_sets(args.language))
     command.add_argument("--language", **languages)
     command = commands.add_parser(
         "fetch", help="download data sets by name", formatter_class=HelpFormatter, description=FETCH
@@ -379,7 +375,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("inputs", nargs="+", metavar="FILE", help="files, or folders of files")
     add("--records", type=positive, default=5000, help="look at so many of the first")
     add("--fields", type=mapping, default={}, metavar="PART=NAME,…", help="which field is which")
-    add("--encoding", type=encoding, default=None, help="of text files, such as gb18030")
+    add("--encoding", type=encoding, help="of text files, such as gb18030")
     add("--speaker", default="", metavar="NAME", help="of a chat export: whose messages are the answers")
     add("--redact", action="store_true", help="of a chat export: replace names, numbers and addresses")
     add("--tokenizer", default=DEFAULT_TOKENIZER, help="folder")
@@ -390,7 +386,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         rules = KINDS[args.command].rules
         for name in set(args.skip_rules) - set(rules):
             parser.error(f"--skip_rules: no rule is called {name}: it is {', '.join(rules)}")
-        settle(args)
     return args
 
 

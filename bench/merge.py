@@ -29,7 +29,7 @@ def main():
     parser.add_argument("--skip_rules", default="", help="as of data_process.py")
     args = parser.parse_args()
     flags = ["--skip_rules", args.skip_rules] if args.skip_rules else []
-    settings = data_process.parse_arguments([args.command, args.file, *flags])
+    settings = data_process.document_settings(data_process.parse_arguments([args.command, args.file, *flags]))
 
     start = time.process_time()
     sent = [ForkingPickler.dumps(batch) for batch in read_batches(find_files([args.file]), "text")]

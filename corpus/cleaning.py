@@ -1,11 +1,10 @@
 """The cleaning rules: each takes a text and returns it, changed or not, or None to drop it."""
 
-import argparse
 import re
 import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 from base.cli import UserError
 
@@ -153,10 +152,10 @@ TEXT_RULES: Rules = {rule.__name__: rule for rule in (control, tags, nfc, whites
 CHAT_RULES: Rules = {"control": control, "line_ends": line_ends, "tags": outer_tags, "nfc": nfc}
 
 
-def clean(text: str, rules: Rules, args: argparse.Namespace, changed: Counter) -> str:
-    """The text after all rules, in their order, but for args.skip_rules; Dropped if one of them drops it."""
+def clean(text: str, rules: Rules, active: Container[str], changed: Counter) -> str:
+    """The text after those rules that are active, in their order; Dropped if one of them drops it."""
     for name, rule in rules.items():
-        if name not in args.skip_rules:
+        if name in active:
             before, text = text, rule(text)
             if text is None:
                 raise Dropped(name, before[:80])

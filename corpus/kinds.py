@@ -1,9 +1,9 @@
 """What each command of data_process.py makes of a record: one table, so that a new kind of data is a new entry."""
 
-import argparse
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from base.cli import UserError
 from corpus.cleaning import CHAT_RULES, TEXT_RULES, Dropped, clean, has_tags, is_placeholder
 from corpus.duplicates import hash64
+from corpus.files import ReadOptions
 from corpus.messages import Messages, check_turns
 from corpus.records import (
     CHAT_FIELDS,
@@ -40,13 +41,30 @@ class Document(NamedTuple):
     note: str = ""  # a line of JSON that is kept beside the tokens
 
 
+@dataclass(frozen=True)
+class DocumentSettings:
+    """How a command makes documents of files; it is sent to the worker processes."""
+
+    options: ReadOptions
+    names: Fields  # that the parts of a record go by
+    rules: frozenset[str]  # the active ones
+    exclude: tuple[str, ...]  # files of exams
+    command: str  # the fields from here on are the flags of the same names
+    skip_rules: list[str]
+    languages: Sequence[str]
+    tokenizer: str  # folder; "" where there are no tokens
+    max_tokens: int  # 0: any number
+    max_bad_fraction: float
+    workers: int
+
+
 class Kind(NamedTuple):
     """How a record becomes a document, and what the prepared folder of such documents is like."""
 
-    read: Callable[[int, dict, argparse.Namespace, Counter], Document]  # Dropped or BadRecord where it cannot
+    read: Callable[[int, dict, DocumentSettings, Counter], Document]  # Dropped or BadRecord where it cannot
     rules: tuple[str, ...]  # that may drop or change it, in the report's order
     fields: Fields  # names that the parts of a record go by
-    tokenize: Callable[[list[Document], argparse.Namespace], list[Document]] | None = None  # of a whole batch
+    tokenize: Callable[[list[Document], DocumentSettings], list[Document]] | None = None  # of a whole batch
     titles: tuple[str, ...] = ()  # of the sequences that a record becomes, which stay together; none: not prepared
     masked: bool = False  # whether only some tokens are trained
     noted: bool = False  # whether each record has a note
@@ -85,25 +103,25 @@ def load_encoder(directory: str) -> Encoder:
     return Encoder(tokenizer, model.encode, sizes, dtype)
 
 
-def read_text_record(place: int, record: dict, args: argparse.Namespace, changed: Counter) -> Document:
+def read_text_record(place: int, record: dict, settings: DocumentSettings, changed: Counter) -> Document:
     """The document of a record with a text, not tokenized yet."""
-    text = text_of(record, args.text_field)
+    text = text_of(record, settings.options.text_field)
     text.encode()  # raises UnicodeEncodeError, before the rules meet a lone surrogate
-    text = clean(text, TEXT_RULES, args, changed)
+    text = clean(text, TEXT_RULES, settings.rules, changed)
     data = text.encode()
     return Document(place, hash64(data), [(data, b"")], len(data), text)
 
 
-def read_json_record(place: int, record: dict, args: argparse.Namespace, changed: Counter) -> Document:
+def read_json_record(place: int, record: dict, settings: DocumentSettings, changed: Counter) -> Document:
     """The same, but the content is the whole record as a line of JSON, with the text cleaned."""
-    document = read_text_record(place, record, args, changed)
-    field = text_field_of(record, args.text_field)
+    document = read_text_record(place, record, settings, changed)
+    field = text_field_of(record, settings.options.text_field)
     line = json.dumps({**record, field: document.text}, ensure_ascii=False, default=str) + "\n"
     return document._replace(parts=[(line.encode(), b"")])
 
 
-def tokenize_texts(documents: list[Document], args: argparse.Namespace) -> list[Document]:
-    encoder = load_encoder(args.tokenizer)
+def tokenize_texts(documents: list[Document], settings: DocumentSettings) -> list[Document]:
+    encoder = load_encoder(settings.tokenizer)
     tokenized = []
     for document in documents:
         ids = [chat.BOS]
@@ -125,50 +143,50 @@ def cut(text: str, size: int) -> Iterator[str]:
         start = end
 
 
-def _changes(args: argparse.Namespace, changed: Counter, rule: str) -> bool:
+def _changes(settings: DocumentSettings, changed: Counter, rule: str) -> bool:
     """Whether a rule is switched on; counts that it changes a record."""
-    if rule in args.skip_rules:
+    if rule not in settings.rules:
         return False
     changed[rule] += 1
     return True
 
 
-def read_chat_record(place: int, record: dict, args: argparse.Namespace, changed: Counter) -> Document:
-    changes = partial(_changes, args, changed)
-    messages, tools = chat_of(record, args.names, changes)
+def read_chat_record(place: int, record: dict, settings: DocumentSettings, changed: Counter) -> Document:
+    changes = partial(_changes, settings, changed)
+    messages, tools = chat_of(record, settings.names, changes)
     messages = check_turns(messages, changes)
-    _drop_bad_label(record, messages, args)
-    return _chat_document(place, [messages], 0, tools, args, changed)
+    _drop_bad_label(record, messages, settings)
+    return _chat_document(place, [messages], 0, tools, settings, changed)
 
 
-def read_pair_record(place: int, record: dict, args: argparse.Namespace, changed: Counter) -> Document:
+def read_pair_record(place: int, record: dict, settings: DocumentSettings, changed: Counter) -> Document:
     """The document of a preference pair: two chats, of which only the answers that differ are trained."""
-    chosen, rejected, shared, tools = pair_of(record, args.names)
-    return _chat_document(place, [chosen, rejected], shared, tools, args, changed)
+    chosen, rejected, shared, tools = pair_of(record, settings.names)
+    return _chat_document(place, [chosen, rejected], shared, tools, settings, changed)
 
 
-def _drop_bad_label(record: dict, messages: Messages, args: argparse.Namespace):
-    if "bad_label" not in args.skip_rules and has_bad_label(record):
+def _drop_bad_label(record: dict, messages: Messages, settings: DocumentSettings):
+    if "bad_label" in settings.rules and has_bad_label(record):
         raise Dropped("bad_label", messages[-1]["content"][:80])
 
 
 def _chat_document(
-    place: int, chats: list[Messages], shared: int, tools: list | None, args: argparse.Namespace, changed: Counter
+    place: int, chats: list[Messages], shared: int, tools: list | None, settings: DocumentSettings, changed: Counter
 ) -> Document:
-    encoder = load_encoder(args.tokenizer)
+    encoder = load_encoder(settings.tokenizer)
     for messages in chats:
         for message in messages:
             for field in {"content", "reasoning_content"} & message.keys():
-                message[field] = clean(message[field], CHAT_RULES, args, changed)
+                message[field] = clean(message[field], CHAT_RULES, settings.rules, changed)
     questions = [message["content"] for message in chats[0] if message["role"] == "user"]
     answers = [message for messages in chats for message in messages if message["role"] == "assistant"]
     text = "\n".join([*questions, *(message["content"] for message in answers)])
     sample = text[:80]
     asked = chats[0][: shared or None]  # by both of a pair
-    if "tags" not in args.skip_rules and any(map(_has_inner_tags, answers)):
+    if "tags" in settings.rules and any(map(_has_inner_tags, answers)):
         raise Dropped("tags", sample)
     asks = any(message["role"] == "user" and message["content"].strip() for message in asked)
-    if not asks and "no_question" not in args.skip_rules:
+    if not asks and "no_question" in settings.rules:
         raise Dropped("no_question", sample)
     if len(chats) == 2 and chats[0] == chats[1]:
         raise Dropped("same_answer", sample)
@@ -184,31 +202,31 @@ def _chat_document(
         mask[: len(prompt)] = [0] * len(prompt)
         if not any(trained and token != chat.IM_END for token, trained in zip(ids, mask, strict=True)):
             raise Dropped("no_answer", sample)
-        if args.max_tokens and len(ids) > args.max_tokens:
+        if settings.max_tokens and len(ids) > settings.max_tokens:
             raise Dropped("too_long", sample)
         tokens = np.array(ids, encoder.dtype)
         parts.append((tokens.tobytes(), bytes(mask)))
         size += int(encoder.sizes[tokens].sum())
-    if "empty_answer" not in args.skip_rules and any(map(_says_nothing, chats[0])):  # of a pair, the chosen one
+    if "empty_answer" in settings.rules and any(map(_says_nothing, chats[0])):  # of a pair, the chosen one
         raise Dropped("empty_answer", sample)
     return Document(place, key, parts, size, text)
 
 
-def read_task_record(place: int, record: dict, args: argparse.Namespace, changed: Counter) -> Document:
+def read_task_record(place: int, record: dict, settings: DocumentSettings, changed: Counter) -> Document:
     """The document of a question for 5-grpo.py: the prompt, and as its note what an answer is checked against."""
-    encoder = load_encoder(args.tokenizer)
-    messages, answer, tools = task_of(record, args.names, partial(_changes, args, changed))
-    _drop_bad_label(record, messages, args)
+    encoder = load_encoder(settings.tokenizer)
+    messages, answer, tools = task_of(record, settings.names, partial(_changes, settings, changed))
+    _drop_bad_label(record, messages, settings)
     for message in messages:
-        message["content"] = clean(message["content"], CHAT_RULES, args, changed)
+        message["content"] = clean(message["content"], CHAT_RULES, settings.rules, changed)
     sample = messages[-1]["content"][:80]
     if not messages[-1]["content"].strip():
         raise Dropped("no_question", sample)
-    if "empty_answer" not in args.skip_rules and is_placeholder(answer):
+    if "empty_answer" in settings.rules and is_placeholder(answer):
         raise Dropped("empty_answer", sample)
     key = hash64(json.dumps([messages, tools, answer], ensure_ascii=False).encode())
     ids, _ = chat.encode_chat(encoder.tokenizer, messages, tools, add_generation_prompt=True)
-    if args.max_tokens and len(ids) > args.max_tokens:
+    if settings.max_tokens and len(ids) > settings.max_tokens:
         raise Dropped("too_long", sample)
     tokens = np.array(ids, encoder.dtype)
     prompt_fields = sum(PROMPT_FIELDS.values(), ())
@@ -236,16 +254,8 @@ TEXT_NAMES = (*TEXT_RULES, *OF_ALL)
 OF_TURNS = ("empty_input", "second_system", "open_question", "double_answer", "bad_label")
 CHAT_NAMES = (*CHAT_RULES, *OF_TURNS, "no_question", "no_answer", "too_long", "empty_answer", *OF_ALL)
 PAIR_NAMES = (*CHAT_RULES, "no_question", "same_answer", "no_answer", "too_long", "empty_answer", *OF_ALL)
-TASK_NAMES = (
-    *CHAT_RULES,
-    "empty_input",
-    "second_system",
-    "bad_label",
-    "no_question",
-    "empty_answer",
-    "too_long",
-    *OF_ALL,
-)
+OF_TASKS = ("empty_input", "second_system", "bad_label", "no_question", "empty_answer", "too_long")
+TASK_NAMES = (*CHAT_RULES, *OF_TASKS, *OF_ALL)
 IF_ASKED = ("near_duplicate",)  # chats that differ in one number are near duplicates, and may both be worth learning
 KINDS = {
     "clean": Kind(read_json_record, TEXT_NAMES, TEXT_FIELDS),

@@ -1,6 +1,5 @@
 """A first look at files: record format, counts, lengths, scripts, duplicates, samples; and how tokens are shown."""
 
-import argparse
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from corpus.duplicates import Duplicates, band_hashes
 from corpus.errors import BadRecord
 from corpus.figures import lines_of
 from corpus.files import ReadOptions, RecordBatch, find_files, read_batches
-from corpus.kinds import Document, load_encoder
+from corpus.kinds import Document, DocumentSettings, load_encoder
 from corpus.pipeline import Report, work
 from corpus.records import (
     CHAT_FIELDS,
@@ -121,12 +120,12 @@ def _takes(reading: Reading, record: dict, mapping: dict[str, str]) -> bool:
     return True
 
 
-def examine(look: Look, args: argparse.Namespace) -> tuple[Report, list[Document], dict[str, str]]:
-    """What a command with the flags `args` makes of the records: the report, the documents that it keeps, and by rule
+def examine(look: Look, settings: DocumentSettings) -> tuple[Report, list[Document], dict[str, str]]:
+    """What a command with these settings makes of the records: the report, the documents that it keeps, and by rule
     an example of what it changes."""
-    report, documents, changed = Report(args), [], {}
+    report, documents, changed = Report(settings), [], {}
     for batch in look.batches:
-        documents += report.without_duplicates(work(args, batch, KEPT, changed))
+        documents += report.without_duplicates(work(settings, batch, KEPT, changed))
     return report, documents, changed
 
 

@@ -4,7 +4,6 @@ The results come in the order of the input, so the output does not depend on the
 grow with the corpus, but for the index of duplicates.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -29,7 +28,7 @@ from corpus.errors import BadRecord
 from corpus.exams import load_exams
 from corpus.figures import Figures, measure
 from corpus.files import RecordBatch, find_files, read_batches
-from corpus.kinds import KINDS, Document, load_encoder
+from corpus.kinds import KINDS, Document, DocumentSettings, load_encoder
 from corpus.records import format_of, parse
 
 tqdm.monitor_interval = 0  # no thread beside the bar, which is moved often enough
@@ -50,22 +49,21 @@ class Result(NamedTuple):
 
 
 def work(
-    args: argparse.Namespace, batch: RecordBatch, sample: int = SAMPLE, examples: dict[str, str] | None = None
+    settings: DocumentSettings, batch: RecordBatch, sample: int = SAMPLE, examples: dict[str, str] | None = None
 ) -> Result:
     """Makes documents of the records of a batch, in a worker process.
 
     examples: for each rule that changes a record, receives the first of them.
     """
-    kind = KINDS[args.command]
-    rules = active_rules(args)
-    exams = load_exams(args.exclude) if args.exclude and "exam_question" in rules else None
-    languages = args.languages if "other_language" in rules else ()
+    kind = KINDS[settings.command]
+    exams = load_exams(settings.exclude) if settings.exclude and "exam_question" in settings.rules else None
+    languages = settings.languages if "other_language" in settings.rules else ()
     documents, bad, dropped = [], [], []
     changed, formats = Counter(), Counter()
     for place, record in batch.records:
         try:
             record = parse(record)
-            document = kind.read(place, record, args, changed)
+            document = kind.read(place, record, settings, changed)
             if examples is not None:
                 line = f"{batch.path}:{place}: {json.dumps(record, ensure_ascii=False, default=str)}"
                 examples.update({rule: line for rule in +changed if rule not in examples})
@@ -86,23 +84,18 @@ def work(
         except RecursionError:
             bad.append((place, "lists or objects in each other, too deep to be read"))
             continue
-        formats[format_of(record, args.names)] += 1
+        formats[format_of(record, settings.names)] += 1
     # The steps below process the whole batch one after the other: a fifth faster than text by text, because of caches.
     if kind.tokenize:
-        documents = kind.tokenize(documents, args)
+        documents = kind.tokenize(documents, settings)
     keys = np.array([document.key for document in documents], np.uint64)
     bands = np.zeros((len(documents), 0), np.uint64)
-    if documents and "near_duplicate" in rules:
+    if documents and "near_duplicate" in settings.rules:
         bands = band_hashes([document.text for document in documents])
-    figures = measure(documents, load_encoder(args.tokenizer).dtype.itemsize if kind.titles else 0)
+    figures = measure(documents, load_encoder(settings.tokenizer).dtype.itemsize if kind.titles else 0)
     documents = [document._replace(text=document.text[:sample]) for document in documents]
     count = len(batch.records)
     return Result(batch._replace(records=[]), count, documents, keys, bands, figures, bad, dropped, changed, formats)
-
-
-def active_rules(args: argparse.Namespace) -> set[str]:
-    kind = KINDS[args.command]
-    return set(kind.rules) - set(args.skip_rules) - (set(kind.optional) - set(args.add_rules))
 
 
 def _prepare_worker():
@@ -139,17 +132,16 @@ def in_order(function: Callable, tasks: Iterable, workers: int) -> Iterator:
 class Report:
     """Counts of what happened to the records, and figures of the documents that were kept."""
 
-    def __init__(self, args: argparse.Namespace):
-        self.skipped = args.skip_rules
-        self.max_bad_fraction = args.max_bad_fraction
+    def __init__(self, settings: DocumentSettings):
+        self.settings = settings
         self.records = Counter()  # by file
         self.kept = 0
         self.bad = 0
         self.bad_examples: list[str] = []
-        self.rules = {name: {"changed": 0, "dropped": 0, "example": None} for name in KINDS[args.command].rules}
+        self.rules = {name: {"changed": 0, "dropped": 0, "example": None} for name in KINDS[settings.command].rules}
         self.formats = Counter()
         self.figures = Figures()
-        self.duplicates = Duplicates(exact="exact_duplicate" not in args.skip_rules)
+        self.duplicates = Duplicates(exact="exact_duplicate" in settings.rules)
 
     def without_duplicates(self, result: Result) -> Iterator[Document]:
         """Counts what a worker found, and yields the documents that are not duplicates."""
@@ -178,15 +170,16 @@ class Report:
 
     def check_bad(self):
         """UserError if too many records are bad."""
-        if self.bad > self.max_bad_fraction * self.records.total():
+        allowed = self.settings.max_bad_fraction
+        if self.bad > allowed * self.records.total():
             raise UserError(
                 f"{self.bad_examples[0]} (this and more, {self.bad} of {self.records.total()} records, are bad: "
-                f"repair them, or allow for them with --max_bad_fraction, now {self.max_bad_fraction})"
+                f"repair them, or allow for them with --max_bad_fraction, now {allowed})"
             )
 
     def as_dict(self) -> dict:
         counts = {"records": self.records.total(), "kept": self.kept, "bad": self.bad}
-        counts |= {"bad_examples": self.bad_examples, "skipped_rules": self.skipped, "rules": self.rules}
+        counts |= {"bad_examples": self.bad_examples, "skipped_rules": self.settings.skip_rules, "rules": self.rules}
         return counts | {"record_formats": self.formats, "figures": self.figures.as_dict()}
 
     def __str__(self) -> str:
@@ -201,19 +194,19 @@ class Report:
         return "\n".join(lines)
 
 
-def read_documents(args: argparse.Namespace, inputs: list[str], report: Report) -> Iterator[Document]:
+def read_documents(inputs: list[str], report: Report) -> Iterator[Document]:
     """Yields the documents of all inputs that no rule drops, in order; shows the progress, and fills the report."""
+    settings, kept_before = report.settings, report.kept
     files = find_files(inputs)
-    kept_before = report.kept
     shown = time.monotonic()
     total = sum(path.stat().st_size for path in files)
-    results = in_order(partial(work, args), read_batches(files, args.options), args.workers)
-    with tqdm(total=total, desc=args.command, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+    results = in_order(partial(work, settings), read_batches(files, settings.options), settings.workers)
+    with tqdm(total=total, desc=settings.command, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
         for result in results:
             yield from report.without_duplicates(result)
             bar.update(result.batch.position - bar.n)
             if bar.disable and time.monotonic() > shown + 10:  # no terminal: a line at times
-                print(f"{args.command}: read {result.batch.position >> 20} of {total >> 20} MiB", file=sys.stderr)
+                print(f"{settings.command}: read {result.batch.position >> 20} of {total >> 20} MiB", file=sys.stderr)
                 shown = time.monotonic()
     report.check_bad()
     if report.kept == kept_before:

@@ -335,7 +335,7 @@ def test_the_catalogue_is_whole():
         assert any(ord(letter) > 0x2E80 for letter in entry.zh)
         assert entry.en.isascii()
         if entry.stage in KINDS:
-            assert data_process.parse_arguments([entry.stage, "x", *entry.flags])
+            assert data_process.document_settings(data_process.parse_arguments([entry.stage, "x", *entry.flags]))
 
 
 def test_the_list_says_what_was_never_tried(capsys):

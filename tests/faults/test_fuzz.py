@@ -42,7 +42,7 @@ from corpus.errors import WrongFile
 from corpus.exams import read_exam, read_table
 from corpus.exports import chats_of, read_text_export
 from corpus.files import RecordBatch, Structure, read_batches, read_csv, read_json_values
-from corpus.kinds import KINDS, load_encoder
+from corpus.kinds import KINDS, DocumentSettings, load_encoder
 from corpus.look import describe, examine, first_look
 from corpus.pipeline import work
 from corpus.prepared import read_meta
@@ -261,6 +261,7 @@ FILES |= {f"{name}.gz": gzip.compress(content) for name, content in FILES.items(
 
 
 COMMANDS = {name: data_process.parse_arguments([name, "x", "--output", "x", "--workers", "1"]) for name in KINDS}
+SETTINGS = {name: data_process.document_settings(args) for name, args in COMMANDS.items()}
 
 
 def control(ids: list[int]) -> list[int]:
@@ -286,18 +287,18 @@ def or_refused(*words: str):
 # ------------------------------------------------------------------------------------------------------------- readers
 
 
-def account(args: argparse.Namespace, batch: RecordBatch):
+def account(settings: DocumentSettings, batch: RecordBatch):
     """Every record becomes a document, is bad, or is dropped by a rule that the report knows."""
-    result = work(args, batch)
+    result = work(settings, batch)
     assert len(result.documents) + len(result.bad) + len(result.dropped) == result.count == len(batch.records)
-    assert {rule for rule, _, _ in result.dropped} <= set(KINDS[args.command].rules)
+    assert {rule for rule, _, _ in result.dropped} <= set(KINDS[settings.command].rules)
     for document in result.documents:
-        assert document.note.encode() or not KINDS[args.command].noted
+        assert document.note.encode() or not KINDS[settings.command].noted
         for ids, mask in document.parts:
-            if KINDS[args.command].masked:
+            if KINDS[settings.command].masked:
                 assert len(ids) == ENCODER.dtype.itemsize * len(mask)
                 assert any(mask)
-            elif KINDS[args.command].titles:
+            elif KINDS[settings.command].titles:
                 assert max(np.frombuffer(ids, ENCODER.dtype)) < len(PIECES)
 
 
@@ -311,7 +312,7 @@ def test_a_damaged_file_is_read_or_refused(file, command, number, folder):
         (folder / name).write_bytes(content)
         with or_refused(f"{folder / name}: "):
             for batch in read_batches([folder / name], "text"):
-                account(COMMANDS[command], batch)
+                account(SETTINGS[command], batch)
 
 
 @fuzz(0.01, families=True)
@@ -324,7 +325,7 @@ def test_a_damaged_file_can_be_looked_at(file, number, folder):
         with or_refused(name):
             look = first_look([folder / name], 100, {})
             if look.reading and look.reading.command in KINDS:
-                describe(*examine(look, COMMANDS[look.reading.command]), str(TOKENIZER))
+                describe(*examine(look, SETTINGS[look.reading.command]), str(TOKENIZER))
         with or_refused(name):
             for chat in each_record(folder / name, "prompt", prompt_of):
                 encode_chat(ENCODER.tokenizer, *chat)
@@ -455,7 +456,7 @@ def test_a_record_of_any_shape_is_accounted_for(relatives, command, as_bytes, nu
     for record in relatives:
         COUNTS["records"] += 1
         record = json.dumps(record, default=str).encode() if as_bytes else record
-        account(COMMANDS[command], RecordBatch(Path("x"), [(1, record)], 0))
+        account(SETTINGS[command], RecordBatch(Path("x"), [(1, record)], 0))
 
 
 names = st.sampled_from([*sum((tuple(kind.fields) for kind in KINDS.values()), ()), "x", ""]) | texts
@@ -472,20 +473,19 @@ def test_fields_are_mapped_or_refused(pairs, record, command, number):
     with or_refused("--fields: no part is called "), contextlib.suppress(argparse.ArgumentTypeError):
         args = argparse.Namespace(**vars(COMMANDS[command]))
         args.fields = data_process.mapping(",".join(map("=".join, pairs)))
-        data_process.settle(args)
-        account(args, RecordBatch(Path("x"), [(1, record)], 0))
+        account(data_process.document_settings(args), RecordBatch(Path("x"), [(1, record)], 0))
 
 
 @fuzz(0.15, families=True)
 @given(relatives=family(texts))
 @example(relatives=["e\u200b\u0301 000000000"])  # é, once the invisible mark between is gone
 def test_a_clean_text_stays_as_it_is(relatives, number):
-    args, changed = argparse.Namespace(skip_rules=[]), Counter()
+    changed = Counter()
     for text, rules in product(relatives, (TEXT_RULES, CHAT_RULES)):
         COUNTS["cleaning rules"] += rules is TEXT_RULES
         with contextlib.suppress(Dropped):
-            once = clean(text, rules, args, Counter())
-            assert clean(once, rules, args, changed) == once
+            once = clean(text, rules, rules, Counter())
+            assert clean(once, rules, rules, changed) == once
             assert not changed.total()
 
 
@@ -873,11 +873,11 @@ def test_a_record_that_is_nested_deep_is_accounted_for(depth, folder):
     chat = (
         f'{{"prompt": "问", "answer": "答", "chosen": "a", "rejected": "b", "text": "x", "tools": {deep}, "x": {deep}}}'
     )
-    for command, args in COMMANDS.items():
-        account(args, RecordBatch(Path("x"), [(1, chat.encode())], 0))
+    for command, own in SETTINGS.items():
+        account(own, RecordBatch(Path("x"), [(1, chat.encode())], 0))
         (folder / "deep.json").write_text(f"[{chat}]", "utf-8")
         with or_refused("deep.json"):
             for batch in read_batches([folder / "deep.json"], "text"):
-                account(args, batch)
+                account(own, batch)
         with or_refused("deep.json"):
             list(each_record(folder / "deep.json", command, prompt_of))
