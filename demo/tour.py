@@ -61,7 +61,7 @@ STAGES = {
     "pretrain": Stage(
         "a model with random weights learns to continue texts: language, facts, sums",
         "1-pretrain.py",
-        1000,
+        750,
         0.36,
         8,
         f"--preset tiny {MUON}",
@@ -69,7 +69,7 @@ STAGES = {
     "sft": Stage(
         "it learns to answer questions; half of the answers are brief, half ramble",
         "2-sft.py",
-        5000,
+        4000,
         0.54,
         4,
         MUON,
