@@ -84,7 +84,7 @@ def draw_weekday(rng: random.Random, language: int) -> Drawn:
 
 
 def draw_unit(rng: random.Random, language: int) -> Drawn:
-    n, (large, small, factor) = rng.randint(2, 40), rng.choice(DATA["units"][language])
+    n, (large, small, factor) = rng.randint(10, 99), rng.choice(DATA["units"][language])
     return Drawn((n, large, small), str(n * factor), (n,))
 
 
