@@ -11,7 +11,7 @@ reference never changes, so its log-probabilities are computed once and kept in 
     python 4-dpo.py --lora_rank 8                    trains an adapter in place of the whole model
 """
 
-from base.cli import above_zero, fraction, not_negative, run  # first: it hears Ctrl-C while torch is loaded
+from base.cli import above_zero, fraction, not_negative, run  # first: handles Ctrl-C while torch loads
 
 # isort: split
 from functools import partial

@@ -13,7 +13,7 @@ no reference model holds the model back (--beta 0), so there is no second model.
     python 5-grpo.py --reward my_rewards.py:score                a function of your own: score(reply, task) -> number
 """
 
-from base.cli import LESS_MEMORY, above_zero, not_negative, positive, run  # first: hears Ctrl-C while torch loads
+from base.cli import LESS_MEMORY, above_zero, not_negative, positive, run  # first: handles Ctrl-C while torch loads
 
 # isort: split
 import time
@@ -126,8 +126,10 @@ def main():
         gap = (log_probs.detach() - old).abs().sum()  # between the model that generated and the one that learns
         return losses.sum(), batch.scored, {"gap": gap, "scored": batch.scored}
 
-    training = Run(run_settings(args), machine, model, train_set, rollouts.METRICS, reference=args.init_from)
     generator = RolloutGenerator(model, fill(RolloutSettings, args), machine, train_set.tokenizer_dir)
+    training = Run(
+        run_settings(args), machine, model, train_set, rollouts.METRICS, args.init_from if args.beta else None
+    )
     validate = partial(generator.validate, val_set)
     training.log_start(validate)
     with training:

@@ -182,7 +182,7 @@ def reaches(url, seconds=3):
     def fetch():
         try:
             with urllib.request.urlopen(url, timeout=seconds) as page:
-                pages.append(page.read())
+                pages.append(page.read(1))
         except (OSError, ValueError):
             pass
 

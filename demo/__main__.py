@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from base.cli import next_step, run
+from base.cli import join_words, python_command, run
 from corpus.records import each_record, text_of
 from demo.questions import write_demo
 from demo.tasks import write_tasks
@@ -20,7 +20,8 @@ def main():
     counts = write_tasks(args.output, args.seed) if args.tasks else write_demo(args.output, texts, args.seed)
     for name, count in counts.items():
         print(f"{args.output / name}.jsonl: {count:,} records")
-    print(next_step("data_process.py", "look", args.output / f"{next(iter(counts))}.jsonl"))
+    look = ["data_process.py", "look", str(args.output / f"{next(iter(counts))}.jsonl")]
+    print("next: " + join_words([python_command(), *look]))
 
 
 if __name__ == "__main__":

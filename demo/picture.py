@@ -18,7 +18,7 @@ WORDS = {  # stages: name -> the short name, and its idea; questions: figure of 
         "steps": "steps",
         "loss": "loss in training",
         "stages": {
-            "pretrain": ("1 pretraining", "random weights learn\nto go on with a text"),
+            "pretrain": ("1 pretraining", "random weights learn\nto continue a text"),
             "sft": ("2 fine-tuning", "the model of 1 learns\nto answer questions"),
             "lora": ("3 LoRA", "a small addition to the model of 2\ngives it another name"),
             "dpo": ("4 DPO", "the model of 2 learns to prefer\nthe brief of two correct answers"),

@@ -54,7 +54,7 @@ def draw_difference(rng: random.Random, language: int) -> Drawn:
 
 def draw_product(rng: random.Random, language: int) -> Drawn:
     a, b = rng.randint(2, 6), rng.randint(2, 6)
-    return Drawn((a, b), str(a * b), None)  # the multiplication table is learnt by heart
+    return Drawn((a, b), str(a * b), None)  # the multiplication table is memorized
 
 
 def draw_larger(rng: random.Random, language: int) -> Drawn:
@@ -84,7 +84,7 @@ def draw_weekday(rng: random.Random, language: int) -> Drawn:
 
 
 def draw_unit(rng: random.Random, language: int) -> Drawn:
-    n, (large, small, factor) = rng.randint(2, 40), rng.choice(DATA["units"][language])
+    n, (large, small, factor) = rng.randint(10, 99), rng.choice(DATA["units"][language])
     return Drawn((n, large, small), str(n * factor), (n,))
 
 
@@ -305,7 +305,7 @@ def write_jsonl(output: Path, files: dict[str, list[dict]]):
     """NAME.jsonl in `output` for each name, all or none. UserError where other files than these stand there."""
     names = {f"{name}.jsonl" for name in files}
     if output.is_dir() and {path.name for path in output.iterdir()} not in (set(), names):
-        raise UserError(f"{output} holds other files: choose another --output")
+        raise UserError(f"{output} contains other files: choose another --output")
     with replacing_directory(output) as new:
         for name, records in files.items():
             lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

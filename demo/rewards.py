@@ -1,4 +1,5 @@
-"""A demonstration of 5-grpo.py: a model that thinks half of the time finds out by rewards alone that thinking pays.
+"""A demonstration of 5-grpo.py: by reinforcement learning, a model that thinks half of the time
+finds out that thinking pays.
 
 `python quickstart.py rewards` starts this, after the demonstration of the other stages, whose pretrained model it
 takes. Beside the rewards, for as many minutes, more of the chats that the model began with; both are asked the same 500
@@ -40,7 +41,7 @@ def train(tour: Tour, name: str):
     script, init_from, data, share, rows, flags = RUNS[name]
     command = [script, "--init_from", init_from, "--data", OUT / "dataset" / data, "--out_dir", folder(name)]
     command += ["--max_minutes", f"{tour.minutes * share:.3g}", "--batch_size", max(1, rows // tour.processes)]
-    tour.run(*tour.torchrun(), *command, *flags.split(), "--log_interval", 10, "--resume", "auto")
+    tour.run(*command, *flags.split(), "--log_interval", 10, "--resume", "auto", *tour.processes_flag())
 
 
 def probe(tour: Tour, name: str) -> dict:

@@ -61,16 +61,16 @@ STAGES = {
     "pretrain": Stage(
         "a model with random weights learns to continue texts: language, facts, sums",
         "1-pretrain.py",
-        1000,
-        0.36,
+        750,
+        0.33,
         8,
         f"--preset tiny {MUON}",
     ),
     "sft": Stage(
         "it learns to answer questions; half of the answers are brief, half ramble",
         "2-sft.py",
-        5000,
-        0.54,
+        4000,
+        0.58,
         4,
         MUON,
     ),
@@ -87,7 +87,7 @@ STAGES = {
         "of two correct answers it learns to prefer the brief one",
         "4-dpo.py",
         150,
-        0.05,
+        0.04,
         4,
         "--max_seq_len 256 --learning_rate 1e-4 --min_learning_rate 1e-5 --sft_weight 1",
     ),
@@ -114,10 +114,7 @@ class Tour:
         cores, device = available_cores(), choose_device("auto").type
         note_unused_gpu()  # here, for all stages
         self.processes = {"cpu": min(cores, 2), "cuda": torch.cuda.device_count()}.get(device, 1)
-        # In UTF-8 also where the system's encoding is another; torchrun warns if no one has set the threads.
-        self.environment = {"OMP_NUM_THREADS": str(max(1, cores // self.processes)), **os.environ, "PYTHONUTF8": "1"}
-        if platform.system() == "Windows":
-            self.environment["USE_LIBUV"] = "0"  # torchrun asks for it, and torch's build for Windows has none
+        self.environment = {**os.environ, "PYTHONUTF8": "1"}  # UTF-8 also where the system's encoding is another
 
     def once(self, name: str, step):
         """step(), unless it is done already; its result, JSON, is kept."""
@@ -130,7 +127,7 @@ class Tour:
 
     def start(self, *command, output: Path | None = None) -> tuple[int, bool]:
         """Prints and runs `python COMMAND`, with its standard output in a file if one is given; returns its exit status
-        and whether Ctrl-C was pressed, which the command hears too."""
+        and whether Ctrl-C was pressed, which reaches the command too."""
         words = [sys.executable, *map(str, command)]
         interrupted = False
         line = join_words([python_command(), *words[1:]])  # as one would type it
@@ -143,17 +140,14 @@ class Tour:
                 except KeyboardInterrupt:
                     interrupted = True
 
-    def torchrun(self) -> list:
-        """What stands before a script that trains."""
-        if self.processes == 1:
-            return []
-        return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", self.processes]
+    def processes_flag(self) -> list:
+        return ["--nproc_per_node", self.processes] if self.processes > 1 else []
 
     def run(self, *command, output: Path | None = None):
         """start(), and the end of the tour if the command does not reach its own."""
         status, interrupted = self.start(*command, output=output)
         if status or interrupted:
-            print("\nStopped here; `python quickstart.py` goes on from here.", file=sys.stderr)
+            print("\nStopped here; the same command continues.", file=sys.stderr)
             sys.exit(130 if interrupted else 1)
 
 
@@ -215,10 +209,11 @@ def train(tour: Tour, stage: str) -> dict:
         command += ["--init_from", OUT / ("pretrain" if stage == "sft" else "sft")]
     command += ["--max_steps", steps, "--epochs", 1000, "--max_minutes", f"{tour.minutes * fraction:.3g}"]
     command += ["--batch_size", max(1, rows // tour.processes), *flags.split()]
-    command += ["--log_interval", 50, "--warmup_steps", 10, "--seed", tour.seed]
+    command += "--log_interval 50 --eval_interval 500 --save_interval 500 --warmup_steps 10 --seed".split()
+    command.append(tour.seed)
     if (out_dir / STATE_FILE).exists():  # this stage was interrupted
         command.append("--resume")
-    tour.run(*tour.torchrun(), *command)
+    tour.run(*command, *tour.processes_flag())
     return {"minutes": tour.minutes, "finished": read_metrics(out_dir)[-1]["step"] / steps}
 
 

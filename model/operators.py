@@ -131,8 +131,8 @@ def attention_here(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
 def document_mask(position_ids: Tensor, kind: str, documents: CuSeqlens | None = None) -> Mask:
     """What keeps attention inside each document of packed rows; a document begins wherever position_ids (B, T) is 0.
 
-    kind: whose, of attention_kind. By hand, the documents' lengths: then no masked pair is multiplied at all, which
-    makes attention twice as fast. `documents` are the same for a card: without them, making them waits for it once.
+    kind: of attention_kind. "manual" takes the documents' lengths: then no masked pair is multiplied at all, which
+    makes attention twice as fast. `documents` are the same for a GPU: without them, making them waits for it once.
     """
     B, T = position_ids.shape
     begins = position_ids == 0

@@ -229,10 +229,10 @@ def killed_in_pass(number: int):
     """Kills the process in this forward pass of training."""
     loss, passes = distillation.distillation_loss, itertools.count(1)
 
-    def killing(model, batch, *rest):
+    def killing(model, batch, **rest):
         if batch.split == "train" and model.training and next(passes) == number:
             os.kill(os.getpid(), signal.SIGKILL)
-        return loss(model, batch, *rest)
+        return loss(model, batch, **rest)
 
     distillation.distillation_loss = killing
 
@@ -273,7 +273,7 @@ def test_a_teacher_without_numbers_changes_nothing_and_ends_the_run(mode, flags,
         ("logits", ["--keep_layers", 0, 9], "increasing numbers from 0 to 3"),
         ("logits", ["--keep_layers", 0, "--lora_rank", 2], "an adapter belongs to a model on disk"),
         ("on_policy", ["--keep_ffn", 8], "--mode text or logits"),
-        ("text", ["--only_right"], "known of rl data only"),
+        ("text", ["--only_right"], "only rl data say"),
         ("text", ["--max_new_tokens", 1], "was answered within --max_new_tokens 1"),
         ("logits", ["--out_dir", "TEACHER"], "would replace the folder of --teacher"),
     ],

@@ -109,7 +109,7 @@ def test_the_stage_starts_at_ln_2_learns_the_preference_and_reads_the_reference_
     for spoilt in ({"numbers": 0.9 * numbers}, {"numbers": numbers[:-2]}, {"other": numbers}):  # step 0 were not ln 2
         save_tensors(files[0], spoilt)
         line = run_here("4-dpo.py", *flags, "--out_dir", tmp_path / "again").error_line(status=2)
-        assert f"{files[0].name} does not hold what this model gives; delete it" in line
+        assert f"{files[0].name} does not match this model; delete it" in line
     files[0].write_bytes(files[0].read_bytes()[:-4] + bytes(4))
     assert files[0].name in run_here("4-dpo.py", *flags, "--out_dir", tmp_path / "third").error_line(status=2)
     files[0].unlink()

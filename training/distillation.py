@@ -67,6 +67,8 @@ METRICS = ("divergence", "cross_entropy", "agreement", "student_entropy", "teach
 def check_flags(args: argparse.Namespace):
     """UserError for flags that do not go together."""
     shrinks = args.keep_layers or args.keep_ffn
+    if args.shard and args.mode != "logits":
+        raise UserError(f"--mode {args.mode} generates, which needs the whole model in each process: omit --shard")
     if args.preset and (shrinks or args.lora_rank):
         raise UserError("--preset is a new student: there is nothing to keep or to adapt")
     if shrinks and args.lora_rank:
@@ -305,6 +307,8 @@ def foreign_teacher(model, directory: Path) -> Teacher:
     @torch.no_grad()
     def hidden(batch: Batch) -> Tensor:
         """Unpacked, with a document per row and padding masked, because not all architectures accept packed rows."""
+        if not batch.documents:  # with --shard, a process without rows
+            return weight.new_zeros(*batch.input_ids.shape, weight.shape[1])
         real = batch.document_index >= 0
         document, position = batch.document_index[real], batch.position_ids[real]  # (tokens,)
         ids = batch.input_ids.new_zeros(len(batch.documents), int(position.max()) + 1)  # (documents, longest)
@@ -373,7 +377,7 @@ def generate_answers(
             "program generate, and give the chats to: python data_process.py sft"
         )
     if settings.only_right and not train_set.checked:
-        raise UserError(f"{train_set.paths} holds chats: which answers are right is known of rl data only")
+        raise UserError(f"{train_set.paths} contains chats: only rl data say which answers are right")
     folder = cache / answers_key(teacher, train_set, settings)
     if (folder / META).exists():
         return folder
@@ -384,7 +388,7 @@ def generate_answers(
     for data in (train_set, val_set):
         chats[data.split] = sum(machine.gather(list(chats_of(generator, data, settings))), [])
         if not chats[data.split]:
-            right = " rightly" if settings.only_right else ""
+            right = " correctly" if settings.only_right else ""
             raise UserError(
                 f"no prompt of {data.split} in {data.paths} was answered{right} within --max_new_tokens "
                 f"{settings.rollouts.max_new_tokens} by the teacher in {teacher}"
@@ -441,7 +445,7 @@ def validate_answers(
     generator: RolloutGenerator, data: PromptDataset, loss_fn: LossFunction, batch_size: int, rows: int | None
 ) -> dict[str, float]:
     """Means of loss_fn's METRICS over the student's own answers to questions of val; and how many are right."""
-    model, groups = generator.model, generator.generate(data, data.piece_document[:rows], 1, "validation")
+    model, groups = generator.model, generator.generate(data, data.first_questions(rows), 1, "validation")
     answers = [one for group in groups for one in group]
     batches = ((batch, {}) for batch in learning_batches(answers, data.max_seq_len, batch_size))
     model.eval()

@@ -94,7 +94,7 @@ def parse_flags(description: str, stage_flags: dict[str, dict] | None = None, **
     flag("--shard", action="store_true", help="FSDP: shard weights, gradients and optimizer over the processes")
     flag = parser.add_argument_group("logging and saving").add_argument
     flag("--log_interval", type=positive, default=10, help="steps between log lines")
-    flag("--eval_interval", type=positive, default=200, help="steps between validations")
+    flag("--eval_interval", type=positive, default=200, help="steps between validations; two more at 20 and 50")
     flag("--eval_rows", type=positive, default=64, help="rows of each folder in a validation; the last takes all")
     flag("--save_interval", type=positive, default=200, help="steps between checkpoints")
     flag("--wandb", choices=["disabled", "offline", "online"], default="disabled", help="tracking")
@@ -107,11 +107,11 @@ def parse_flags(description: str, stage_flags: dict[str, dict] | None = None, **
     args = parser.parse_args()
     if args.min_learning_rate > args.learning_rate:
         parser.error(f"--min_learning_rate {args.min_learning_rate} is above --learning_rate {args.learning_rate}")
-    if args.nproc_per_node > 1 and "RANK" not in os.environ:
-        launch(args.nproc_per_node)
     args.fit_batch = args.batch_size == "auto"
     if args.fit_batch and args.shard:
         parser.error("--batch_size auto tries what one process can hold; with --shard give a number")
+    if args.nproc_per_node > 1 and "RANK" not in os.environ:
+        launch(args.nproc_per_node)
     if args.fit_batch:  # of a step of the usual size
         args.batch_size = parser.get_default("batch_size")
     return args

@@ -1,4 +1,4 @@
-"""What is shown and kept of a run: a bar or lines, metrics.jsonl, loss.png; wandb or TensorBoard for who wants them."""
+"""What is shown and kept of a run: a bar or lines, metrics.jsonl, loss.png; optionally wandb or TensorBoard."""
 
 import json
 import sys
@@ -162,7 +162,7 @@ class Meter:
     """Time, and what happened since the last line of the log."""
 
     def __init__(self, peak: float, progress: float):
-        self.peak = peak  # floating-point operations a second that all processes together could do
+        self.peak = peak  # floating-point operations per second that all processes together could do
         self.progress_at_start = progress
         self.started = self.step_started = self.last_call = time.perf_counter()
         self.window = Counter()

@@ -36,7 +36,6 @@ from training.shard import shard_model
 from training.state import Checkpointer
 
 EARLY_VALIDATIONS = (20, 50)  # steps: the loss falls fastest at the start, where plots compare it with training's
-EARLY_VALIDATIONS = (20, 50)  # steps: the loss falls fastest at the start, where plots compare it with training's
 MAX_SKIPPED_STEPS = 10  # in a row: then a run with non-finite numbers is stopped
 
 
@@ -113,8 +112,14 @@ class Run:
         return kind is Stopped
 
     def log_start(self, validate: Callable[[int | None], dict]):
-        """Validates the model of a new run before its first step; one batch is enough for random weights."""
+        """Validates the model of a new run before its first step; one batch is enough for random weights.
+
+        Of a run that has made its last step, makes up for a last validation that a signal ended.
+        """
         if self.state.step:
+            last = self.log.records[-1:]
+            if self.progress() >= 1 and last and not any(name.startswith("val_") for name in last[0]):
+                self.log.append(1.0, last[0] | validate(None))
             return
         rows, is_random = self.settings.eval_rows, self.settings.saving.init_from is None
         self.log.append(0.0, {"step": 0, "tokens": 0, **validate(min(rows, self.batch_size) if is_random else rows)})
@@ -261,7 +266,9 @@ class Run:
             self.save()
         self.machine.gather(None)  # a process that ends badly ends all of them: not while the first one saves
         self.checkpointer.discard()
-        stopped = self.progress() < 1
+        stopped = self.progress() < 1 or self.machine.stop.made  # a validation that was stopped is made up for
+        if self.machine.stop.made and self.state.step and self.machine.rank == 0:
+            self.log.draw()  # now that everything is saved
         self.log.close()
         self.log.info(closing_message(self.settings, self.state, self.train_set, stopped))
         if stopped:

@@ -17,7 +17,7 @@ from training.machine import Machine
 from training.packing import IGNORE, Batch, PackedDataset
 
 LOSS_CHUNK = 512  # tokens whose logits exist at a time: in a processor's cache
-CARD_CHUNK = 2048  # the same for a card, which wants large products: 0.2 GB of logits, probabilities and gradients
+CARD_CHUNK = 2048  # the same for a GPU, which is fast at large products: 0.2 GB of logits, probabilities and gradients
 # (model, batch) -> sum of the loss, how many tokens or pairs it sums, sums of metrics over them ("expert_load": loads).
 LossFunction = Callable[[CausalLM, Batch], tuple[Tensor, int, dict[str, float | Tensor]]]
 
@@ -74,7 +74,8 @@ def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     hidden (M, H), weight (V, H), labels (M,). Products are in autocast's format, if it is on.
     """
     dtype = product_dtype(hidden.device.type, hidden.dtype)
-    if hidden.device.type == "cpu" and dtype.itemsize > 2:  # there is room for logits, and no product is done twice
+    small = len(hidden) * len(weight) <= 2**24  # then there is room for logits, and no product is computed twice
+    if hidden.device.type == "cpu" and dtype.itemsize > 2 and small:
         return F.cross_entropy(F.linear(hidden, weight), labels, ignore_index=IGNORE, reduction="none")
     return TokenLosses.apply(hidden, weight, labels, dtype)
 
@@ -134,7 +135,7 @@ def evaluate(
     batch_size: int,
     rows: int | None = None,
 ) -> dict[str, float]:
-    """Over `rows` rows of each source, or all: mean loss a token (or pair) in nats; bits per byte, to compare between
+    """Over `rows` rows of each source, or all: mean loss per token (or pair) in nats; bits per byte, to compare between
     tokenizers. Of several sources also the figures of each, and their mean counts each by its weight in the mixture.
     Nothing where a signal has asked a process to stop: the run has to be saved before it is killed."""
     model.eval()
@@ -149,7 +150,7 @@ def evaluate(
         if not part["count"]:
             folder = data.folders[name].folder
             raise UserError(
-                f"the validation data in {folder} hold no scored token; give data_process.py more, or --val FILE"
+                f"the validation data in {folder} contain no scored token; give data_process.py more, or --val FILE"
             )
     count = sum(part["count"] for part in sums.values())
     mixed = Counter()

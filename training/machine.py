@@ -39,23 +39,31 @@ def _waiting_for_others():
 
 
 class StopRequest:
-    """Inside `with`, these signals ask the loop to save and leave; a second one ends the process at once."""
+    """Inside `with`, these signals ask the loop to save and leave; a later one ends the process at once.
+
+    A second signal within a second is the same request, which a launcher passes on to processes that have it already.
+    A signal that is ignored, as SIGHUP under nohup, stays so.
+    """
 
     SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
     def __init__(self):
         self.made = False
         self.number = 0  # of the signal
+        self.time = 0.0  # when it came
         self.before = {}  # handlers by signal
 
     def __enter__(self):
-        self.before = {number: signal.signal(number, self._ask) for number in self.SIGNALS}
+        heeded = [number for number in self.SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self.before = {number: signal.signal(number, self._ask) for number in heeded}
         return self
 
     def _ask(self, number: int, frame):
-        self.made = True
-        self.number = number
-        signal.signal(number, self.before[number])
+        if not self.made:
+            self.made, self.number, self.time = True, number, time.monotonic()
+        elif time.monotonic() > self.time + 1:
+            self.__exit__()
+            signal.raise_signal(number)
 
     def __exit__(self, *exception):
         self.made = False
@@ -142,8 +150,8 @@ class Machine:
 
 def launch(processes: int):
     """Runs this script in so many processes, as `torchrun --standalone --nproc_per_node` does, and ends with their
-    exit status. Unlike torchrun it adds no traceback to a failure, and lets a run save, however long that takes."""
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")  # seconds from SIGTERM to SIGKILL; else 30
+    exit status. Unlike torchrun it adds no traceback to a failure, and lets a run save for ten minutes."""
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds from SIGTERM to SIGKILL; else 30
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # else torchrun warns; start_machine sets the number of threads
     if sys.platform == "win32":
         os.environ.setdefault("USE_LIBUV", "0")  # torchrun asks for it, and torch for Windows is built without it

@@ -211,7 +211,7 @@ class PackedDataset:
                 )
             if other.meta["tokenizer_sha256"] != self.tokenizer_sha256:
                 raise UserError(
-                    f"{first.folder} and {other.folder} were made with different tokenizers; make one of them anew"
+                    f"{first.folder} and {other.folder} were made with different tokenizers; prepare one of them again"
                 )
         n_documents = [len(one.offsets) - 1 for one in self.folders.values()]
         self.n_documents = sum(n_documents)

@@ -64,7 +64,7 @@ def cached_log_probs(
     if all(machine.gather(path.exists())):  # of several machines one may have it: then all compute together
         numbers, first = load_tensors(path)[0].get("numbers"), compute(rows[:batch_size])
         if numbers is None or not _agree(numbers, first):
-            raise UserError(f"{path} does not hold what this model gives; delete it, and it is computed anew")
+            raise UserError(f"{path} does not match this model; delete it, and it is computed again")
         return numbers
     numbers = compute(rows)
     if machine.rank == 0:

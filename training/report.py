@@ -24,7 +24,7 @@ def check_compatible(settings: RunSettings, config: LMConfig, data: PackedDatase
     if config.vocab_size != data.vocab_size:
         raise UserError(
             f"{data.paths} was made with a vocabulary of {data.vocab_size}, the model has vocab_size "
-            f"{config.vocab_size}; make the data anew, or set vocab_size in model/LMConfig.py"
+            f"{config.vocab_size}; prepare the data again, or set vocab_size in model/LMConfig.py"
         )
     if max_seq_len > config.max_position_embeddings:
         raise UserError(
@@ -36,7 +36,7 @@ def check_compatible(settings: RunSettings, config: LMConfig, data: PackedDatase
     if init_from and tokenizer_fingerprint(init_from) != data.tokenizer_sha256:
         first = next(iter(data.folders.values()))
         raise UserError(
-            f"{data.paths} was made with another tokenizer than the one in {init_from}; make the data anew "
+            f"{data.paths} was made with another tokenizer than the one in {init_from}; prepare the data again "
             f"with: python data_process.py {first.kind} YOUR_FILES --tokenizer {init_from} "
             f"--output {first.folder}"
         )

@@ -79,6 +79,11 @@ class PromptDataset(PackedDataset):
         """Each prompt is a row of its own: its answers are packed when they are there."""
         return np.arange(len(lengths))
 
+    def first_questions(self, limit: int | None) -> np.ndarray:
+        """The first `limit` questions of each folder, or all."""
+        rows = [first + np.arange(n)[:limit] for first, n in zip(self.first_row, self.n_rows)]
+        return self.piece_document[np.concatenate(rows)]
+
     @property
     def real_fraction(self) -> float:
         return 1.0
@@ -198,8 +203,11 @@ class RolloutGenerator:
                 ) from None
 
     def validate(self, data: PromptDataset, limit: int | None) -> dict[str, float]:
-        """Mean rewards over the first `limit` questions, or all: of the likeliest answer, sampled ones, the best."""
-        questions, sums = data.piece_document[:limit], Counter()
+        """Mean rewards over the first `limit` questions of each folder, or all.
+
+        Of the greedy answer, of sampled ones, and of the best of those.
+        """
+        questions, sums = data.first_questions(limit), Counter()
         greedy = self.generate(data, questions, 1, "greedy", temperature=0.0)
         sampled = self.generate(data, questions, self.settings.generations, "sampled")
         self.score(data, greedy + sampled)

@@ -258,7 +258,9 @@ class Checkpointer:
                 self.model.get_buffer(name).copy_(tensor)
             elif kind == "optimizer":
                 name, _, entry = name.rpartition("/")
-                self.optimizer.state[parameters[name]][entry] = distribute_tensor(tensor, parameters[name])
+                entry = {"mean": "exp_avg", "square": "exp_avg_sq"}.get(entry, entry)  # as older runs named them
+                tensor = distribute_tensor(tensor, parameters[name])
+                self.optimizer.state[parameters[name]][entry] = tensor.to(self.machine.device)  # fused AdamW's step too
             elif kind == "random" and int(name) == self.machine.rank:
                 self.machine.set_random_state(tensor.cpu())
         trained = {name for name, parameter in parameters.items() if parameter.requires_grad}

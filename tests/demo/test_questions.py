@@ -227,7 +227,7 @@ def test_the_command_replaces_its_own_files_only(name, run_here, tmp_path, monke
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / name).write_text("years of work")
     result = run_here("data_process.py", "demo", "--output", tmp_path / "mine")
-    assert "holds other files" in result.error_line(status=2)
+    assert "contains other files" in result.error_line(status=2)
     assert [path.read_text() for path in (tmp_path / "mine").iterdir()] == ["years of work"]
     for _ in range(2):
         assert run_here("data_process.py", "demo", "--output", tmp_path / "demo").status == 0
