@@ -25,6 +25,7 @@ TRAINED = ("weight", "weights", "loss", "loss_mask", "loss_weight", "loss_scale"
 TRAINED += ("trained", "trainable", "training", "do_train", "is_train", "train_mask", "train_on_turn", "train_detail")
 NOT_TRAINED = ("masked", "ignore", "ignored", "skip", "no_train", "no_loss")  # the other way round
 UNCLEAR = ("mask",)  # true may mean either
+MARKS = {*TRAINED, *NOT_TRAINED, *UNCLEAR}
 NO = {"false", "no", "off", "n", "f"}
 YES = {"true", "yes", "on", "y", "t"}
 # The tags of thoughts, as letters, in the templates of many models.
@@ -151,7 +152,7 @@ def _assistant_message(turn: dict, content: str) -> dict:
         reasoning, content = thought, rest
     if reasoning:
         content = content.lstrip("\r\n")  # the newlines after a thought belong to the chat format
-    if any(mark in content for mark in "<[✿") and OTHER_CALL.search(content):
+    if ("<" in content or "[" in content or "✿" in content) and OTHER_CALL.search(content):
         raise BadRecord(
             'a tool call in an unknown form: write it as <tool_call>{"name": …, "arguments": {…}}</tool_call>'
         )
@@ -174,7 +175,9 @@ def split_thought(content: str) -> tuple[str | None, str]:
 
     Where the chat format wrote the opening tag into the prompt, the answer has the closing one alone.
     """
-    tags = list(THOUGHT_TAG.finditer(content)) if any(mark in content for mark in "<[◁&") else []
+    if "<" not in content and "[" not in content and "◁" not in content and "&" not in content:
+        return None, content
+    tags = list(THOUGHT_TAG.finditer(content))
     thinking = [tag for tag in tags if _is_thinking(tag)]
     if tags and not tags[0]["end"] and not content[: tags[0].start()].strip("\ufeff\u200b \t\r\n"):
         start = tags[0].end()
@@ -201,11 +204,8 @@ def _is_thinking(tag: re.Match) -> bool:
 
 def _is_trained(turn: dict) -> bool:
     """False if a field of an assistant's turn says that it is only context."""
-    for field in (*TRAINED, *NOT_TRAINED, *UNCLEAR):
-        value = turn.get(field)
-        if is_missing(value):
-            continue
-        number = _number_of(value)
+    for field in [field for field in turn if field in MARKS and not is_missing(turn[field])]:
+        number = _number_of(turn[field])
         if number is None:
             raise BadRecord(f'the field "{field}" of a message is neither true nor false nor a number')
         if field in UNCLEAR:
@@ -217,8 +217,8 @@ def _is_trained(turn: dict) -> bool:
 
 def is_trained_record(record: dict) -> bool:
     """False if a field of a record says so; other values of these fields may mean anything."""
-    trained = all(_number_of(record[field]) != 0 for field in TRAINED if field in record)
-    return trained and not any(_number_of(record[field]) == 1 for field in NOT_TRAINED if field in record)
+    marked = MARKS.intersection(record).difference(UNCLEAR)
+    return all(_number_of(record[field]) != (field in NOT_TRAINED) for field in marked)
 
 
 def _number_of(value: Any) -> float | None:

@@ -31,8 +31,9 @@ ASKED: Fields = {
     "messages": ("conversations", "messages", "conversation"),
     "question": ("prompt", "q", "question_zh", "question", "query", "问题", "提问", "Question", "Prompt"),
     "instruction": ("instruction", "指令", "Instruction"),
-    "input": ("input", "输入", "Input", "context", "Context", "passage", "上下文"),
+    "input": ("input", "输入", "Input"),
 }
+ASKED["input"] += ("context", "Context", "passage", "上下文")  # what a question is about
 PROMPT_FIELDS = ASKED | {
     "history": ("history",),
     "system": ("system", "system_prompt"),
@@ -48,9 +49,9 @@ PAIR_FIELDS = PROMPT_FIELDS | {
 }
 TASK_FIELDS = PROMPT_FIELDS | {"answer": ("gt", "answer_only", "answer", "答案", "Answer")}
 # Fields that say whether the answer is a good one (KTO data), and the values that say that it is not.
-LABELS = ("label", "kto_tag", "kto_label", "correct", "is_correct", "good", "is_good", "accepted", "acceptable")
-LABELS += ("is_chosen", "desirable", "is_desirable", "preferred", "is_preferred", "preference", "liked", "feedback")
-LABELS += ("thumbs", "quality")
+LABELS = {"label", "kto_tag", "kto_label", "correct", "is_correct", "good", "is_good", "accepted", "acceptable"}
+LABELS |= {"is_chosen", "desirable", "is_desirable", "preferred", "is_preferred", "preference", "liked", "feedback"}
+LABELS |= {"thumbs", "quality"}
 BAD_LABELS = {"false", "0", "0.0", "-1", "-1.0", "no", "n", "f", "bad", "rejected", "undesirable", "undesired"}
 BAD_LABELS |= {"incorrect", "wrong", "negative", "neg", "-", "dislike", "disliked", "down", "thumbs_down"}
 BAD_LABELS |= {"否", "错", "错误", "差"}
@@ -103,8 +104,8 @@ def pick_fields(record: dict, fields: Fields) -> dict[str, str]:
     """Part -> the field of this record that contains it, for the parts that it has."""
     picked = {}
     for part, names in fields.items():
-        there = [name for name in names if name in record]
-        if there:
+        if not record.keys().isdisjoint(names):
+            there = [name for name in names if name in record]
             picked[part] = next((name for name in there if is_filled(record[name])), there[0])
     asked = [part for part in ASKED if part in picked and is_filled(record[picked[part]])]
     used = list(ASKED)  # where all are blank
@@ -173,13 +174,13 @@ def has_bad_label(record: dict, answer: str) -> bool:
     """
     turns = next((record[name] for name in ASKED["messages"] if isinstance(record.get(name), list)), [])
     last = turns[-1] if turns and isinstance(turns[-1], dict) else {}
-    for source in (record, last):
-        named = {str(name).lower(): value for name, value in source.items()}
-        labels = (str(named[name]).strip().lower() for name in LABELS if not is_missing(named.get(name)))
-        if any(label in BAD_LABELS and label != answer.strip().lower() for label in labels):
-            return True
-        if str(named.get("is_rejected")).lower() in ("true", "1"):
-            return True
+    for field, value in [*record.items(), *last.items()]:
+        field = str(field).lower()
+        if field in LABELS or field == "is_rejected":
+            label = str(value).strip().lower()
+            bad = BAD_LABELS - {answer.strip().lower()} if field in LABELS else {"true", "1"}
+            if label in bad:
+                return True
     return False
 
 
@@ -242,7 +243,8 @@ def _options_of(record: dict) -> list[str]:
     if isinstance(options, dict):  # {"A": …, "B": …}, or ARC's {"text": […], "label": […]}
         lettered = [options[name] for name in LETTERS if name in options]
         options = options.get("text", lettered)
-    options = options or [record[name] for name in LETTERS if is_filled(record.get(name))]
+    if not options and "A" in record:
+        options = [record[name] for name in LETTERS if is_filled(record.get(name))]
     texts = [or_number(option) for option in options] if isinstance(options, list) else []
     return texts if 1 < len(texts) <= len(LETTERS) and all(isinstance(text, str) for text in texts) else []
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from corpus.cleaning import is_placeholder
+from corpus.cleaning import Dropped, is_placeholder
 from corpus.records import (
     CHAT_FIELDS,
     PAIR_FIELDS,
