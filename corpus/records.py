@@ -271,8 +271,9 @@ def _history_of(values: dict) -> Messages:
 def _question_of(values: dict, question: Any, changes: Changes) -> Messages:
     """The user's turn, of a question or of Alpaca's instruction and input; none where there is neither."""
     if not isinstance(question, list):
-        known = {"instruction": values.get("instruction"), "question": question, "input": values.get("input")}
-        instruction, question, text = (as_text(or_number(value), f"the {part}") for part, value in known.items())
+        question = as_text(question if is_filled(question) else "", "the question")
+        parts = [as_text(or_number(values.get(part)), f"the {part}") for part in ("instruction", "input")]
+        instruction, text = parts
         if instruction.strip() and question.strip() and instruction.strip() not in question:
             if question.strip() not in instruction:
                 flag = "--fields question=NAME or instruction=NAME,input=NAME"
