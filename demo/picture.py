@@ -23,7 +23,7 @@ WORDS = {  # stages: name -> the short name, and its idea; questions: figure of 
             "lora": ("3 LoRA", "a small addition to the model of 2\ngives it another name"),
             "dpo": ("4 DPO", "the model of 2 learns to prefer\nthe brief of two correct answers"),
         },
-        "ask": "What it can do then: asked the same questions after every stage, none of them seen in training, it …",
+        "ask": "What it can do then: asked the same questions after every stage, in words not seen in training, it …",
         "nothing": "not asked",
         "questions": {
             "right": "answers correctly",
@@ -43,7 +43,7 @@ WORDS = {  # stages: name -> the short name, and its idea; questions: figure of 
             "lora": ("3 LoRA", "2 的模型不动，旁边加一点权重\n给它换个名字"),
             "dpo": ("4 DPO", "2 的模型学会\n在两个对的答案里偏爱简短的"),
         },
-        "ask": "学完会什么：每个阶段之后问同样的题，都是训练时没见过的",
+        "ask": "学完会什么：每个阶段之后问同样的题，训练时没见过这样的问法",
         "nothing": "没有问",
         "questions": {
             "right": "答得对",

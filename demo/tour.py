@@ -69,7 +69,7 @@ STAGES = {
     "sft": Stage(
         "it learns to answer questions; half of the answers are brief, half ramble",
         "2-sft.py",
-        3600,
+        4000,
         0.58,
         4,
         MUON,
