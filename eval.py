@@ -150,7 +150,10 @@ def answer_batch(
             reply = read_tokens(sequence.tokens, session.tokenizer)
             parts = {"reasoning": reply.reasoning, "tool_calls": reply.tool_calls}
             parts = {name: part for name, part in parts.items() if part} | {"answer": reply.content}
-            output.write({f"reference_{name}" if name in parts else name: record[name] for name in record} | parts)
+            names = {
+                name: f"reference_{name}" for name in record if name in parts and f"reference_{name}" not in record
+            }
+            output.write({names.get(name, name): record[name] for name in record} | parts)
 
 
 @torch.inference_mode()

@@ -49,9 +49,19 @@ OTHERS = (  # all but their first character, "<" or "["
     r"|/?(?:TOOL_CALLS|TOOL_RESULTS|AVAILABLE_TOOLS)\]|s>(?=\s*\[INST\])"
     rf"|/s>(?=\s*(?:<s>|[{NEWLINES}]|\Z))"
 )
+# Several turns in one text, whose outer tags are gone: another begins where one ends.
+TURNS = re.compile(
+    r"<\|im_end\|>\s*<\|im_start\|>|<\|eot_id\|>\s*<\|start_header|<end_of_turn>\s*<start_of_turn>"
+    r"|\[/INST\][^[]*\[INST\]|</s>\s*(?:<s>)?\s*\[INST\]|<</SYS>>|<｜User｜>"
+)
 OWN = r"/?(?:think|tool_call|tool_response|tools)>"
 STRUCK = rf"(s>(?!\s*\[INST\])[^<{NEWLINES}]*</s>)"
 TAGS = re.compile(rf"\A\s*<s>|[<[](?:{STRUCK}|{OTHERS}|{OWN})")
+# Where a text or a turn ends in the middle of a line.
+ENDS = re.compile(
+    r"<(?:\|(?:endoftext|end_of_text|im_end|eot_id|eod|eos|end|user|assistant|system|User|Assistant)\|"
+    r"|｜[^<>｜\n]{1,40}｜|eos|eod|eop|end_of_turn)>(?=[^\S\n]*\S)|<s>\s*(?=\[INST\])"
+)
 EDGES = re.compile(rf"\A(?:\s*<s>)?(?:\s*[<[](?:{OTHERS}))+\n?|\A\s*<s>|(?:\s*[<[](?:{OTHERS}))+\s*\Z")
 
 
@@ -61,8 +71,14 @@ def has_tags(text: str) -> bool:
     return any(found[1] is None for found in TAGS.finditer(text))
 
 
+def has_turns(text: str) -> bool:
+    return ("<" in text or "[" in text) and TURNS.search(text) is not None
+
+
 def tags(text: str) -> str:
-    """Takes out control tags that are written as letters."""
+    """Takes out control tags that are written as letters; between two texts on one line a blank line is left."""
+    if "<" in text:
+        text = ENDS.sub("\n\n", text)
     return _without(TAGS, text)
 
 
@@ -91,19 +107,26 @@ def length(text: str) -> str | None:
     return text if len(text) >= 10 else None
 
 
+RULER = re.compile(r"^[ \t]*\|[-:| ]+\|[ \t]*$", re.MULTILINE)  # of a Markdown table
+
+
 def readable(text: str) -> str | None:
     """Drops texts of which, blanks aside, more than half is neither letter nor digit nor Han character.
 
     Vowel signs and joiners, a third of the characters in some scripts, count as letters. Code stays: up to three
-    quarters, if less than a fifth is in runs of six and more, of which rulers and ornaments consist.
+    quarters, if less than a fifth is in runs of six and more, of which rulers and ornaments consist. The ruler of a
+    Markdown table does not count, and Braille counts as letters.
     """
     size = sum(map(len, text.split()))
     others = re.findall(r"[^\w\s]", text)
     if len(others) <= 0.5 * size:  # nearly always: spare the slow way
         return text
+    rest = RULER.sub("", text)
+    size = sum(map(len, rest.split()))
+    others = re.findall(r"[^\w\s\u2801-\u28ff]", rest)
     count = sum(unicodedata.category(letter) not in MARKS for letter in others)
-    in_runs = sum(map(len, re.findall(r"[^\w\s]{6,}", text)))
-    return text if count <= 0.5 * size or (count <= 0.75 * size and in_runs < 0.2 * size) else None
+    in_runs = sum(map(len, re.findall(r"[^\w\s]{6,}", rest)))
+    return text if size and (count <= 0.5 * size or (count <= 0.75 * size and in_runs < 0.2 * size)) else None
 
 
 def repetition(text: str) -> str | None:
@@ -120,7 +143,7 @@ PLACEHOLDERS = {"", "无", "none", "null", "nan", "n/a"}
 
 def is_placeholder(answer: str) -> bool:
     """Whether a text is only a placeholder for a missing answer, which would be learned as one."""
-    return answer.strip(" \n.。").lower() in PLACEHOLDERS
+    return answer.strip().strip(" \n.。").lower() in PLACEHOLDERS
 
 
 def known_languages() -> set[str]:

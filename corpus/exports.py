@@ -20,8 +20,14 @@ INVISIBLE = dict.fromkeys(map(ord, "\u200e\u200f\u202a\u202b\u202c\u2068\u2069\u
 # What stands in the place of a picture or a message that was deleted.
 NOT_TEXT = re.compile(
     r"<[^<>]*>|\[[^][]{1,10}\]|null|.{0,30} omitted|.{0,20}message was deleted.?|.{0,20}deleted this message.?"
-    r"|.{0,30}撤回了一条消息",
+    r"|.{0,30}撤回了一条消息|(?:missed )?(?:voice|video) call(?:, (?:\d|no answer|tap ).{0,25})?",
     re.IGNORECASE,
+)
+# What an app adds to a message: that it was edited, and what is sent with it.
+NOTES = re.compile(
+    r"[ \t]*<(?:this message was edited|media omitted|attached: [^<>\n]*)>"
+    r"|^\[(?:文件|链接|语音|视频|图片|位置)\].*$|^.{1,100}\.\w{2,4} \((?:file attached|Datei angehängt|文件附件)\)$",
+    re.IGNORECASE | re.MULTILINE,
 )
 CHAT_SIZE = 600  # characters of a chat, after which the next question begins another: about 500 tokens of Chinese
 ADDRESS = re.compile(r"https?://\S+|\S+@\S+\.\S+")
@@ -111,7 +117,7 @@ def chats_of(messages: list[Said], speaker: str, redact: bool) -> Iterator[dict]
         raise WrongFile(f"it has {len(names)} speakers ({listing}), and a chat has two")
     chat, day = [], None
     for message in messages:
-        text = message.text.strip()
+        text = NOTES.sub("", message.text).strip()
         if message.name not in names or not text or NOT_TEXT.fullmatch(text):
             continue
         text = redacted(text, names) if redact else text

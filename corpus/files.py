@@ -85,12 +85,23 @@ def find_files(inputs: Iterable[str | Path]) -> list[Path]:
         elif not (path.is_file() or path.is_fifo()):  # a device has no end
             raise UserError(f"{path}: neither a file nor a folder")
         elif not suffix_of(path):
-            raise UserError(f"{path}: cannot tell what it is: the name must end in {names}")
+            known = "" if path.is_fifo() else _signature_of(path)
+            raise UserError(f"{path}: {known or f'cannot tell what it is: the name must end in {names}'}")
         else:
             files.append(path)
     if passed_over:
         _tell_passed_over(passed_over)
     return files
+
+
+def _signature_of(path: Path) -> str:
+    """What the bytes of a file with an unknown name are, such as a zip archive, and what to do; "" for others."""
+    try:
+        with open(path, "rb") as file:
+            check_signature(file.read(HEAD))
+    except WrongFile as error:
+        return str(error)
+    return ""
 
 
 def _is_hidden(path: Path, folder: Path) -> bool:
@@ -144,8 +155,8 @@ def encoding_of(head: bytes) -> str:
     if len(re.findall("[\0-\x08\x0e-\x1a\x1c-\x1f]", text)) > len(text) // 10 + 8:
         raise WrongFile("it is not text: its bytes are of a format that is not known here")
     if wrong > right + 8:  # a single wrong byte is for the record in which it is
-        guess = next((name for name in ("gb18030", "big5") if _decodes(head, name)), "")
-        seems = f" but {guess.upper()}, as it seems" if guess else ""
+        guess = " or ".join(name.upper() for name in ("gb18030", "big5", "euc-kr", "shift_jis") if _decodes(head, name))
+        seems = f" but {guess}, as it seems" if guess else ""
         raise WrongFile(f"its text is not UTF-8{seems}: save it as UTF-8, or name its encoding with --encoding")
     return "utf-8-sig"
 
@@ -156,6 +167,16 @@ def _decodes(head: bytes, encoding: str) -> bool:
     except UnicodeDecodeError:
         return False
     return True
+
+
+def _is_unicode(head: bytes) -> bool:
+    """Whether it has a mark of UTF-8, 16 or 32, or 8 and more characters beyond ASCII that all are UTF-8.
+
+    Of such a file no other encoding is true.
+    """
+    if head.startswith((codecs.BOM_UTF8, *(mark for mark, _ in BOMS))):
+        return True
+    return _decodes(head, "utf-8") and sum(byte >= 0xC0 for byte in head) >= 8
 
 
 class _FullReads(io.RawIOBase):
@@ -213,7 +234,9 @@ def structure_of(text: str, complete: bool, suffix: str) -> Structure | None:
     except json.JSONDecodeError as error:
         cut = error.pos >= len(text) - 8 or error.msg.startswith("Unterminated string")
         if complete or not cut:  # broken, or not JSON at all
-            return None if running else array if suffix == ".json" and text[start] == "[" else LINES
+            first_line = text[start:].partition("\n")[0].rstrip()
+            opened = first_line.endswith(("[", "{", ",")) or suffix == ".json"
+            return None if running else array if text[start] == "[" and opened else LINES
     if running and value is not None and not (value and (isinstance(value, dict) or _is_object(value[0]))):
         return None
     one_line = "\n" not in text[start:end]
@@ -225,6 +248,8 @@ def structure_of(text: str, complete: bool, suffix: str) -> Structure | None:
             return LINES if one_line else VALUES  # a chat, not a list of records
         return array if not text[end:].strip() else VALUES
     wrapped = WRAPPED.match(text)
+    if isinstance(value, dict) and isinstance(value.get("text"), str):
+        wrapped = None  # a record of its own
     if wrapped and wrapped[1] not in LISTS and not TURN.match(text, wrapped.end()) and not text[end:].strip():
         return Structure(False, wrapped.end(), "]}")
     return LINES if one_line and not rest_of_line.startswith((",", "{")) else VALUES
@@ -351,6 +376,8 @@ def read_csv(file: TextIO) -> Iterator[tuple[int, dict | BadRecord]]:
         raise ValueError("the first line, where the columns have their names, is blank")
     if twice := [name for name, count in Counter(header).items() if name and count > 1]:
         raise ValueError(f'the first line has the column "{twice[0]}" twice')
+    if len(header) == 1 and (other := next((mark for mark in ";\t|" if mark in header[0]), "")):
+        raise WrongFile(f"its columns are separated by {other!r}: write it with commas, and quotes around what has one")
     place, before = 1, len(header)  # fields of the row before
     while True:
         place += len(lines.taken)
@@ -377,8 +404,9 @@ def read_csv(file: TextIO) -> Iterator[tuple[int, dict | BadRecord]]:
                 ),
             )
         elif _swallows(lines.taken, row):
-            lines.again()
-            yield place, BadRecord("a stray quote takes in the lines that follow as one field")
+            if row[0].isdigit():
+                lines.again()
+            yield place, BadRecord("a stray quote takes in the lines that follow as one field, and each may be a row")
         else:
             yield place, dict(zip(header, row))
 
@@ -390,11 +418,18 @@ def _csv_fault(error: csv.Error) -> str:
 
 
 def _swallows(taken: list[str], row: list[str]) -> bool:
-    """Whether every further line of a row is by itself a row that begins with a number, as this one does."""
-    if len(taken) < 2 or len(row) < 2 or not row[0].isdigit():
+    """Whether every line of a row is a row by itself: it begins with a number, as the first does, or looks like one."""
+    if len(taken) < 2 or len(row) < 2:
+        return False
+    number = row[0].isdigit()
+    # Prose has a blank after its commas, code is indented, and a poem has as many commas on its first line.
+    if not number and any(", " in line or line[0].isspace() for line in taken[1:]):
+        return False
+    [first] = csv.reader(taken[:1])
+    if not number and len(first) + first[-1].count(",") != len(row):
         return False
     own = csv.reader(line for line in taken[1:] if line.strip())
-    return all(len(fields) == len(row) and fields[0].isdigit() for fields in own)
+    return all(len(fields) == len(row) and (fields[0].isdigit() or not number) for fields in own)
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -424,7 +459,7 @@ def read_records(path: Path, stream: BinaryIO, options: ReadOptions) -> Iterator
     stream = io.BufferedReader(_FullReads(stream), HEAD)
     head = stream.peek(HEAD)
     check_signature(head)
-    encoding = options.encoding or encoding_of(head)
+    encoding = options.encoding if options.encoding and not _is_unicode(head) else encoding_of(head)
     wide = encoding.lower().startswith(("utf-16", "utf-32"))  # whose broken bytes cannot become surrogates
     text, complete = head.decode(encoding, "replace" if wide else "surrogateescape"), len(head) < HEAD
 

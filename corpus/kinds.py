@@ -12,10 +12,10 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from base.cli import UserError
-from corpus.cleaning import CHAT_RULES, TEXT_RULES, Dropped, clean, has_tags, is_placeholder
+from corpus.cleaning import CHAT_RULES, TEXT_RULES, Dropped, clean, has_tags, has_turns, is_placeholder
 from corpus.duplicates import hash64
 from corpus.files import ReadOptions
-from corpus.messages import Messages, check_turns
+from corpus.messages import Messages, check_turns, is_trained_record
 from corpus.records import (
     CHAT_FIELDS,
     PAIR_FIELDS,
@@ -155,19 +155,24 @@ def read_chat_record(place: int, record: dict, settings: DocumentSettings, chang
     changes = partial(_changes, settings, changed)
     messages, tools = chat_of(record, settings.names, changes)
     messages = check_turns(messages, changes)
-    _drop_bad_label(record, messages, settings)
+    answer = messages[-1]["content"] if messages else ""
+    _drop_bad_label(record, answer, settings)
+    if not is_trained_record(record):
+        raise Dropped("no_answer", answer[:80])
     return _chat_document(place, [messages], 0, tools, settings, changed)
 
 
 def read_pair_record(place: int, record: dict, settings: DocumentSettings, changed: Counter) -> Document:
     """The document of a preference pair: two chats, of which only the answers that differ are trained."""
     chosen, rejected, shared, tools = pair_of(record, settings.names)
+    if not is_trained_record(record):
+        raise Dropped("no_answer", chosen[-1]["content"][:80])
     return _chat_document(place, [chosen, rejected], shared, tools, settings, changed)
 
 
-def _drop_bad_label(record: dict, messages: Messages, settings: DocumentSettings):
-    if "bad_label" in settings.rules and has_bad_label(record):
-        raise Dropped("bad_label", messages[-1]["content"][:80])
+def _drop_bad_label(record: dict, answer: str, settings: DocumentSettings):
+    if "bad_label" in settings.rules and has_bad_label(record, answer):
+        raise Dropped("bad_label", answer[:80])
 
 
 def _chat_document(
@@ -183,12 +188,13 @@ def _chat_document(
     text = "\n".join([*questions, *(message["content"] for message in answers)])
     sample = text[:80]
     asked = chats[0][: shared or None]  # by both of a pair
-    if "tags" in settings.rules and any(map(_has_inner_tags, answers)):
+    turns = any(has_turns(message["content"]) for message in asked if message["role"] != "assistant")
+    if "tags" in settings.rules and (turns or any(map(_has_inner_tags, answers))):
         raise Dropped("tags", sample)
     asks = any(message["role"] == "user" and message["content"].strip() for message in asked)
     if not asks and "no_question" in settings.rules:
         raise Dropped("no_question", sample)
-    if len(chats) == 2 and chats[0] == chats[1]:
+    if len(chats) == 2 and _stripped(chats[0]) == _stripped(chats[1]):
         raise Dropped("same_answer", sample)
     # Of the content, not of its tokens: the split into train and val does not change with the tokenizer.
     key = hash64(json.dumps([chats, tools], ensure_ascii=False).encode())
@@ -207,7 +213,8 @@ def _chat_document(
         tokens = np.array(ids, encoder.dtype)
         parts.append((tokens.tobytes(), bytes(mask)))
         size += int(encoder.sizes[tokens].sum())
-    if "empty_answer" in settings.rules and any(map(_says_nothing, chats[0])):  # of a pair, the chosen one
+    nothing = any(map(_is_blank, answers)) or any(map(_says_nothing, chats[0]))  # "None" may be the rejected one
+    if "empty_answer" in settings.rules and nothing:
         raise Dropped("empty_answer", sample)
     return Document(place, key, parts, size, text)
 
@@ -216,12 +223,16 @@ def read_task_record(place: int, record: dict, settings: DocumentSettings, chang
     """The document of a question for 5-grpo.py: the prompt, and as its note what an answer is checked against."""
     encoder = load_encoder(settings.tokenizer)
     messages, answer, tools = task_of(record, settings.names, partial(_changes, settings, changed))
-    _drop_bad_label(record, messages, settings)
+    is_class = type(record.get("label")) in (int, float)  # of data for classification
+    _drop_bad_label(record | {"label": None} if is_class else record, answer, settings)
     for message in messages:
         message["content"] = clean(message["content"], CHAT_RULES, settings.rules, changed)
     sample = messages[-1]["content"][:80]
     if not messages[-1]["content"].strip():
         raise Dropped("no_question", sample)
+    if "tags" in settings.rules and any(has_turns(message["content"]) for message in messages):
+        raise Dropped("tags", sample)
+    answer = clean(answer, CHAT_RULES, settings.rules, changed).strip()
     if "empty_answer" in settings.rules and is_placeholder(answer):
         raise Dropped("empty_answer", sample)
     key = hash64(json.dumps([messages, tools, answer], ensure_ascii=False).encode())
@@ -241,6 +252,15 @@ def read_task_record(place: int, record: dict, settings: DocumentSettings, chang
 def _has_inner_tags(message: dict) -> bool:
     """Whether an answer has control tags as letters: turns, thoughts or calls in a form that is not known."""
     return message.get("weight") != 0 and has_tags(message["content"] + message.get("reasoning_content", ""))
+
+
+def _stripped(messages: Messages) -> Messages:
+    return [{**message, "content": message["content"].strip()} for message in messages]
+
+
+def _is_blank(message: dict) -> bool:
+    """Whether an answer is only blanks; one that thinks or calls a tool says something."""
+    return not message["content"].strip() and message.keys() == {"role", "content"}
 
 
 def _says_nothing(message: dict) -> bool:

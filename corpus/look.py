@@ -11,6 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from base.cli import UserError, printable
+from corpus.cleaning import Dropped
 from corpus.duplicates import Duplicates, band_hashes
 from corpus.errors import BadRecord
 from corpus.figures import lines_of
@@ -117,6 +118,8 @@ def _takes(reading: Reading, record: dict, mapping: dict[str, str]) -> bool:
         reading.read(record, map_fields(reading.fields, mapping))
     except (BadRecord, UnicodeEncodeError):
         return False
+    except Dropped:  # it is one, which a rule takes out
+        return True
     return True
 
 

@@ -18,13 +18,29 @@ ROLES = {
 }
 ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
 CALLERS = ("function_call", "tool_call")  # ShareGPT's turns whose whole content is a call
-REASONING = ("reasoning_content", "reasoning", "thinking")
+REASONING = ("reasoning_content", "reasoning", "thinking", "think", "thought", "thoughts", "thinking_content")
+REASONING += ("reasoning_text", "cot", "chain_of_thought", "rationale")
 # Fields of a turn that say whether it is trained (OpenAI, axolotl, LLaMA-Factory, ms-swift).
-TRAINED = ("weight", "loss", "train", "trainable", "loss_mask")
-NO = {"false", "0", "no", "off"}
-YES = {"true", "1", "yes", "on"}
-THOUGHT = re.compile(r"\s*<(think|thinking|thought|reasoning)>(.*?)</\1>", re.DOTALL | re.IGNORECASE)
-THOUGHT_END = re.compile(r"</(?:think|thinking)>", re.IGNORECASE)
+TRAINED = ("weight", "weights", "loss", "loss_mask", "loss_weight", "loss_scale", "compute_loss", "learn", "train")
+TRAINED += ("trained", "trainable", "training", "do_train", "is_train", "train_mask", "train_on_turn", "train_detail")
+NOT_TRAINED = ("masked", "ignore", "ignored", "skip", "no_train", "no_loss")  # the other way round
+UNCLEAR = ("mask",)  # true may mean either
+MARKS = {*TRAINED, *NOT_TRAINED, *UNCLEAR}
+NO = {"false", "no", "off", "n", "f"}
+YES = {"true", "yes", "on", "y", "t"}
+# The tags of thoughts, as letters, in the templates of many models.
+THOUGHT_TAG = re.compile(
+    r"(?:<|&lt;|◁|\[(?=/?THINK\])|<\|(?=(?:begin|start|end)_))(?P<end>/|end_(?:of_)?)?(?:(?:begin|start)_(?:of_)?)?"
+    r"(?P<name>(?:\w{1,20}[:_])?think(?:ing)?|thoughts?|reasoning|reflection|scratchpad|analysis|思考|推理)"
+    r"\s{0,9}(?:\|?>|&gt;|▷|\])",
+    re.IGNORECASE,
+)
+# A call in a form that is not known: its tags would be taken out, or learned as letters.
+OTHER_CALL = re.compile(
+    r"\A\s*(?:<\|?(?:function_?calls?|tool_calls|tool_use|tool_code|TOOL_CALL|tool_call(?=\|)|python_tag|action_start)\b"
+    r"|<function=|<invoke name=|\[TOOL_CALLS\]|<[|｜]tool[▁_ ]calls?[▁_ ]|✿FUNCTION✿)"
+    r"|(?<!`)<(?:function_?calls?|tool_calls|function=\w+)>"
+)
 CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 CALLS = re.compile(r"(?:\s*<tool_call>(?:(?!<tool_call>).)*?</tool_call>)+\s*\Z", re.DOTALL)
 RESPONSE = re.compile(r"<tool_response>\n?(.*?)\n?</tool_response>", re.DOTALL)
@@ -109,7 +125,8 @@ def messages_of(turn: Any) -> Messages:
     if role is None:
         hint = "; give --speaker NAME for a chat export" if "from_id" in turn else ""
         raise BadRecord(f'a message has the role "{name}"; known are {", ".join(ROLE_OF)}{hint}')
-    content = next((turn[field] for field in ("content", "value", "text") if not is_missing(turn.get(field))), "")
+    fields = ("content", "value", "text", "output", "result") if role == "tool" else ("content", "value", "text")
+    content = next((turn[field] for field in fields if is_filled(turn.get(field))), "")
     if name.strip().lower() in CALLERS:
         turn, content = {**turn, "tool_calls": unpack(content)}, ""
     content = as_text(content, "the content of a message")
@@ -117,6 +134,10 @@ def messages_of(turn: Any) -> Messages:
         return [_assistant_message(turn, content)]
     if "<tool_response>" in content and role in ("user", "tool") and RESPONSES.fullmatch(content):
         return [{"role": "tool", "content": response} for response in RESPONSE.findall(content)]
+    if role == "tool":
+        content = re.sub(r"</?tool_response>\n?", "", content)  # the chat format writes them
+        if all(is_missing(turn.get(field)) for field in fields) and turn.keys() - {"role", "from", "name", *fields}:
+            raise BadRecord(f"a tool's turn has no content; there is {', '.join(turn)}")
     return [{"role": role, "content": content}]
 
 
@@ -125,10 +146,16 @@ def _assistant_message(turn: dict, content: str) -> dict:
     reasoning = next((turn[field] for field in REASONING if is_filled(turn.get(field))), "")
     reasoning = as_text(reasoning, "the reasoning of a message")
     thought, rest = split_thought(content)
-    if thought is not None and reasoning.strip() in ("", thought.strip()):
+    if thought is None:
+        content = rest
+    elif reasoning.strip() in ("", thought.strip()):
         reasoning, content = thought, rest
     if reasoning:
         content = content.lstrip("\r\n")  # the newlines after a thought belong to the chat format
+    if ("<" in content or "[" in content or "✿" in content) and OTHER_CALL.search(content):
+        raise BadRecord(
+            'a tool call in an unknown form: write it as <tool_call>{"name": …, "arguments": {…}}</tool_call>'
+        )
     calls = unpack(turn.get("tool_calls")) or unpack(turn.get("function_call")) or []
     if "<tool_call>" in content and (found := CALLS.search(content)):
         written = [call for text in CALL.findall(found[0]) for call in _listed(unpack(text.strip()))]
@@ -148,28 +175,61 @@ def split_thought(content: str) -> tuple[str | None, str]:
 
     Where the chat format wrote the opening tag into the prompt, the answer has the closing one alone.
     """
-    if found := THOUGHT.match(content):
-        return found[2].strip("\r\n"), content[found.end() :].lstrip("\r\n")  # as DeepSeek-R1 writes it
-    ends = THOUGHT_END.findall(content) if "</" in content else []
-    if len(ends) == 1 and f"<{ends[0][2:]}".lower() not in content.lower():
-        thought, _, rest = content.partition(ends[0])
-        return thought.strip("\r\n"), rest.lstrip("\r\n")
-    return None, content
+    if "<" not in content and "[" not in content and "◁" not in content and "&" not in content:
+        return None, content
+    tags = list(THOUGHT_TAG.finditer(content))
+    thinking = [tag for tag in tags if _is_thinking(tag)]
+    if tags and not tags[0]["end"] and not content[: tags[0].start()].strip("\ufeff\u200b \t\r\n"):
+        start = tags[0].end()
+        end = next((tag for tag in tags if tag["end"] and _name(tag) == _name(tags[0])), None)
+        if end is None:  # a rule drops what is not closed
+            return None, f"<think>{content[start:]}" if _is_thinking(tags[0]) else content
+    elif len(thinking) == 1 and thinking[0]["end"]:
+        start, end = 0, thinking[0]
+    else:
+        return None, content
+    thought, rest = content[start : end.start()].strip("\r\n"), content[end.end() :].lstrip("\r\n")
+    if not rest.strip() and not _is_thinking(end):  # XML with one element, for example
+        return None, content
+    return thought, rest  # as DeepSeek-R1 writes it
+
+
+def _name(tag: re.Match) -> str:
+    return tag["name"].lower()
+
+
+def _is_thinking(tag: re.Match) -> bool:
+    return "th" in _name(tag)
 
 
 def _is_trained(turn: dict) -> bool:
     """False if a field of an assistant's turn says that it is only context."""
-    for field in TRAINED:
-        value = turn.get(field)
-        if is_missing(value):
-            continue
-        if isinstance(value, str):
-            value = {**dict.fromkeys(NO, 0), **dict.fromkeys(YES, 1)}.get(value.strip().lower(), value)
-        if not isinstance(value, int | float):
+    for field in [field for field in turn if field in MARKS and not is_missing(turn[field])]:
+        number = _number_of(turn[field])
+        if number is None:
             raise BadRecord(f'the field "{field}" of a message is neither true nor false nor a number')
-        if value <= 0:
+        if field in UNCLEAR:
+            raise BadRecord(f'the field "{field}" of a message may mean trained or not: call it "train", true or false')
+        if (number <= 0) != (field in NOT_TRAINED):
             return False
     return True
+
+
+def is_trained_record(record: dict) -> bool:
+    """False if a field of a record says so; other values of these fields may mean anything."""
+    marked = MARKS.intersection(record).difference(UNCLEAR)
+    return all(_number_of(record[field]) != (field in NOT_TRAINED) for field in marked)
+
+
+def _number_of(value: Any) -> float | None:
+    """0 for false and its other words, 1 for true; None for what is neither that nor a number."""
+    if isinstance(value, str):
+        word = value.strip().lower()
+        try:
+            return 0 if word in NO else 1 if word in YES else float(word)
+        except ValueError:
+            return None
+    return value if isinstance(value, int | float) else None
 
 
 def _listed(value: Any) -> Any:
@@ -201,6 +261,8 @@ def _arguments_of(value: Any) -> Any:
         found = value
     if not isinstance(found, dict):
         raise BadRecord(f"the arguments of a tool call are not a JSON object: {str(value)[:40]}")
+    if isinstance(value, str) and "\r" in value:
+        return found  # without its line ends
     return value
 
 

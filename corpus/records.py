@@ -2,11 +2,12 @@
 
 import json
 import re
+import string
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from base.cli import UserError
-from corpus.cleaning import is_placeholder
+from corpus.cleaning import Dropped, is_placeholder
 from corpus.errors import BadRecord
 from corpus.files import DECODER, ReadOptions, find_files, read_batches
 from corpus.messages import (
@@ -32,7 +33,12 @@ ASKED: Fields = {
     "instruction": ("instruction", "指令", "Instruction"),
     "input": ("input", "输入", "Input"),
 }
-PROMPT_FIELDS = ASKED | {"history": ("history",), "system": ("system", "system_prompt"), "tools": ("tools",)}
+ASKED["input"] += ("context", "Context", "passage", "上下文")  # what a question is about
+PROMPT_FIELDS = ASKED | {
+    "history": ("history",),
+    "system": ("system", "system_prompt"),
+    "tools": ("tools", "functions", "available_tools"),
+}
 ANSWERS = ("output", "a", "completion", "answer_zh", "answer", "response", "target", "content")
 ANSWERS += ("回答", "答案", "输出", "Answer", "Response", "Output")
 CHAT_FIELDS = PROMPT_FIELDS | {"answer": ANSWERS, "reasoning": (*REASONING, "Complex_CoT", "思考")}
@@ -43,8 +49,13 @@ PAIR_FIELDS = PROMPT_FIELDS | {
 }
 TASK_FIELDS = PROMPT_FIELDS | {"answer": ("gt", "answer_only", "answer", "答案", "Answer")}
 # Fields that say whether the answer is a good one (KTO data), and the values that say that it is not.
-LABELS = ("label", "kto_tag", "correct", "is_correct", "is_good", "accepted", "is_chosen", "desirable")
-BAD_LABELS = {"false", "0", "0.0", "-1", "no", "bad", "rejected", "undesirable", "incorrect", "wrong"}
+LABELS = {"label", "kto_tag", "kto_label", "correct", "is_correct", "good", "is_good", "accepted", "acceptable"}
+LABELS |= {"is_chosen", "desirable", "is_desirable", "preferred", "is_preferred", "preference", "liked", "feedback"}
+LABELS |= {"thumbs", "quality"}
+BAD_LABELS = {"false", "0", "0.0", "-1", "-1.0", "no", "n", "f", "bad", "rejected", "undesirable", "undesired"}
+BAD_LABELS |= {"incorrect", "wrong", "negative", "neg", "-", "dislike", "disliked", "down", "thumbs_down"}
+BAD_LABELS |= {"否", "错", "错误", "差"}
+LETTERS = string.ascii_uppercase  # of options
 NO_INPUTS = {"<noinput>", "<no input>", "noinput", "no input", "无输入", "（无）", "(无)"}
 
 
@@ -93,13 +104,13 @@ def pick_fields(record: dict, fields: Fields) -> dict[str, str]:
     """Part -> the field of this record that contains it, for the parts that it has."""
     picked = {}
     for part, names in fields.items():
-        there = [name for name in names if name in record]
-        if there:
+        if not record.keys().isdisjoint(names):
+            there = [name for name in names if name in record]
             picked[part] = next((name for name in there if is_filled(record[name])), there[0])
     asked = [part for part in ASKED if part in picked and is_filled(record[picked[part]])]
     used = list(ASKED)  # where all are blank
     if asked:
-        used = asked[:1] if asked[0] in ("messages", "question") else ["instruction", "input"]
+        used = {"messages": asked[:1], "question": asked}.get(asked[0], ["instruction", "input"])
     return {part: name for part, name in picked.items() if part in used or part not in ASKED}
 
 
@@ -132,7 +143,8 @@ def text_of(record: dict, field: str) -> str:
 
 
 def _fields(record: dict) -> str:
-    return ", ".join(map(str, record))
+    names = list(map(str, record))
+    return ", ".join(names[:12] + ["…"] * (len(names) > 12))
 
 
 def each_record(file: str, options: ReadOptions | str, take: Callable[[dict], Any]) -> Iterator[Any]:
@@ -155,10 +167,21 @@ def each_record(file: str, options: ReadOptions | str, take: Callable[[dict], An
             yield value
 
 
-def has_bad_label(record: dict) -> bool:
-    """Whether a field says that the answer of the record is a bad one, as in data for KTO."""
-    labels = (record.get(name) for name in LABELS)
-    return any(str(label).strip().lower() in BAD_LABELS for label in labels if not is_missing(label))
+def has_bad_label(record: dict, answer: str) -> bool:
+    """Whether a field of the record or of its last turn says that the answer is a bad one, as in data for KTO.
+
+    A field that is the answer itself is a class, such as "negative", and no label of it.
+    """
+    turns = next((record[name] for name in ASKED["messages"] if isinstance(record.get(name), list)), [])
+    last = turns[-1] if turns and isinstance(turns[-1], dict) else {}
+    for field, value in [*record.items(), *last.items()]:
+        field = str(field).lower()
+        if field in LABELS or field == "is_rejected":
+            label = str(value).strip().lower()
+            bad = BAD_LABELS - {answer.strip().lower()} if field in LABELS else {"true", "1"}
+            if label in bad:
+                return True
+    return False
 
 
 def answer_of(value: Any, reasoning: Any = None) -> Messages:
@@ -201,10 +224,38 @@ def prompt_of(record: dict, fields: Fields = PROMPT_FIELDS, changes: Changes = l
             messages.insert(0, {"role": "system", "content": system})
         elif messages[0]["content"] != system:
             changes("second_system")
+    if messages and messages[-1]["role"] == "user" and (options := _options_of(record)):
+        messages[-1]["content"] = _with_options(messages[-1]["content"], options)
     if messages and messages[0]["role"] == "system" and "<tools>" in messages[0]["content"]:
         messages[0]["content"], written = take_tools(messages[0]["content"])
         tools = tools or written
     return Chat(messages, check_json(expect(tools or None, (list, type(None)), "tools that are a list")))
+
+
+def _options_of(record: dict) -> list[str]:
+    """What is to be chosen from, where it is in fields of its own: without it the question has no answer."""
+    options = next((record[name] for name in ("options", "choices", "选项") if is_filled(record.get(name))), [])
+    if isinstance(options, str):
+        lettered = re.split(r"(?<!\w)\(?[A-Ja-j] ?[).:．、]", options) if options.lstrip(" (")[:1] in ("A", "a") else []
+        options = (
+            unpack(options) if options.lstrip()[:1] in ("[", "{") else [text.strip(" ,;\n") for text in lettered[1:]]
+        )
+    if isinstance(options, dict):  # {"A": …, "B": …}, or ARC's {"text": […], "label": […]}
+        lettered = [options[name] for name in LETTERS if name in options]
+        options = options.get("text", lettered)
+    if not options and "A" in record:
+        options = [record[name] for name in LETTERS if is_filled(record.get(name))]
+    texts = [or_number(option) for option in options] if isinstance(options, list) else []
+    return texts if 1 < len(texts) <= len(LETTERS) and all(isinstance(text, str) for text in texts) else []
+
+
+def _with_options(question: str, options: list[str]) -> str:
+    """The question and a line for each option, unless it has them."""
+    lettered = [rf"\b{letter}\W{{1,4}}{re.escape(option)}" for letter, option in zip(LETTERS, options)]
+    named = max(map(len, options)) > 3 and all(option in question for option in options)
+    if named or all(re.search(pattern, question) for pattern in lettered):
+        return question
+    return "\n".join([question, *(f"{letter}. {option}" for letter, option in zip(LETTERS, options))])
 
 
 def _history_of(values: dict) -> Messages:
@@ -219,8 +270,18 @@ def _history_of(values: dict) -> Messages:
 
 def _question_of(values: dict, question: Any, changes: Changes) -> Messages:
     """The user's turn, of a question or of Alpaca's instruction and input; none where there is neither."""
-    if not is_filled(question):
+    if not isinstance(question, list):
+        question = as_text(question if is_filled(question) else "", "the question")
         parts = [as_text(or_number(values.get(part)), f"the {part}") for part in ("instruction", "input")]
+        instruction, text = parts
+        if instruction.strip() and question.strip() and instruction.strip() not in question:
+            if question.strip() not in instruction:
+                flag = "--fields question=NAME or instruction=NAME,input=NAME"
+                raise BadRecord(f"an instruction and a question: say which one asks, with {flag}")
+            question = instruction
+        parts = [question if question.strip() else instruction, text]
+        if question.strip() and text.strip() in question:  # the question is made of them
+            parts[1] = ""
         placeholder = parts[1].strip() and (is_placeholder(parts[1]) or parts[1].strip().lower() in NO_INPUTS)
         if parts[0].strip() and placeholder and changes("empty_input"):
             parts.pop()
@@ -267,6 +328,8 @@ def pair_of(record: dict, fields: Fields = PAIR_FIELDS) -> Pair:
     if "rejected" in values and "chosen" not in values and prompt and prompt[-1]["role"] == "assistant":
         values["chosen"] = [prompt.pop()]  # ms-swift's messages end with the chosen answer
     answers = [values[part] for part in ("chosen", "rejected") if part in values]
+    if len(answers) == 2 and not all(map(_says, answers)) and any(map(_says, answers)):
+        raise Dropped("no_answer", json.dumps(answers, ensure_ascii=False, default=str)[:80])
     if not answers:
         answers = unpack(values.get("both"))
     if not isinstance(answers, list) or len(answers) != 2:
@@ -284,6 +347,10 @@ def pair_of(record: dict, fields: Fields = PAIR_FIELDS) -> Pair:
             if len(chat) == shared or chat[shared]["role"] != "assistant":
                 raise BadRecord(f"chosen and rejected differ in message {shared + 1}, which is not an answer in both")
     return Pair(chosen, rejected, shared, tools)
+
+
+def _says(answer: Any) -> bool:
+    return is_filled(answer) and not (isinstance(answer, str) and not answer.strip())
 
 
 def _whole_chat(prompt: Messages, answer: Any) -> Messages:
@@ -305,7 +372,10 @@ def task_of(record: dict, fields: Fields = TASK_FIELDS, changes: Changes = lambd
         raise BadRecord(
             f"no question of a known record format; there is {_fields(record)} (see --fields question=NAME)"
         )
-    answer = _answer_to_check(_take(record, fields).get("answer"))
+    values = _take(record, fields)
+    if "answer" in values and not _says(values["answer"]) and values["answer"] is not False:
+        raise Dropped("empty_answer", messages[-1]["content"][:80])
+    answer = _answer_to_check(values.get("answer"))
     if not answer:
         raise BadRecord(f"no answer to check; there is {_fields(record)} (see --fields answer=NAME)")
     return Task(messages, answer, tools)

@@ -233,6 +233,16 @@ def test_an_answer_per_line_of_a_batch_in_its_order(chat, evaluate, tmp_path):
         assert evaluate(chat, "--prompt", record["prompt"], *greedy).out == record["answer"] + "\n"
 
 
+def test_a_batch_of_answered_records_keeps_their_reference(chat, evaluate, tmp_path):
+    file = write_jsonl(tmp_path / "asked.jsonl", [{"prompt": "你好", "answer": "right"}])
+    for _ in range(2):  # the second time on its own output
+        result = evaluate(chat, "--batch", file, "--max_new_tokens", "2", "--temperature", "0")
+        [record] = map(json.loads, result.out.splitlines())
+        assert record["reference_answer"] == "right"
+        file = write_jsonl(tmp_path / "answered.jsonl", [record])
+    assert [*record] == ["prompt", "reference_answer", "answer"]
+
+
 def test_the_newest_model_is_taken_wherever_serve_finds_one(base, tmp_path, run_here, monkeypatch):
     folders = ["pretrain", "sft", "quickstart/dpo", ".sft.123.new"]
     for age, folder in zip((300, 200, 100, 0), folders):  # the last is still being written

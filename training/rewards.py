@@ -62,10 +62,27 @@ def _value(answer: str) -> float:
     return value
 
 
+def _tolerance(task: dict) -> float:
+    """ValueError where it is no number from 0 on."""
+    value = task.get("tolerance", 1e-6)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ValueError("not a tolerance")
+    return value
+
+
+def _check_countdown(task: dict):
+    """ValueError where no expression could be right: no whole numbers, or an answer that calculate() never writes."""
+    numbers = task["numbers"]
+    if not numbers or any(type(number) not in (int, float) or number % 1 or number < 0 for number in numbers):
+        raise ValueError("not whole numbers")
+    if calculate(task["answer"]) != task["answer"]:
+        raise ValueError("not a number as it is computed")
+
+
 NEEDS = {  # what a reward function reads of a task, so that it fails before training and not in the middle
-    "number": lambda task: _value(task["answer"]),
+    "number": lambda task: (_value(task["answer"]), _tolerance(task)),
     "pattern": lambda task: re.compile(task["answer"]),
-    "countdown": lambda task: sorted(task["numbers"]),
+    "countdown": _check_countdown,
 }
 
 

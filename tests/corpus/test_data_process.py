@@ -125,7 +125,7 @@ def test_every_kind_of_file_gzipped_or_not_and_a_folder_of_them():
                 path.unlink()
             else:
                 path.rename(f"in/deep/{i}.{kind}")
-    Path("in/notes.docx").write_text("not read")
+    Path("in/notes.xyz").write_text("not read")
     run("pretrain", "in", "--output", "out", "--val_fraction", 0)
     got = [text.split("\n")[0] for text in texts("out")]
     assert sorted(got) == sorted(wanted)

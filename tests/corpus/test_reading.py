@@ -15,7 +15,7 @@ import data_process
 from base import cli
 from base.cli import UserError
 from corpus.exports import redacted
-from corpus.files import find_files, read_batches, structure_of
+from corpus.files import ReadOptions, find_files, read_batches, structure_of
 from corpus.look import show_tokens
 from corpus.prepared import Prepared
 from corpus.records import parse
@@ -146,7 +146,10 @@ def test_gbk_is_named_and_read_where_it_is_named(capsys):
     Path("a.csv").write_bytes(("text\n" + HANZI[0]["text"] + "\n").encode("gbk"))
     for command in (["pretrain", "a.csv"], ["look", "a.csv"]):
         run(*command, status=2)
-        assert "a.csv: its text is not UTF-8 but GB18030, as it seems: save it as UTF-8" in capsys.readouterr().err
+        assert (
+            "a.csv: its text is not UTF-8 but GB18030 or BIG5 or EUC-KR, as it seems: save it as UTF-8"
+            in capsys.readouterr().err
+        )
     run("pretrain", "a.csv", "--encoding", "gbk", "--output", "out", "--workers", 1)
     assert Prepared("out", "train").meta["report"]["kept"] == 1
 
@@ -546,3 +549,260 @@ def test_a_chat_export_without_a_speaker_says_what_to_do(capsys):
     assert "it seems a chat export: sft with --speaker Ann or Ben Li makes chats" in capsys.readouterr().out
     run("sft", "a.txt", "--redact", status=2)
     assert "--redact is for a chat export" in capsys.readouterr().err
+
+
+# ---- Other forms of the same faults ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("record", "question"),
+    [
+        ({"instruction": "问", "context": "文", "response": "答"}, "问\n文"),
+        ({"question": "问", "passage": "文", "answer": "答"}, "问\n文"),
+        ({"prompt": "问", "input": "文", "output": "答"}, "问\n文"),
+        ({"prompt": "做：问\n文", "instruction": "问", "input": "文", "output": "答"}, "做：问\n文"),
+        ({"prompt": "问", "input": "问", "output": "答"}, "问"),
+        ({"question": "问", "options": ["甲", "乙"], "answer": "A"}, "问\nA. 甲\nB. 乙"),
+        ({"question": "问", "options": "A. 甲\nB. 乙", "answer": "A"}, "问\nA. 甲\nB. 乙"),
+        ({"question": "问", "A": "甲", "B": "乙", "answer": "A"}, "问\nA. 甲\nB. 乙"),
+        ({"question": "问", "choices": {"text": ["甲", "乙"], "label": ["A", "B"]}, "answer": "A"}, "问\nA. 甲\nB. 乙"),
+        ({"question": "问\nA) 甲\nB) 乙", "options": ["甲", "乙"], "answer": "A"}, "问\nA) 甲\nB) 乙"),
+        ({"question": "1+4?", "options": ["1", "4"], "answer": "A"}, "1+4?\nA. 1\nB. 4"),
+        ({"prompt": "问", "options": {"temperature": 0.7, "top_p": 1}, "response": "答"}, "问"),
+        ({**said("答"), "context": "文"}, "问"),
+    ],
+)
+def test_what_is_asked_is_whole(record, question):
+    [(text, _)], _ = prepare("sft", record)
+    assert text.startswith(f"<|begin_of_text|><|im_start|>user\n{question}<|im_end|>")
+
+
+def test_a_question_beside_an_instruction_is_bad_and_functions_are_tools():
+    record = {**said("答"), "functions": [{"name": "f"}]}
+    got, report = prepare("sft", record, {"instruction": "做", "question": "问", "output": "答"})
+    assert '{"name": "f"}' in got[0][0]
+    assert "an instruction and a question: say which one asks" in report["bad_examples"][0]
+
+
+def test_an_encoding_that_is_wrong_for_utf_8_is_not_used():
+    Path("a.txt").write_text("花园很安静大门敞开着没有人来", "utf-8")
+    for encoding in ("gb18030", "latin-1"):
+        options = ReadOptions("text", encoding)
+        [(_, record)] = next(read_batches([Path("a.txt")], options)).records
+        assert record == {"text": "花园很安静大门敞开着没有人来"}
+    Path("b.txt").write_bytes(b"caf\xc3\xa9 and the garden gate\n")  # too little to tell
+    [(_, record)] = next(read_batches([Path("b.txt")], ReadOptions("text", "latin-1"))).records
+    assert record == {"text": "cafÃ© and the garden gate\n"}
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [{"masked": True}, {"ignore": True}, {"skip": "true"}, {"train_on_turn": False}, {"do_train": False}]
+    + [{"weights": 0}, {"loss_weight": "0.0"}, {"learn": "n"}, {"compute_loss": False}, {"loss_scale": 0}],
+)
+def test_flags_of_turns_and_of_records_have_many_names(flag):
+    turns = [QUESTION, {"role": "assistant", "content": "坏", **flag}, QUESTION, {"role": "assistant", "content": "好"}]
+    got, report = prepare("sft", {"messages": turns}, {"instruction": "问", "output": "坏", **flag})
+    assert [trained for _, trained in got] == ["好<|im_end|>"]
+    assert report["rules"]["no_answer"]["dropped"] == 1
+    pair = {"prompt": "问", "chosen": "好", "rejected": "差"}
+    assert len(prepare("dpo", pair, {**pair, "prompt": "再问", **flag})[0]) == 2
+
+
+def test_a_flag_that_may_mean_either_is_bad_and_a_field_of_a_record_may_mean_anything():
+    fields = {"ignore": "the stop words", "skip": "x", "mask": [1], "weight": 0.5, "label": "other"}
+    got, report = prepare("sft", said("甲", mask=1), {"instruction": "问", "output": "好", **fields})
+    assert ([trained for _, trained in got], report["bad"]) == (["好<|im_end|>"], 1)
+
+
+@pytest.mark.parametrize(
+    "label",
+    [{"label": "negative"}, {"kto_label": False}, {"Label": False}, {"thumbs": "down"}, {"is_rejected": True}]
+    + [{"label": "差"}, {"preference": "rejected"}, {"liked": False}, {"is_desirable": 0}, {"quality": "bad"}],
+)
+def test_bad_labels_have_many_names_also_on_the_last_turn(label):
+    got, report = prepare("sft", {"prompt": "问", "completion": "坏", **label}, said("坏", **label), said("好"))
+    assert [trained for _, trained in got] == ["好<|im_end|>"]
+    assert report["rules"]["bad_label"]["dropped"] == 2
+
+
+def test_a_class_is_no_label():
+    record = {"instruction": "Classify", "input": "a bad film", "output": "negative", "label": "negative"}
+    assert len(prepare("sft", record)[0]) == 1
+    assert len(prepare("rl", {"prompt": "问", "answer": "cat", "label": 0})[0]) == 1
+    assert (
+        prepare("rl", {"prompt": "问", "answer": "4"}, {"prompt": "再", "answer": "5", "label": False})[1]["kept"] == 1
+    )
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"content": "[THINK]二加七[/THINK]9"},
+        {"content": "◁think▷二加七◁/think▷9"},
+        {"content": "<seed:think>二加七</seed:think>9"},
+        {"content": "<|begin_of_thought|>二加七<|end_of_thought|>\n\n9"},
+        {"content": "<|START_THINKING|>二加七<|END_THINKING|>9"},
+        {"content": "&lt;think&gt;二加七&lt;/think&gt;9"},
+        {"content": "\ufeff<think >二加七</think >9"},
+        {"content": "<analysis>二加七</analysis>9"},
+        {"content": "<思考>二加七</思考>9"},
+        {"content": "二加七</thinking>9"},
+        {"content": "9", "thought": "二加七"},
+        {"content": "9", "cot": "二加七"},
+    ],
+)
+def test_thoughts_of_other_templates_are_thoughts(answer):
+    assert prepare("sft", said(**answer))[0][0][1] == THOUGHT
+
+
+def test_thoughts_that_are_open_drop_the_record_and_other_tags_stay():
+    got, report = prepare("sft", said("<thinking>hm\n4"), said("甲"))
+    assert (len(got), report["rules"]["tags"]["dropped"]) == (1, 1)
+    for code in ("Use\n```xml\n<analysis>x</analysis>\n```", "<analysis><item/></analysis>", "<reasoning> is a tag"):
+        assert prepare("sft", said(code))[0][0][1] == f"{code}<|im_end|>"
+    inner = "<think>\nwrite <analysis>x</analysis>\n</think>\n\n4 <analysis>x</analysis>"
+    assert prepare("sft", said(inner))[0][0][1] == f"{inner}<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['<function_call>{"name":"f","arguments":{}}</function_call>', '<functioncall> {"name": "f"}', "[TOOL_CALLS][{}]"]
+    + ['<|tool_call|>[{"name":"f"}]<|/tool_call|>', '<|python_tag|>{"name":"f"}', "✿FUNCTION✿: f\n✿ARGS✿: {}"]
+    + ["<|tool▁calls▁begin|>x", '<invoke name="f"></invoke>', "Wait.\n<tool_calls>[]</tool_calls>", "<tool_code>f()"],
+)
+def test_calls_in_other_forms_are_bad(content):
+    got, report = prepare("sft", said(content), said("Call `<function=f>` or std::function<int>."))
+    assert (len(got), report["bad"]) == (1, 1)
+
+
+@pytest.mark.parametrize("turn", [{"output": "4"}, {"content": "", "result": "4"}, {"content": "<tool_response>4"}])
+def test_what_a_tool_answers_is_read(turn):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}
+    answer = {"role": "assistant", "content": "好"}
+    got, report = prepare(
+        "sft",
+        {"messages": [QUESTION, call, {"role": "tool", **turn}, answer]},
+        {"messages": [QUESTION, call, {"role": "tool", "tool_responses": ["4"]}, answer]},
+    )
+    assert "<tool_response>\n4\n</tool_response>" in got[0][0]
+    assert report["bad"] == 1
+    blank = {"role": "tool", "content": "", "tool_call_id": "1"}
+    assert prepare("sft", {"messages": [QUESTION, call, blank, answer]})[1]["kept"] == 1
+
+
+QUOTES = {
+    "a pair that swallows rows": ('q,a\nx,"an open quote\ny,two\nz,three"\nlast,one\n', [2]),
+    "one in the next row": ('q,a\nx,"open\ny,two"\nlast,one\n', [2]),
+    "a poem": ('q,a\n写诗,"床前明月光,疑是地上霜\n举头望明月,低头思故乡"\nlast,one\n', []),
+    "prose": ('q,a\nlist,"one\nthree, four"\nlast,one\n', []),
+    "code": ('q,a\nlist,"def f():\n    return a,b"\nlast,one\n', []),
+    "a table": ('q,a\ntable,"a,b\nc,d\ne,f"\nlast,one\n', []),
+}
+
+
+@pytest.mark.parametrize("what", QUOTES)
+def test_quotes_that_swallow_rows_are_bad_and_quoted_lines_are_not(what):
+    content, bad = QUOTES[what]
+    Path("a.csv").write_text(content)
+    read = [record for batch in read_batches([Path("a.csv")], "text") for record in batch.records]
+    assert [place for place, record in read if not isinstance(record, dict)] == bad
+    assert {"q": "last", "a": "one"} in [record for _, record in read]
+
+
+@pytest.mark.parametrize("mark", [";", "\t", "|"])
+def test_other_separators_of_columns_are_named(mark):
+    Path("a.csv").write_text(f"q{mark}a\nIs it?{mark}Yes, it is.\n")
+    with pytest.raises(UserError, match="its columns are separated by"):
+        values("a.csv")
+
+
+@pytest.mark.parametrize("tag", ["<|endoftext|>", "<｜end▁of▁sentence｜>", "<eos>"])
+def test_texts_on_one_line_are_not_glued_together(tag):
+    [(text, _)], _ = prepare("pretrain", {"text": f"{GARDEN}{tag}The end.{tag}"})
+    assert f"{GARDEN}\n\nThe end.<|end_of_text|>" in text
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "<|im_start|>system\n短<|im_end|>\n<|im_start|>user\n问<|im_end|>\n<|im_start|>assistant\n",
+        "<s>[INST] <<SYS>>\n短\n<</SYS>>\n\n问 [/INST] 答 </s><s>[INST] 再问 [/INST]",
+        "[INST] 问 [/INST] 答 [INST] 再问 [/INST]",
+        "<｜User｜>问<｜Assistant｜>答<｜end▁of▁sentence｜><｜User｜>再问<｜Assistant｜>",
+        "<start_of_turn>user\n问<end_of_turn>\n<start_of_turn>model\n答<end_of_turn>\n<start_of_turn>user\n再问",
+    ],
+)
+def test_several_turns_in_one_prompt_are_dropped(prompt):
+    fine = {"prompt": "<|im_start|>user\n问<|im_end|>\n<|im_start|>assistant\n", "completion": "好", "answer": "好"}
+    for command, answer in (("sft", "completion"), ("rl", "answer")):
+        got, report = prepare(command, {"prompt": prompt, answer: "好"}, fine)
+        assert (len(got), report["rules"]["tags"]["dropped"]) == (1, 1)
+
+
+def test_blank_answers_are_dropped_and_thoughts_alone_are_not():
+    blank = [said("\u3000"), said("\xa0无\u3000"), said("\n\t")]
+    got, report = prepare("sft", *blank, said("", reasoning_content="二加七"), said("好"))
+    assert (len(got), report["rules"]["empty_answer"]["dropped"]) == (2, 3)
+    pair = {"prompt": "问", "chosen": "好", "rejected": "差"}
+    halves = [{**pair, "rejected": half} for half in (" ", "\u3000", "好 ", "None")]
+    halves += [{"chosen": [QUESTION, {"role": "assistant", "content": "好"}], "rejected": half} for half in ("", None)]
+    got, report = prepare("dpo", pair, *halves)
+    assert (len(got), report["bad"]) == (4, 0)
+    assert report["rules"]["same_answer"]["dropped"] == 1
+
+
+@pytest.mark.parametrize("answer", ["4</s>", "\u200b4", "4<|im_end|>\n"])
+def test_an_answer_to_check_is_cleaned(answer):
+    prepare("rl", {"prompt": "问", "answer": answer})
+    assert json.loads(Path("out/train.jsonl").read_text())["answer"] == "4"
+
+
+def test_answers_to_check_that_are_blank_are_dropped_and_others_bad():
+    _, report = prepare("rl", *({"prompt": f"问{i}", "answer": blank} for i, blank in enumerate(("", None, True, "4"))))
+    assert (report["rules"]["empty_answer"]["dropped"], report["bad"], report["kept"]) == (2, 1, 1)
+
+
+def test_what_an_app_adds_to_messages_goes():
+    names = ["Ann", "Bob", "Bob", "Bob", "Bob", "Ann", "Bob", "Bob"]
+    texts = [
+        "hi",
+        "yes <This message was edited>",
+        "IMG-1.jpg (file attached)\nlook",
+        "Missed voice call",
+        "image omitted",
+    ]
+    texts += ["call?", "video call tomorrow at 8", "[文件] a.doc\n[图片]\n看 [微笑]"]
+    lines = [f"2024-01-03, 21:1{i} - {name}: {text}" for i, (name, text) in enumerate(zip(names, texts))]
+    Path("a.txt").write_text("\n".join(lines), "utf-8")
+    [batch] = read_batches([Path("a.txt")], ReadOptions("text", speaker="Bob"))
+    [(_, chat)] = batch.records
+    contents = [turn["content"] for turn in chat["messages"]]
+    assert contents == ["hi", "yes\nlook", "call?", "video call tomorrow at 8\n看 [微笑]"]
+
+
+def test_a_record_with_a_list_of_objects_is_no_wrapper():
+    record = {"images": [{"url": "x"}], "text": GARDEN}
+    Path("a.json").write_text(json.dumps(record))
+    assert parsed("a.json") == [record]
+
+
+TABLE = "| 年 | 数 |\n|------|-------|\n| 1 | 2 |\n| 3 | 4 |"
+
+
+@pytest.mark.parametrize("text", [TABLE, "⠓⠑⠇⠇⠕ ⠺⠕⠗⠇⠙ ⠞⠓⠊⠎"])
+def test_tables_and_braille_are_readable(text):
+    assert prepare("pretrain", {"text": text})[1]["rules"]["readable"]["dropped"] == 0
+    assert prepare("pretrain", {"text": "=-=-=-=-=-=-=- x"}, {"text": GARDEN})[1]["rules"]["readable"]["dropped"] == 1
+
+
+def test_messages_name_what_is_wrong(capsys):
+    Path("a.zip").write_bytes(b"PK\x03\x04" + bytes(40))
+    run("pretrain", "a.zip", status=2)
+    assert "a.zip: it is a zip archive or an Office document: unpack it" in capsys.readouterr().err
+    Path("a.jsonl").write_text("[" + ",\n".join(map(json.dumps, LINES)))
+    run("pretrain", "a.jsonl", status=2)
+    assert "a.jsonl: broken after record 2 (element 3 of the JSON array" in capsys.readouterr().err
+    write("a.jsonl", {f"field{i}": 1 for i in range(400)})
+    run("sft", "a.jsonl", status=2)
+    assert "field11, … (see --fields" in capsys.readouterr().err

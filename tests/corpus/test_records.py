@@ -2,7 +2,7 @@
 
 import pytest
 
-from corpus.cleaning import is_placeholder
+from corpus.cleaning import Dropped, is_placeholder
 from corpus.records import (
     CHAT_FIELDS,
     PAIR_FIELDS,
@@ -124,10 +124,12 @@ def test_tasks(record, answer):
     assert task_of(record) == ([USER], answer, None)
 
 
-@pytest.mark.parametrize("record", [{"question": "问", "answer": ["1", "2"]}, {"question": "问", "answer": " "}])
-def test_tasks_without_one_answer_are_bad(record):
-    with pytest.raises(BadRecord, match="answer"):
-        task_of(record)
+def test_tasks_without_one_answer_are_bad_or_dropped():
+    for answer in (["1", "2"], True, "#### "):
+        with pytest.raises(BadRecord, match="answer"):
+            task_of({"question": "问", "answer": answer})
+    with pytest.raises(Dropped, match="empty_answer"):
+        task_of({"question": "问", "answer": " "})
 
 
 def test_a_completion_without_a_prompt_is_a_text():

@@ -125,11 +125,19 @@ def test_a_reward_of_the_users_own(tmp_path):
         ("number", {"answer": "1,20"}),
         ("number", {"answer": "nan"}),
         ("pattern", {"answer": "("}),
+        ("number", {"answer": "4", "tolerance": "0.1"}),
+        ("number", {"answer": "4", "tolerance": True}),
+        ("number", {"answer": "4", "tolerance": -1}),
         ("countdown", {"answer": "24"}),
+        ("countdown", {"answer": "24", "numbers": ["4", "6"]}),
+        ("countdown", {"answer": "24", "numbers": []}),
+        ("countdown", {"answer": "24", "numbers": [2.5, 4]}),
+        ("countdown", {"answer": "24.0", "numbers": [4, 6]}),
+        ("countdown", {"answer": "twelve", "numbers": [4, 6]}),
     ],
 )
 def test_tasks_that_a_reward_cannot_judge_are_named_before_training(name, task):
-    fine = {"answer": "1,200.5", "numbers": [1, 2]}
+    fine = {"answer": "3" if name == "countdown" else "1,200.5", "numbers": [1, 2]}
     check_tasks(name, [fine], "x")
     with pytest.raises(UserError, match=rf"x: --reward {name} cannot judge the answer .* of task 1, nor 0 more"):
         check_tasks(name, [fine, task], "x")
