@@ -32,6 +32,7 @@ from training.machine import start_machine
 from training.packing import Batch, open_data, to_device
 from training.reference import reference_log_probs
 
+TIE = 1e-4  # nats: at step 0 model and reference differ by rounding alone
 METRICS = ("accuracy", "reward_margin", "reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected")
 
 
@@ -107,12 +108,13 @@ def main():
             ratios = ratios / lengths
         chosen = ratios[0::2]  # (P,)
         rejected = ratios[1::2]
+        margin = chosen - rejected
         losses = preference_loss(chosen, rejected, args.beta, args.loss, args.label_smoothing)
         losses = losses - args.sft_weight * log_probs[0::2] / lengths[0::2]
         balance, metrics = expert_balance(model, batch, routing, torch.full_like(lengths, 0.5))  # two chats a pair
         metrics |= {  # sums over the pairs; the log divides by their number
-            "accuracy": ((chosen > rejected) + 0.5 * (chosen == rejected)).sum(),  # a tie is half right
-            "reward_margin": args.beta * (chosen - rejected).sum(),
+            "accuracy": ((margin > TIE) + 0.5 * (margin.abs() <= TIE)).sum(),  # a tie is half right
+            "reward_margin": args.beta * margin.sum(),
             "reward_chosen": args.beta * chosen.sum(),
             "reward_rejected": args.beta * rejected.sum(),
             "logp_chosen": log_probs[0::2].sum(),

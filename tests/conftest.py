@@ -20,6 +20,9 @@ from model.model import CausalLM
 
 FAST = "not slow and not extra"  # the marks that pyproject.toml chooses
 
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup would have the tests' runs ignore it
+
 # Half of what an untrained model writes gets a reward, so that groups differ.
 REWARD = (
     "def parity(reply, task):\n    return float(len(reply.content) % 2)\n\ndef same(reply, task):\n    return 0.0\n"

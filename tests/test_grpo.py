@@ -359,6 +359,7 @@ def test_questions_come_from_several_folders_in_their_proportions(tasks):
     shutil.copytree(tasks, tasks.with_name("more"), dirs_exist_ok=True)
     data = [f"a={tasks}", f"b={tasks.with_name('more')}"]
     questions = rollouts.PromptDataset(data, "train", 64, 12, {"a": 3, "b": 1})
+    assert len(questions.first_questions(2)) == 4  # validation asks questions of each folder
     order = questions.order(seed=0, epoch=0)
     assert len(order) == len(questions) == 2 * 20
     assert (order < 20).sum() == 30

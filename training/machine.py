@@ -42,7 +42,7 @@ class StopRequest:
     """Inside `with`, these signals ask the loop to save and leave; a later one ends the process at once.
 
     A second signal within a second is the same request, which a launcher passes on to processes that have it already.
-    A signal that is ignored, as SIGHUP under nohup, stays so.
+    SIGHUP stays ignored under nohup.
     """
 
     SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -54,8 +54,8 @@ class StopRequest:
         self.before = {}  # handlers by signal
 
     def __enter__(self):
-        heeded = [number for number in self.SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-        self.before = {number: signal.signal(number, self._ask) for number in heeded}
+        under_nohup = {number for number in self.SIGNALS[2:] if signal.getsignal(number) == signal.SIG_IGN}
+        self.before = {number: signal.signal(number, self._ask) for number in {*self.SIGNALS} - under_nohup}
         return self
 
     def _ask(self, number: int, frame):

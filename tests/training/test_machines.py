@@ -14,6 +14,8 @@ import torch
 from helpers import ROOT, SHORT_RUN, TIMEOUT, relative_difference, saved_progress, steps_of
 from safetensors.torch import load_file
 
+from training.machine import StopRequest
+
 KEEP_ALIVE = 1  # seconds; torchrun's own is 5, and it gives a machine up after three
 SCRIPT = """
 import os, runpy, signal, sys
@@ -163,3 +165,26 @@ def test_sigterm_to_the_process_that_started_the_others_saves_the_run(data, tmp_
     assert saved_progress(tmp_path / "out")["step"] >= 3
     again = subprocess.run([*shlex.split(command), "--max_steps", "9"], cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_a_request_to_stop_that_a_launcher_passes_on_is_one_request(monkeypatch):
+    stop, seconds = StopRequest(), [0.0]
+    monkeypatch.setattr("training.machine.time.monotonic", lambda: seconds[0])
+    with stop:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # the same, passed on at once
+        assert (stop.made, stop.number) == (True, signal.SIGTERM)
+        seconds[0] = 5.0
+        with pytest.raises(KeyboardInterrupt):  # later, the user insists
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_a_run_under_nohup_outlives_its_terminal():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = StopRequest()
+    with stop:
+        signal.raise_signal(signal.SIGHUP)
+        assert not stop.made
+    signal.signal(signal.SIGHUP, before)
