@@ -171,6 +171,7 @@ def test_sigterm_to_the_process_that_started_the_others_saves_the_run(data, tmp_
 def test_a_request_to_stop_that_a_launcher_passes_on_is_one_request(monkeypatch):
     stop, seconds = StopRequest(), [0.0]
     monkeypatch.setattr("training.machine.time.monotonic", lambda: seconds[0])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
     with stop:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)  # the same, passed on at once
@@ -178,6 +179,7 @@ def test_a_request_to_stop_that_a_launcher_passes_on_is_one_request(monkeypatch)
         seconds[0] = 5.0
         with pytest.raises(KeyboardInterrupt):  # later, the user insists
             signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
