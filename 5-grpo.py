@@ -32,7 +32,6 @@ from training.flags import LORA_FLAGS, fill, parse_flags, run_settings
 from training.loop import Run
 from training.loss import token_log_probs
 from training.machine import start_machine
-from training.rewards import check_tasks
 from training.rollouts import Rollout, RolloutBatch, RolloutGenerator, RolloutSettings
 
 
@@ -58,9 +57,7 @@ def policy_loss(log_probs: Tensor, old: Tensor, advantages: Tensor, clip_low: fl
 
 
 GRPO_FLAGS = {
-    "--loss": dict(
-        choices=["dapo", "dr_grpo", "grpo"], default="dapo", help="what the sum is divided by, see select()"
-    ),
+    "--loss": dict(choices=["dapo", "dr_grpo", "grpo"], default="dapo", help="what the sum is divided by: see select"),
     "--scale_rewards": dict(action="store_true", help="divide by the group's standard deviation"),
     "--worse_weight": dict(type=not_negative, default=1.0, help="of answers worse than their group; 0: leave them out"),
     "--beta": dict(type=not_negative, default=0.0, help="weight of the distance from the model of --init_from"),
@@ -88,11 +85,11 @@ def main():
         lora_rank=0,
     )
     machine = start_machine(args.device, args.dtype, args.seed, args.shard, args.compile)
-    train_set, val_set = rollouts.open_prompts(args.data, args.mix, args.max_seq_len, args.max_new_tokens, "rl")
-    for dataset in (train_set, val_set):
-        check_tasks(args.reward, dataset.notes, dataset.paths)
+    lengths = args.max_seq_len, args.max_new_tokens
+    train_set, val_set = rollouts.open_prompts(args.data, args.mix, *lengths, "rl", reward=args.reward)
     model = load_model(args.init_from)
-    reference = load_model(args.init_from, machine.device) if args.beta else None
+    reference_dir = args.init_from if args.beta else None
+    reference = load_model(reference_dir, machine.device) if reference_dir else None
     if args.lora_rank:
         apply_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
 
@@ -127,9 +124,7 @@ def main():
         return losses.sum(), batch.scored, {"gap": gap, "scored": batch.scored}
 
     generator = RolloutGenerator(model, fill(RolloutSettings, args), machine, train_set.tokenizer_dir)
-    training = Run(
-        run_settings(args), machine, model, train_set, rollouts.METRICS, args.init_from if args.beta else None
-    )
+    training = Run(run_settings(args), machine, model, train_set, rollouts.METRICS, reference_dir)
     validate = partial(generator.validate, val_set)
     training.log_start(validate)
     with training:

@@ -25,7 +25,7 @@ from model.lora import has_lora, merge_lora
 from model.model import CausalLM
 from training.machine import Machine
 from training.packing import IGNORE, Batch, PackedDataset, Piece, Pieces, named_folders, pack, read_mix
-from training.rewards import load_reward, read_reply
+from training.rewards import check_tasks, load_reward, read_reply
 
 ROLLOUT_FLAGS = {  # for stages whose model generates: name -> options of argparse's add_argument
     "--questions": dict(type=positive, default=32, help="in a step, over all processes"),
@@ -107,13 +107,24 @@ class PromptDataset(PackedDataset):
 
 
 def open_prompts(
-    data: Path | list[str], mix: list[str] | None, max_seq_len: int, max_new_tokens: int, *kinds: str
+    data: Path | list[str],
+    mix: list[str] | None,
+    max_seq_len: int,
+    max_new_tokens: int,
+    *kinds: str,
+    reward: str | None = None,
 ) -> tuple[PromptDataset, PromptDataset]:
-    """The two splits, train and val, of folders of these kinds, as open_data opens them for the other stages."""
+    """The two splits, train and val, of folders of these kinds, as open_data opens them for the other stages.
+
+    UserError for a question that `reward`, if given, cannot judge an answer to.
+    """
     weights = read_mix(mix, list(named_folders(data)))
     train_set, val_set = (
         PromptDataset(data, split, max_seq_len, max_new_tokens, weights, kinds) for split in ("train", "val")
     )
+    if reward:
+        for dataset in (train_set, val_set):
+            check_tasks(reward, dataset.notes, dataset.paths)
     return train_set, val_set
 
 
