@@ -84,7 +84,7 @@ def test_auto_keeps_the_step_and_takes_what_the_machine_holds(monkeypatch):
         room = 1.01 * processes * memory_estimate(model, one) / cost.ROOM
         monkeypatch.setattr(cost, "memory_of_machine", lambda room=room: room)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-        assert fit_batch(args, machine, model) == replace(one, accumulation_steps=accumulation)
+        assert fit_batch(args, machine, model, data=None) == replace(one, accumulation_steps=accumulation)
 
 
 def test_auto_is_a_value_of_the_flag(monkeypatch):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from model.LMConfig import LMConfig
@@ -15,7 +16,7 @@ from model.model import CausalLM
 from training.loss import CARD_CHUNK, LOSS_CHUNK, next_token_loss
 from training.machine import Machine
 from training.optimizer import MUON_BATCH
-from training.packing import Batch
+from training.packing import Batch, PackedDataset
 
 # Memory that activations take relative to their size, because freed memory seldom fits the next tensor exactly: fitted
 # to the table of docs/scaling.md, which `python -m bench.memory` measures.
@@ -157,12 +158,17 @@ def _kept_on_gpu(config: LMConfig, layer: int, size: int, attention: str, max_se
     return kept + 4 * H + size * (experts + shared)
 
 
-def fit_batch(step: StepSettings, machine: Machine, model: CausalLM) -> StepSettings:
+def fit_batch(step: StepSettings, machine: Machine, model: CausalLM, data: PackedDataset) -> StepSettings:
     """A step of as many rows, with as many at a time as fit: on a GPU by trying, on a CPU by the estimate. All
     processes take what fits in the smallest of them."""
     rows = step.batch_size * step.accumulation_steps
-    fits = fits_card if machine.device.type == "cuda" else fits_by_estimate
-    size = largest_divisor(rows, lambda n: fits(replace(step, batch_size=n), machine, model))
+
+    def fits(n: int) -> bool:
+        if machine.device.type == "cuda":
+            return fits_card(busiest_batch(data, n), machine, model)
+        return fits_by_estimate(replace(step, batch_size=n), machine, model)
+
+    size = largest_divisor(rows, fits)
     size = min(machine.gather(size))
     return replace(step, batch_size=size, accumulation_steps=rows // size)
 
@@ -199,11 +205,15 @@ def _files_of_limits() -> list[Path]:
     return [Path(f"{CGROUPS}{name}") for both in names for name in both]
 
 
-def fits_card(step: StepSettings, machine: Machine, model: CausalLM) -> bool:
-    """Whether a GPU has memory for a forward and backward pass of this step, and for the optimizer in addition."""
-    ids = torch.zeros(step.batch_size, step.max_seq_len, dtype=torch.int64)
-    positions = torch.arange(step.max_seq_len).expand_as(ids).contiguous()
-    batch = Batch(ids, ids, positions, ids, [0], "train", ids.numel(), 0).to(machine.device)
+def busiest_batch(data: PackedDataset, rows: int) -> Batch:
+    """The rows with the most documents: FlashAttention's backward pass pads each of them by up to 128 tokens."""
+    documents = np.diff(data.row_ends, prepend=0)  # of each row
+    return data.batch(np.resize(np.argsort(-documents, kind="stable")[:rows], rows))
+
+
+def fits_card(batch: Batch, machine: Machine, model: CausalLM) -> bool:
+    """Whether a GPU has memory for a forward and backward pass of this batch, and for the optimizer in addition."""
+    batch = batch.to(machine.device)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     torch.cuda.reset_peak_memory_stats(machine.device)
     try:

@@ -220,28 +220,28 @@ class Bfloat16Products(TorchDispatchMode):
 
 
 def losses_of_run(dtype: torch.dtype, steps: int) -> list[float]:
-    """Of a `tiny` model on sentences of random words, with Muon."""
+    """Of a `tiny` model on sentences of random words."""
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(16, 6400, (50, 4), generator=generator)
     model = random_model(LMConfig(**PRESETS["tiny"])).train()
     model.init_weights()
     buffer = GradientBuffer(list(model.parameters()), {})
-    optimizer, machine = build_optimizer(model, OptimizerSettings("muon", 5e-3)), Machine(0, 1, CPU, dtype)
+    optimizer, machine = build_optimizer(model, OptimizerSettings("adamw", 5e-3)), Machine(0, 1, CPU, dtype)
     found = []
     for _ in range(steps):
-        ids = words[torch.randint(50, (4, 17), generator=generator)].flatten(1)  # (4, 68)
-        batch = Batch(ids[:, :64], ids[:, 1:65], LONG[:1].expand(4, -1), ids, [], "train", 256, 0)
+        ids = words[torch.randint(50, (2, 17), generator=generator)].flatten(1)  # (2, 68)
+        batch = Batch(ids[:, :64], ids[:, 1:65], LONG, ids, [], "train", 128, 0)
         with machine.autocast():
             loss_sum, count, _ = next_token_loss(model, batch)
         loss_sum.backward()
-        buffer.add_sums(loss=loss_sum.detach(), count=count, real_tokens=256)
+        buffer.add_sums(loss=loss_sum.detach(), count=count, real_tokens=128)
         sums = buffer.all_reduce(machine, 1.0, lambda: None)
         optimizer_step(optimizer, buffer, machine.scaler(), sums, grad_clip=1.0)
         found.append(sums["loss"] / count)
     return found
 
 
-@pytest.mark.parametrize("steps", [30, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [20, pytest.param(200, marks=pytest.mark.slow)])
 def test_a_bfloat16_residual_stream_trains_as_float32_does(steps):
     exact = losses_of_run(torch.float32, steps)
     with Bfloat16Products():
