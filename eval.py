@@ -292,7 +292,7 @@ def main():
         raise UserError("--half_weights is for generation on a CPU: give --device cpu, and not --data")
     model = load_model(chosen, device, args.lora).eval()
     n_parameters = model.num_parameters()
-    if device.type == "cpu" and not args.data:  # --data computes the loss with the layers of training
+    if not args.data:  # --data computes the loss with the layers of training
         model = pack_for_decoding(model, args.half_weights)
     directory = base_of(chosen)
     tokenizer = load_tokenizer(directory)

@@ -1,18 +1,23 @@
-"""A trained model with its weights packed for decoding on a CPU, where every new token reads every weight once.
+"""A trained model with its weights packed for decoding, where every new token reads every weight once.
 
-Layers with the same input become one matrix product, and weights are contiguous in the order in which threads read
-them. The layers below repeat the forward passes of model/model.py; compare() checks that they still agree.
+Layers with the same input become one matrix product. On a CPU weights are contiguous in the order in which threads read
+them. On a GPU, where a token's kernels are so small that launching them takes the time, there are fewer of them, and
+weights and cache have 16 bits if the GPU has bfloat16. The layers below repeat the forward passes of model/model.py;
+compare() checks that they still agree.
 """
 
 import copy
+from collections.abc import Callable
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from base.cli import UserError
 from engine.cache import KVCache
 from model.model import Attention, CausalLM, FeedForward, RMSNorm
-from model.operators import Mask, apply_rope, attend
+from model.operators import Mask, apply_rope, attend, card_capability
 
 PARTS = 4  # of a product's inner dimension, one per thread: four threads saturate the memory of most machines
 FEW_ROWS = 32  # up to this many rows, reading the weights takes most of the time
@@ -55,6 +60,30 @@ class HalfLinear(nn.Module):
         return torch.ops.quantized.linear_dynamic_fp16(x, self.weight)
 
 
+class FusedLinear(nn.Module):
+    """The same on a GPU, in its precision."""
+
+    def __init__(self, *linears: nn.Linear, dtype: torch.dtype):
+        super().__init__()
+        self.weight = torch.cat([linear.weight.detach() for linear in linears]).to(dtype)  # (out, in)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class FusedNorm(nn.Module):
+    """RMSNorm on a GPU: torch's kernel, which takes one dtype and sums in float32; weight (H,), or (heads, D)."""
+
+    def __init__(self, weight: Tensor, eps: float, dtype: torch.dtype):
+        super().__init__()
+        self.weight, self.eps = weight.detach().to(dtype), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight.dim() == 1:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape[-1:], None, self.eps) * self.weight
+
+
 class DecodingNorm(nn.Module):
     """RMSNorm in half as many kernels: with one token, starting a kernel takes longer than its arithmetic."""
 
@@ -70,7 +99,7 @@ class DecodingNorm(nn.Module):
 class DecodingAttention(nn.Module):
     """Attention, with queries and keys in one tensor until they are used differently."""
 
-    def __init__(self, attention: Attention, linear: type[nn.Module]):
+    def __init__(self, attention: Attention, linear: Callable[..., nn.Module], norm: Callable[..., nn.Module]):
         super().__init__()
         self.layer_idx, self.head_dim = attention.layer_idx, attention.head_dim
         self.n_queries = attention.q_proj.out_features // self.head_dim
@@ -80,7 +109,7 @@ class DecodingAttention(nn.Module):
         self.qk_norm = None
         if attention.qk_norm:
             weights = [attention.q_norm.weight] * self.n_queries + [attention.k_norm.weight] * self.n_keys
-            self.qk_norm = DecodingNorm(torch.stack(weights), attention.q_norm.eps)  # (N + K, D)
+            self.qk_norm = norm(torch.stack(weights), attention.q_norm.eps)  # (N + K, D)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, cache=None) -> Tensor:
         heads = self.qkv_proj(x).view(*x.shape[:2], -1, self.head_dim)  # (B, T, N + 2 K, D)
@@ -97,7 +126,7 @@ class DecodingAttention(nn.Module):
 class DecodingFeedForward(nn.Module):
     """FeedForward in two matrix products."""
 
-    def __init__(self, feed_forward: FeedForward, linear: type[nn.Module]):
+    def __init__(self, feed_forward: FeedForward, linear: Callable[..., nn.Module]):
         super().__init__()
         self.act_fn = feed_forward.act_fn
         self.gate_up_proj = linear(feed_forward.gate_proj, feed_forward.up_proj)
@@ -113,27 +142,39 @@ def shared_copy(model: CausalLM) -> CausalLM:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
 
 
+def decoding_layers(device: torch.device, half_weights: bool) -> tuple[Callable, Callable, torch.dtype]:
+    """What takes the place of linear layers and of norms on this device, and the dtype of activations and cache."""
+    if device.type == "cpu":
+        return HalfLinear if half_weights else PackedLinear, DecodingNorm, torch.float32
+    dtype = torch.bfloat16 if card_capability(device) >= (8, 0) else torch.float32
+    return partial(FusedLinear, dtype=dtype), partial(FusedNorm, dtype=dtype), dtype
+
+
 def pack_for_decoding(model: CausalLM, half_weights: bool = False) -> CausalLM:
     """A copy of the model with faster layers, for generation only; it cannot be trained or saved.
 
-    The model is in float32, on a CPU and without adapters. half_weights: store matrices in float16; UserError if this
+    The model is in float32 and without adapters. half_weights: on a CPU, store matrices in float16; UserError if this
     build of torch cannot multiply them.
     """
     if half_weights and "fbgemm" not in torch.backends.quantized.supported_engines:
         raise UserError("this build of torch has no matrix product with float16 weights (FBGEMM)")
-    linear = HalfLinear if half_weights else PackedLinear
+    embedding = model.model.embed_tokens.weight
+    linear, norm, dtype = decoding_layers(embedding.device, half_weights)
     packed = shared_copy(model)
     for name, module in model.named_modules():
         if isinstance(module, Attention):
-            packed.set_submodule(name, DecodingAttention(module, linear))
+            packed.set_submodule(name, DecodingAttention(module, linear, norm))
         elif isinstance(module, FeedForward):
             packed.set_submodule(name, DecodingFeedForward(module, linear))
         elif isinstance(module, RMSNorm) and not name.endswith(("q_norm", "k_norm")):
-            packed.set_submodule(name, DecodingNorm(module.weight, module.eps))
+            packed.set_submodule(name, norm(module.weight, module.eps))
     packed.lm_head = linear(model.lm_head)
-    if (key := (repr(model.config), half_weights)) not in _COMPARED:
+    if dtype != embedding.dtype:
+        packed.model.embed_tokens = nn.Embedding.from_pretrained(embedding.detach().to(dtype))
+    key = (repr(model.config), half_weights, embedding.device.type)
+    if key not in _COMPARED and embedding.device.type != "meta":
         _COMPARED.add(key)
-        compare(model, packed, tolerance=0.05 if half_weights else 1e-3)
+        compare(model, packed, tolerance=0.3 if dtype == torch.bfloat16 else 0.05 if half_weights else 1e-3)
     return packed
 
 
@@ -148,7 +189,7 @@ def compare(model: CausalLM, packed: CausalLM, tolerance: float):
     """
     n = min(8, model.config.max_position_embeddings)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, (1, n), generator=generator)
+    ids = torch.randint(model.config.vocab_size, (1, n), generator=generator).to(model.lm_head.weight.device)
     cache = KVCache(packed, rows=1, max_length=n)
     prefill_then_decode = ids.split([n - n // 2] + [1] * (n // 2), dim=1)
     logits = torch.cat([packed(part, cache=cache) for part in prefill_then_decode], dim=1)

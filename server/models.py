@@ -53,9 +53,7 @@ class Served:
 
     def _load(self, device: torch.device, half_weights: bool):
         model = load_model(self.directory, device).eval()
-        if device.type == "cpu":
-            model = pack_for_decoding(model, half_weights)
-        return model, load_tokenizer(self.base)
+        return pack_for_decoding(model, half_weights), load_tokenizer(self.base)
 
 
 def find_models(directories: list[Path]) -> dict[str, Served]:

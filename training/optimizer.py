@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.checkpoint import full_tensor
+from model.device import to_device
 from model.model import CausalLM
 from model.operators import card_capability
 from training.machine import Machine, all_reduce
-from training.packing import to_device
 from training.shard import as_dtensor, distribute_tensor, is_dtensor, local_shard, local_shards
 
 MUON_BATCH = 2**23  # numbers whose update is computed at a time: several copies of them exist meanwhile

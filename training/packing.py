@@ -14,6 +14,7 @@ from base.cli import UserError, above_zero
 from base.files import read_json
 from corpus.kinds import KINDS
 from corpus.prepared import Prepared
+from model.device import to_device
 from model.operators import CuSeqlens
 
 IGNORE = -100  # the label of a token that is not scored
@@ -99,11 +100,6 @@ class Batch:
     def scored_positions(self) -> Tensor:
         """The positions of labels that are not IGNORE, of B * T, (scored,)."""
         return (self.labels != IGNORE).flatten().nonzero_static(size=self.scored)[:, 0]
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copies to a device without waiting for it: to a GPU from pinned memory."""
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def pack(lengths: np.ndarray, capacity: int) -> np.ndarray:

@@ -246,11 +246,11 @@ class RolloutGenerator:
 
 
 def decoding_copy(model: CausalLM) -> CausalLM:
-    """The model as it is now, for an Engine: with its adapters merged, and on a CPU packed for decoding."""
+    """The model as it is now, for an Engine: with its adapters merged, and packed for decoding."""
     copy = shared_copy(model).eval()
     if has_lora(copy):
         merge_lora(copy)  # its layers get matrices of their own
-    return pack_for_decoding(copy) if model.lm_head.weight.device.type == "cpu" else copy
+    return pack_for_decoding(copy)
 
 
 # The sums of a step over its answers, which rollout_metrics() turns into means.
