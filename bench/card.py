@@ -50,7 +50,6 @@ from model.device import choose_device, keep_freed_memory
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
 from model.operators import card_capability
-from training import log
 from training.compiling import compile_model, has_triton
 from training.cost import StepSettings, memory_estimate, step_flops
 from training.loss import next_token_loss
@@ -249,6 +248,8 @@ def real_run(device: torch.device, sizes: Sizes) -> Iterator[str]:
     """1-pretrain.py itself, which prints its own lines."""
     if not importlib.util.find_spec("jsonlines"):
         sys.modules["jsonlines"] = stand_in_for_jsonlines()
+    from training import log
+
     log.plot = lambda records, path: path.touch()  # matplotlib may be missing, and is not in question
     with tempfile.TemporaryDirectory() as folder:
         write_texts(Path(folder) / "data")

@@ -90,7 +90,8 @@ def memory_estimate(
         if config.use_moe:  # three copies of the experts' inputs and outputs, and five of what is inside
             visit = 3 * config.hidden_size + 5 * config.moe_intermediate_size
             inside = max(inside, config.num_experts_per_tok * visit)
-        fragmentation, kept_input, chunk = CARD_FRAGMENTATION, 4 * config.hidden_size, CARD_CHUNK
+        kept_input = _residual_size(bytes_per_number, attention) * config.hidden_size
+        fragmentation, chunk = CARD_FRAGMENTATION, CARD_CHUNK
         # Of the logits: the product, its float32 copy, probabilities, and the gradient in the precision of the product.
         loss = min(tokens, chunk) * config.vocab_size * (8 + 2 * bytes_per_number)
         loss += 4 * config.vocab_size * config.hidden_size
@@ -139,23 +140,26 @@ def _kept_on_cpu(config: LMConfig, layer: int) -> int:
 
 
 def _kept_on_gpu(config: LMConfig, layer: int, size: int, attention: str, max_seq_len: int) -> int:
-    """Bytes per token that a layer keeps on a GPU, where products read numbers of `size` bytes. Norms and rotations
-    read float32 in any case, and under autocast each product casts its own copy of its input."""
+    """Bytes per token that a layer keeps on a GPU, where products read numbers of `size` bytes. torch.compile keeps
+    fewer."""
     H, heads, kv_heads = _sizes(config)
-    copies = 1 if size == 4 else 3  # of the input of the q, k and v products
-    kept = 2 * 4 * H + copies * size * H  # inputs of both norms; of the q, k and v products
-    kept += 2 * 4 * (heads + kv_heads)  # inputs of the norms of q and k, and of their rotations
-    repeated = heads if attention == "masked" else kv_heads
-    kept += size * (2 * heads + 2 * repeated + heads)  # q, k, v and the output; input of the output product
-    if attention == "masked":
-        kept += size * max_seq_len  # a row of the additive mask
-    copies = 1 if size == 4 else 2
+    kept = 2 * _residual_size(size, attention) * H + 2 * size * H  # inputs of both norms, and their outputs
+    kept += size * (heads + 2 * kv_heads)  # q, k and v, before norm and rotation
+    if attention == "masked":  # q, key heads repeated, output; input of the output product; a row of the additive mask
+        kept += size * (5 * heads + max_seq_len)
+    else:
+        kept += size * (2 * heads + kv_heads)  # q, k, output
     if not config.use_moe or layer < config.first_k_dense_replace:
-        return kept + size * (copies * H + 4 * config.intermediate_size)
+        return kept + size * 4 * config.intermediate_size
     visits, width = config.num_experts_per_tok, config.moe_intermediate_size
-    experts = H + 2 * width * visits  # input; gate and up (experts.visit_experts)
-    shared = (copies * H + 4 * width * config.n_shared_experts) if config.n_shared_experts else 0
-    return kept + 4 * H + size * (experts + shared)
+    # The router's input; gate and up of the visited experts (experts.visit_experts); four of the shared ones.
+    return kept + 4 * H + size * width * (2 * visits + 4 * config.n_shared_experts)
+
+
+def _residual_size(size: int, attention: str) -> int:
+    """Bytes of a number of the residual stream on a GPU: it has float32 beside float16, the precision of GPUs that have
+    no FlashAttention."""
+    return size if attention == "flash" else 4
 
 
 def fit_batch(step: StepSettings, machine: Machine, model: CausalLM, data: PackedDataset) -> StepSettings:
