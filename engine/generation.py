@@ -220,7 +220,7 @@ class Engine:
                 sequence.seen = torch.zeros(self.model.config.vocab_size, dtype=torch.bool, device=self.device)
                 sequence.seen[sequence.prompt] = True
             for token in sequence.tokens[-1:]:
-                sequence.seen[token] = True
+                sequence.seen[token].fill_(True)
         return torch.stack([self.rows[row].seen for row in rows])
 
 
@@ -269,12 +269,12 @@ def sample(
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     probabilities = logits.softmax(-1)
     if min_p > 0:
-        probabilities[probabilities < min_p * probabilities.max(-1, keepdim=True).values] = 0
+        probabilities.masked_fill_(probabilities < min_p * probabilities.max(-1, keepdim=True).values, 0)
     if top_p < 1:
         ordered, index = probabilities.sort(descending=True)
         before = ordered.cumsum(-1) - ordered  # total probability of the more probable tokens
         before[:, 0] = -1  # the most probable always stays
-        ordered[before >= top_p * ordered.sum(-1, keepdim=True)] = 0
+        ordered.masked_fill_(before >= top_p * ordered.sum(-1, keepdim=True), 0)
         probabilities = torch.zeros_like(probabilities).scatter(-1, index, ordered)
     # Inverse transform sampling: the token at which the cumulative probability passes the row's number.
     running = probabilities.cumsum(-1)
