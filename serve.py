@@ -18,7 +18,7 @@ from pathlib import Path
 
 from base.cli import HelpFormatter, UserError, above_zero, import_extra, natural, positive, run
 from engine.tools import load_tools
-from model.device import choose_device, keep_freed_memory, note_unused_gpu
+from model.device import choose_device, keep_freed_memory, print_notes
 
 GRACE = 5  # seconds for answers to end when the server is stopped
 
@@ -69,7 +69,7 @@ def main():
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(args.host, args.host)
     url = f"http://{host}:{listening.getsockname()[1]}"
     print(f"{url}  {', '.join(models)}", flush=True)
-    note_unused_gpu()
+    print_notes()
     if args.open:
         threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
     options = dict(
