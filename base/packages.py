@@ -34,8 +34,10 @@ def torch_build():
     return "cu130" if os.name == "nt" else None
 
 
-def torch_command(build):
-    """The command that replaces torch by the build of this folder of TORCH_INDEX."""
+def torch_command():
+    """The command that replaces torch by a build for this machine's NVIDIA GPU."""
+    build = torch_build()
+    build = "cu130" if build in (None, "cpu") else build
     return f"pip install --force-reinstall torch --index-url {TORCH_INDEX}{build}"
 
 

@@ -8,7 +8,7 @@ import sys
 import torch
 
 from base.cli import UserError
-from base.packages import torch_build, torch_command, untested_versions
+from base.packages import torch_command, untested_versions
 from model.operators import try_flash
 
 NOTES = "JIEZI_NOTES"  # in the environment, for all processes of a command: "due" or "given"
@@ -34,7 +34,7 @@ def choose_device(name: str, local_rank: int = 0, processes: int = 1) -> torch.d
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         if "no kernel image" in reason:
-            reason += f"; a build of torch that has them: {torch_command(torch_build() or 'cu130')}"
+            reason += f"; a build of torch that has them: {torch_command()}"
         raise UserError(f"--device {name}: {reason}") from None
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)  # its masked backward can give NaN (pytorch issue 196678)
@@ -65,7 +65,7 @@ def print_notes():
     elif note == "due":
         print(
             "the GPU is not used, because this torch is built for CPUs: computing on the CPU, which is many times "
-            f"slower; a torch for the GPU: {torch_command(torch_build() or 'cu130')}"
+            f"slower; a torch for the GPU: {torch_command()}"
         )
     if versions := untested_versions():
         print(f"not the versions that are tested: {', '.join(versions)}; constraints.txt has the tested ones")

@@ -65,12 +65,14 @@ def shell(tmp_path, monkeypatch):
         words = [str(word) for word in command]
         if "pip" in words:
             return 1, False  # no corpus: stories stand in for it
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
+        with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "utf-8")) as printed:
             shell.python(*words)
+        printed.seek(0)
+        text = printed.read()
         if output:
-            output.write_text(printed.getvalue(), "utf-8")
+            output.write_text(text, "utf-8")
         else:
-            print(printed.getvalue())
+            print(text)
         return 0, False
 
     monkeypatch.chdir(tmp_path)

@@ -58,7 +58,7 @@ def test_a_device_that_cannot_be_used_is_refused(name, processes, words):
 
 
 @pytest.mark.parametrize(
-    ("answer", "build"), [("580.95, 6.1", "cu126"), ("570.86, 12.0", "cu130"), ("no device", "cu130")]
+    ("answer", "build"), [("580.95, 6.1", "cu126"), ("570.86, 12.0", "cu130"), ("no device", "cu130"), (None, "cu130")]
 )
 def test_a_card_that_this_torch_has_no_code_for_is_found_before_the_first_step(answer, build, monkeypatch):
     """Memory is allocated on it without an error; a kernel is not run."""
@@ -67,7 +67,7 @@ def test_a_card_that_this_torch_has_no_code_for_is_found_before_the_first_step(a
         raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors …")
 
     monkeypatch.setattr(devices, "run_a_kernel", no_kernel)
-    monkeypatch.setattr(packages.shutil, "which", lambda name: name)
+    monkeypatch.setattr(packages.shutil, "which", lambda name: answer and name)
     monkeypatch.setattr(packages.subprocess, "check_output", lambda *args, **options: answer.encode())
     with pytest.raises(UserError, match=f"no kernel image .*/{build}$"):
         choose_device("cuda")
