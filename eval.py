@@ -233,7 +233,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("--model", type=Path, help="folder of a model or an adapter; default: the newest under out/")
     parser.add_argument("--lora", type=Path, help="folder of an adapter to merge into --model")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps, or another that torch has")
     parser.add_argument(
         "--half_weights",
         action="store_true",

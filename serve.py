@@ -30,7 +30,7 @@ def main():
     parser.add_argument("--port", type=natural, default=8000, help="0: any free port")
     parser.add_argument("--api_key", help="required of every request; default: JIEZI_API_KEY, if set")
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps, or another that torch has")
     parser.add_argument("--half_weights", action="store_true", help="on a CPU, float16 weights, as in eval.py")
     parser.add_argument("--tools", nargs="+", default=[], metavar="NAME", help="calculator, or a Python file")
     parser.add_argument("--max_rows", type=positive, default=16, help="answers generated at a time, per model")

@@ -24,11 +24,13 @@ from safetensors import safe_open
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from base.cli import UserError
 from bench.train_speed import made_up_batch
 from model import experts
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
 from training import cost, loss
+from training import machine as machines
 from training import optimizer as optimizers
 from training.balance import count_each
 from training.loss import CARD_CHUNK, LOSS_CHUNK, TokenLosses, cross_entropy_sum, next_token_loss, token_losses
@@ -69,6 +71,16 @@ def test_matrix_products_are_timed_with_random_numbers_and_draw_none_of_the_runs
 )
 def test_each_card_has_its_number_format(card, capability, dtype):
     assert auto_dtype(card, capability) == dtype
+
+
+def test_compiling_without_triton_is_refused_in_one_line(monkeypatch):
+    """torch does not import the module that is asked for Triton."""
+    monkeypatch.setattr(machines, "choose_device", lambda *args: torch.device("cuda:0"))
+    monkeypatch.setattr(machines, "device_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: None)
+    monkeypatch.delattr(torch.utils, "_triton", raising=False)
+    with pytest.raises(UserError, match="--compile needs Triton"):
+        start_machine("cuda", "auto", 0, compile=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- the loss
