@@ -30,10 +30,12 @@ def all_reduce(tensor: Tensor):
         dist.all_reduce(tensor)
 
 
-def all_gather(result: Tensor, mine: Tensor):
-    """Fills the result with the tensors of all processes, of one size, end to end."""
+def all_gather(mine: Tensor) -> Tensor:
+    """The tensors of all processes, which are of one size, end to end."""
+    result = mine.new_empty(dist.get_world_size(), *mine.shape)
     with _waiting_for_others():
-        dist.all_gather_into_tensor(result, mine)
+        dist.all_gather([*result], mine.contiguous())
+    return result.flatten(0, 1)
 
 
 @contextlib.contextmanager

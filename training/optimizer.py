@@ -53,9 +53,8 @@ def _orthogonalize_together(matrices: Tensor) -> Tensor:
     rank, processes = dist.get_rank(), dist.get_world_size()
     each = math.ceil(len(matrices) / processes)
     mine = orthogonalize(matrices[rank * each : (rank + 1) * each])
-    mine = F.pad(mine, (0, 0, 0, 0, 0, each - len(mine))).contiguous()  # the last processes may have fewer
-    result = mine.new_empty(processes * each, *mine.shape[1:])
-    all_gather(result, mine)  # in the precision that they are computed in: on GPUs 16 bits
+    mine = F.pad(mine, (0, 0, 0, 0, 0, each - len(mine)))  # the last processes may have fewer
+    result = all_gather(mine)  # in the precision that they are computed in: on GPUs 16 bits
     return result[: len(matrices)].to(matrices.dtype)
 
 
