@@ -71,13 +71,15 @@ def test_flash_attention_gets_the_documents_that_attention_by_hand_gets(monkeypa
 
 
 def test_the_kernel_of_flash_attention_takes_these_arguments_in_every_torch():
-    """On tensors without values: fewer key heads than query heads, forward and backward, and what it refuses."""
+    """On tensors without values: fewer key heads than query heads, forward and backward, compiled too."""
     with torch.device("meta"):
         q, k, v = (torch.empty(16, heads, 64, dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2, 2))
-        out = operators.flash_attention(q, k, v, torch.empty(3, dtype=torch.int32), 16)
-    assert out.shape == q.shape
-    gradients = torch.autograd.grad(out.sum(), (q, k, v))
-    assert [gradient.shape for gradient in gradients] == [q.shape, k.shape, v.shape]
+        cu_seqlens = torch.empty(3, dtype=torch.int32)
+    compiled = torch.compile(operators.flash_attention, backend="aot_eager", fullgraph=True)
+    for kernel in (operators.flash_attention, compiled):
+        out = kernel(q, k, v, cu_seqlens, 16)
+        gradients = torch.autograd.grad(out.sum(), (q, k, v))
+        assert [x.shape for x in (out, *gradients)] == [q.shape, q.shape, k.shape, v.shape]
 
 
 def refusing(error: Exception):
