@@ -4,7 +4,8 @@ import importlib
 
 from base.cli import lacks_memory, one_line
 from model.model import CausalLM
-from training.loss import TokenLosses, next_token_loss
+from training.cost import forward_backward
+from training.loss import TokenLosses
 from training.machine import Machine
 from training.packing import Batch
 
@@ -36,9 +37,7 @@ def compile_model(model: CausalLM, machine: Machine, batch: Batch, **options) ->
     if batch.cu_seqlens is not None:  # other batches have other numbers of documents
         importlib.import_module("torch._dynamo").maybe_mark_dynamic(batch.cu_seqlens.cu_seqlens, 0)
     try:
-        with machine.autocast():
-            loss_sum, *_ = next_token_loss(model, batch)
-        loss_sum.backward()
+        forward_backward(model, batch, machine)
     except Exception as error:
         if lacks_memory(error):
             raise

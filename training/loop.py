@@ -20,7 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from model.chat import EOS, IM_END
-from model.device import note_unused_gpu
+from model.device import print_notes
 from model.model import CausalLM
 from training.balance import expert_metrics, move_router_bias
 from training.compiling import compile_model, pays_to_compile
@@ -93,7 +93,7 @@ class Run:
         minutes = expected_minutes(settings.schedule, self.step_settings, machine, model, train_set, peak)
         self.log.info(run_report(settings, self.step_settings, machine, model, train_set, peak, minutes))
         if machine.rank == 0:
-            note_unused_gpu()
+            print_notes()
         if settings.compile or (settings.compile is None and pays_to_compile(machine, minutes)):
             self.compile()
 

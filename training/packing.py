@@ -99,7 +99,10 @@ class Batch:
 
     def scored_positions(self) -> Tensor:
         """The positions of labels that are not IGNORE, of B * T, (scored,)."""
-        return (self.labels != IGNORE).flatten().nonzero_static(size=self.scored)[:, 0]
+        found = (self.labels != IGNORE).flatten()
+        if found.device.type in ("cpu", "cuda", "meta"):  # Macs have it since torch 2.13
+            return found.nonzero_static(size=self.scored)[:, 0]
+        return found.nonzero()[:, 0]
 
 
 def pack(lengths: np.ndarray, capacity: int) -> np.ndarray:
