@@ -49,11 +49,10 @@ from model import experts
 from model.device import choose_device, keep_freed_memory
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
-from model.operators import card_capability
 from training.compiling import compile_model, has_triton
 from training.cost import StepSettings, memory_estimate, step_flops
 from training.loss import next_token_loss
-from training.machine import Machine, auto_dtype, matmul_rate
+from training.machine import Machine, device_dtype, matmul_rate
 from training.packing import Batch
 
 ROOT = Path(__file__).parents[1]
@@ -171,8 +170,7 @@ def short(dtype: torch.dtype) -> str:
 
 
 def machine_of(device: torch.device, dtype: torch.dtype | None = None) -> Machine:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return Machine(0, 1, device, dtype or auto_dtype(name, card_capability(device)))
+    return Machine(0, 1, device, dtype or device_dtype(device))
 
 
 def new_model(preset: str, device: torch.device, **changes) -> CausalLM:
