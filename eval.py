@@ -238,7 +238,7 @@ def parse_arguments() -> argparse.Namespace:
         "--weight_dtype",
         choices=["float32", "float16", "int8"],
         default="float32",
-        help="of the matrices, on a CPU: generation is faster with fewer bits, and less exact",
+        help="of the matrices, on a CPU: fewer bits are faster; float16 changes 1 greedy text in 100, int8 1 in 3",
     )
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--prompt", help="answer this (a base model: continue it) and exit")

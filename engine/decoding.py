@@ -15,7 +15,7 @@ from model.cpu import rotate
 from model.model import Attention, CausalLM, FeedForward, RMSNorm
 from model.operators import Mask, attend
 
-PARTS = 4  # of a product's inner dimension, one per thread: four threads saturate the memory of most machines
+PARTS = 8  # of a product's inner dimension: threads take them in turn, each reading contiguous memory
 FEW_ROWS = 32  # up to this many rows, reading the weights takes most of the time
 MANY_ROWS = 64  # from here on, a product in float32 is worth the conversion of int8 weights
 
