@@ -18,7 +18,7 @@ import xml from "./vendor/highlight.js/xml.min.js";
 import yaml from "./vendor/highlight.js/yaml.min.js";
 
 const LANGUAGES = { bash, c, cpp, css, go, java, javascript, json, python, rust, sql, xml, yaml };
-const LONGEST = 20_000; // characters that are highlighted; longer code is shown plain
+const LONGEST = 4000; // characters that are highlighted; longer code is shown plain
 
 for (const [name, grammar] of Object.entries(LANGUAGES)) hljs.registerLanguage(name, grammar);
 
