@@ -48,15 +48,15 @@ class Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin)
+        return rotate(x, cos, sin)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         cos, sin = ctx.saved_tensors
-        return _rotate(dy, cos, sin, direction=-1), None, None
+        return rotate(dy, cos, sin, direction=-1), None, None
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int = 1) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int = 1) -> Tensor:
     halves = x.view(*x.shape[:-1], 2, -1)
     y = halves * cos.unsqueeze(-2)  # (..., 2, D/2), in float32 if x has 16 bits
     (a, b), (c, d) = halves.unbind(-2), y.unbind(-2)

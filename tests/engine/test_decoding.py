@@ -1,6 +1,5 @@
 """The layout for decoding: the same model, in float32 and nearly so in float16, and how eval.py asks for it."""
 
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -12,13 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from engine import cache, decoding, generation
 from engine.decoding import (
     FEW_ROWS,
+    MANY_ROWS,
     DecodingAttention,
     DecodingFeedForward,
     DecodingNorm,
-    FusedLinear,
-    FusedNorm,
     HalfLinear,
+    Int8Linear,
     PackedLinear,
+    gpu_layers,
     pack_for_decoding,
 )
 from engine.generation import Engine, Sampling, Sequence
@@ -43,14 +43,22 @@ CONFIGS |= {preset: flags | SIZES | NARROW for preset, flags in PRESETS.items()}
 needs_fbgemm = pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="needs FBGEMM")
 
 
-def models(name: str, half_weights: bool = False):
+class CountOperators(TorchDispatchMode):
+    n = 0
+
+    def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+        self.n += 1
+        return operator(*arguments, **(options or {}))
+
+
+def models(name: str, weight_dtype: str = "float32"):
     """A model, and the same laid out. Norms that are not 1, so that a forgotten weight shows."""
     model = sharp_model(LMConfig(**CONFIGS[name]))
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if "norm" in parameter_name:
                 parameter.uniform_(0.5, 1.5)
-    return model, pack_for_decoding(model, half_weights)
+    return model, pack_for_decoding(model, weight_dtype)
 
 
 @torch.no_grad()
@@ -99,7 +107,7 @@ def test_a_product_is_that_of_its_layers_side_by_side(shape, product):
 @needs_fbgemm
 @pytest.mark.parametrize("name", ["qk_norm", "sigmoid experts"])
 def test_half_weights_are_those_of_float16_and_nothing_else_is(name):
-    model, halved = models(name, half_weights=True)
+    model, halved = models(name, "float16")
     with torch.no_grad():
         untied = torch.nn.Parameter(model.lm_head.weight.half().float())  # an embedding is looked up, not multiplied
         for parameter_name, parameter in model.named_parameters():
@@ -111,39 +119,84 @@ def test_half_weights_are_those_of_float16_and_nothing_else_is(name):
         torch.testing.assert_close(halved(ids), expected, atol=1e-4 * expected.std().item(), rtol=1e-4)
 
 
-def test_half_weights_without_the_product_for_them_are_refused(monkeypatch):
+@pytest.mark.parametrize("weight_dtype", ["float16", "int8"])
+def test_weights_without_the_product_for_them_are_refused(weight_dtype, monkeypatch):
     monkeypatch.setattr(torch.backends, "quantized", SimpleNamespace(supported_engines=["qnnpack"]))
     with pytest.raises(ValueError, match="no matrix product with float16 weights"):
-        pack_for_decoding(sharp_model(LMConfig(**CONFIGS["llama"])), half_weights=True)
+        pack_for_decoding(sharp_model(LMConfig(**CONFIGS["llama"])), weight_dtype)
 
 
 @needs_fbgemm
-def test_eval_writes_with_half_weights(tmp_path, run_here):
+@pytest.mark.parametrize("shape", [(1, 1), (2, 5), (1, MANY_ROWS), (1, MANY_ROWS + 1), (0, 1)], ids=str)
+@pytest.mark.parametrize(("n_in", "n_out"), [(64, 32), (64, 31), (254, 32), (20, 7)])
+def test_an_int8_product_is_that_of_rounded_weights(shape, n_in, n_out):
+    """A row's result depends neither on the other rows nor on which product they take."""
+    layers = [torch.nn.Linear(n_in, n_out, bias=False) for n_out in (4, n_out - 4)]
+    weight = torch.cat([layer.weight.detach() for layer in layers])
+    with torch.inference_mode():
+        product, x = Int8Linear(*layers), torch.randn(*shape, n_in)
+        rounded = product.weight * product.scales.float()[:, None]
+        assert ((rounded - weight).abs() <= 0.51 * product.scales.float()[:, None]).all()
+        exact = x.bfloat16().float() @ rounded.t()
+        torch.testing.assert_close(product(x), exact, rtol=2**-8, atol=1e-5)
+        alone = [product(row[None]) for row in x.flatten(0, 1)]
+        torch.testing.assert_close(product(x).flatten(0, 1), torch.cat([exact[:0, 0], *alone]), rtol=2**-7, atol=1e-5)
+
+
+@needs_fbgemm
+@pytest.mark.parametrize("name", ["qk_norm", "untied", "sigmoid experts"])
+def test_int8_weights_change_logits_little(name):
+    model, packed = models(name, "int8")
+    with torch.no_grad():
+        ids = torch.tensor([prompt(20)])
+        expected = model(ids)
+        assert (packed(ids) - expected).square().mean().sqrt() < 0.05 * expected.std()
+
+
+def test_a_token_takes_no_more_operators_than_it_did():
+    """Starting an operator takes longer than its arithmetic when a model is small."""
+
+    def operators(n_layers: int) -> int:
+        config = LMConfig(**CONFIGS["qk_norm"] | {"num_hidden_layers": n_layers})
+        engine = Engine(pack_for_decoding(CausalLM(config).eval()), max_rows=1)
+        engine.submit(Sequence(prompt(4), 8, sampling=Sampling(temperature=0)))
+        engine.step()
+        with CountOperators() as counted:
+            engine.step()
+        return counted.n
+
+    two, four = operators(2), operators(4)
+    assert (four - two) / 2 <= 60, "of a layer"
+    assert two <= 160
+
+
+@needs_fbgemm
+@pytest.mark.parametrize("weight_dtype", ["float16", "int8"])
+def test_eval_writes_with_smaller_weights(weight_dtype, tmp_path, run_here):
     model, _ = models("qk_norm")
     save_model(tmp_path / "model", model, TOKENIZER)
     command = ("eval.py", "--model", tmp_path / "model", "--device", "cpu", "--prompt", "天", "--temperature", 0)
     command += ("--max_new_tokens", 8)
-    assert run_here(*command, "--half_weights").out == run_here(*command).out
+    assert run_here(*command, "--weight_dtype", weight_dtype).out == run_here(*command).out
 
 
-def test_half_weights_are_for_a_cpu_and_for_writing(tmp_path, run_here):
-    result = run_here("eval.py", "--half_weights", "--model", tmp_path, "--data", tmp_path, "--device", "cpu")
-    assert "--half_weights is for generation on a CPU" in result.error_line(2)
+def test_smaller_weights_are_for_a_cpu_and_for_writing(tmp_path, run_here):
+    command = ("eval.py", "--weight_dtype", "int8", "--model", tmp_path, "--data", tmp_path, "--device", "cpu")
+    assert "--weight_dtype is for generation on a CPU" in run_here(*command).error_line(2)
 
 
 # ------------------------------------------------------------------------------------------------------------- on GPUs
 
 
-def gpu_layers(dtype: torch.dtype, monkeypatch):
-    layers = partial(FusedLinear, dtype=dtype), partial(FusedNorm, dtype=dtype), dtype
-    monkeypatch.setattr(decoding, "decoding_layers", lambda *_: layers)
+def use_gpu_layers(dtype: torch.dtype, monkeypatch):
+    monkeypatch.setattr(decoding, "decoding_layers", lambda *_: gpu_layers(dtype))
     monkeypatch.setattr(decoding, "_COMPARED", set())
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["llama", "qk_norm", "untied", "sigmoid experts"])
 def test_the_layout_of_gpus_changes_no_text(name, monkeypatch):
-    gpu_layers(torch.float32, monkeypatch)
+    use_gpu_layers(torch.float32, monkeypatch)
     model, packed = models(name)
     prompts = [prompt(length, seed=length) for length in (5, 12, 1)]
     assert greedy(packed, prompts, 20) == greedy(model, prompts, 20)
@@ -154,7 +207,7 @@ def test_the_layout_of_gpus_changes_no_text(name, monkeypatch):
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["qk_norm", "sigmoid experts"])
 def test_in_bfloat16_weights_activations_and_cache_have_16_bits(name, monkeypatch):
-    gpu_layers(torch.bfloat16, monkeypatch)
+    use_gpu_layers(torch.bfloat16, monkeypatch)
     model, packed = models(name)
     engine = Engine(packed, max_rows=2)
     for seed in range(2):
@@ -163,7 +216,8 @@ def test_in_bfloat16_weights_activations_and_cache_have_16_bits(name, monkeypatc
         engine.step()
     assert {x.dtype for x in (*engine.cache.keys, *engine.cache.values)} == {torch.bfloat16}
     ids = torch.tensor([prompt(9)])
-    assert packed(ids).dtype == torch.bfloat16
+    assert packed.model(ids).dtype == torch.bfloat16
+    assert packed(ids).dtype == torch.float16  # in bfloat16 logits would often be equal
     assert (packed(ids).float() - model(ids)).std() < 0.1 * model(ids).std()
 
 
