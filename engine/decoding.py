@@ -166,8 +166,8 @@ def shared_copy(model: CausalLM) -> CausalLM:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
 
 
-# On a CPU, by --weight_dtype: the products of the layers and of the output head, and the tolerance of compare(). The head
-# stays in float16, because bfloat16 logits would often be equal.
+# On a CPU, by --weight_dtype: the products of the layers and of the output head, and the tolerance of compare(). The
+# head stays in float16, because bfloat16 logits would often be equal.
 FORMATS = {
     "float32": (PackedLinear, PackedLinear, 1e-3),
     "float16": (HalfLinear, HalfLinear, 0.05),
