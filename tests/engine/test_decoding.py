@@ -230,12 +230,12 @@ class Waits(TorchDispatchMode):
         self.number = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function is torch.ops.aten._local_scalar_dense.default:
+        kwargs, name = kwargs or {}, function._schema.name
+        if name in ("aten::_local_scalar_dense", "aten::item", "aten::is_nonzero"):
             self.number += 1
             return 1
-        to_cpu = function is torch.ops.aten._to_copy.default and str(kwargs.get("device")) == "cpu"
-        if to_cpu and args[0].is_meta:
+        devices = {x.type for x in (*args[1:], *kwargs.values()) if isinstance(x, torch.device)}
+        if name in ("aten::_to_copy", "aten::to") and "cpu" in devices and args[0].is_meta:
             self.number += 1
             return torch.ones(args[0].shape, dtype=args[0].dtype)
         return function(*args, **kwargs)
