@@ -19,7 +19,7 @@ FEW_ROWS = 32  # up to this many rows, reading the weights takes most of the tim
 
 
 class PackedLinear(nn.Module):
-    """x W^T for linear layers with the same input, with their outputs concatenated.
+    """x W^T + b for linear layers with the same input, with their outputs concatenated.
 
     A few rows are multiplied in PARTS of the inner dimension, each of which is contiguous in memory. This is twice as
     fast as a single product, in which the threads interleave their reads of W^T.
@@ -28,6 +28,7 @@ class PackedLinear(nn.Module):
     def __init__(self, *linears: nn.Linear):
         super().__init__()
         self.weight = torch.cat([linear.weight.detach() for linear in linears]).t().contiguous()  # (in, out)
+        self.bias = joined_bias(linears)
         n_in, n_out = self.weight.shape
         self.parts = None if n_in % PARTS else self.weight.view(PARTS, n_in // PARTS, n_out)
 
@@ -35,9 +36,15 @@ class PackedLinear(nn.Module):
         """(B, T, in) or (M, in) -> the same with out."""
         rows = x.shape[:-1].numel()
         if rows > FEW_ROWS or self.parts is None:
-            return x @ self.weight
-        x_parts = x.view(rows, PARTS, self.parts.shape[1]).transpose(0, 1)  # (PARTS, rows, in / PARTS)
-        return torch.bmm(x_parts, self.parts).sum(0).view(*x.shape[:-1], self.weight.shape[1])
+            y = x @ self.weight
+        else:
+            x_parts = x.view(rows, PARTS, self.parts.shape[1]).transpose(0, 1)  # (PARTS, rows, in / PARTS)
+            y = torch.bmm(x_parts, self.parts).sum(0).view(*x.shape[:-1], self.weight.shape[1])
+        return y if self.bias is None else y + self.bias
+
+
+def joined_bias(linears: tuple[nn.Linear, ...]) -> Tensor | None:
+    return None if linears[0].bias is None else torch.cat([linear.bias.detach() for linear in linears])
 
 
 class HalfLinear(nn.Module):
@@ -49,7 +56,7 @@ class HalfLinear(nn.Module):
     def __init__(self, *linears: nn.Linear):
         super().__init__()
         weight = torch.cat([linear.weight.detach() for linear in linears])
-        self.weight = torch.ops.quantized.linear_prepack_fp16(weight, None)
+        self.weight = torch.ops.quantized.linear_prepack_fp16(weight, joined_bias(linears))
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.quantized.linear_dynamic_fp16(x, self.weight)
