@@ -123,7 +123,9 @@ class LMConfig:
         if self.hf is None:
             return self._new_hf()
         before = LMConfig.from_hf(self.hf)._new_hf()
-        return self.hf | {name: value for name, value in self._new_hf().items() if before.get(name) != value}
+        changed = {name: value for name, value in self._new_hf().items() if before.get(name) != value}
+        dropped = {"layer_types"} if "num_hidden_layers" in changed else ()  # a list with an entry for each layer
+        return {name: value for name, value in self.hf.items() if name not in dropped} | changed
 
     def _new_hf(self) -> dict:
         """The architecture is Llama, Qwen2 with qkv_bias, or Qwen3 with qk_norm (the same decoder with that one
