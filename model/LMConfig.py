@@ -9,7 +9,6 @@ import math
 from dataclasses import dataclass, fields
 
 from base.cli import UserError
-from model.rope import check_scaling, read_scaling
 
 
 @dataclass
@@ -205,7 +204,7 @@ class LMConfig:
         return cls(
             **values,
             rope_theta=rope.get("rope_theta", hf.get("rope_theta", cls.rope_theta)),
-            rope_scaling=read_scaling(hf),
+            rope_scaling=_read_scaling(hf),
             qk_norm=model_type == "qwen3" or (model_type == "glm4_moe" and hf["use_qk_norm"]),
             qkv_bias=model_type == "qwen2",
             use_moe=use_moe,
@@ -218,6 +217,46 @@ def _is_a(value: object, kind: type) -> bool:
     if isinstance(value, bool):
         return kind in (bool, bool | None)
     return isinstance(value, kind) or (isinstance(value, int) and isinstance(0.5, kind))
+
+
+ROPE_FIELDS = {  # rope_type -> the numbers that it needs, and those that it may have
+    "linear": ({"factor"}, {"original_max_position_embeddings"}),  # which changes nothing
+    "llama3": ({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}, set()),
+    "yarn": ({"factor", "original_max_position_embeddings"}, {"attention_factor", "beta_fast", "beta_slow"}),
+}
+
+
+def _read_scaling(hf: dict) -> dict | None:
+    """The scaling in a config.json; None: the default rotation. UserError for a type that is not supported."""
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    dropped = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+    scaling = {"rope_type": kind} | {name: value for name, value in rope.items() if name not in dropped}
+    if kind in ("llama3", "yarn") and scaling.get("original_max_position_embeddings") is None:
+        trained = hf.get("original_max_position_embeddings") or hf.get("max_position_embeddings")
+        scaling["original_max_position_embeddings"] = trained
+    return check_scaling({name: value for name, value in scaling.items() if value is not None})
+
+
+def check_scaling(scaling: dict) -> dict:
+    """Returns it. UserError names what is missing, unknown or not a number above 0."""
+    kind = scaling.get("rope_type")
+    if kind not in ROPE_FIELDS:
+        raise UserError(f'rope_type "{kind}" is not supported; "default", {", ".join(ROPE_FIELDS)} are')
+    needed, possible = ROPE_FIELDS[kind]
+    names = scaling.keys() - {"rope_type"}
+    for name in sorted((needed - names) | (names - needed - possible)):
+        what = "needs" if name in needed else "is not supported with"
+        raise UserError(f'rope_type "{kind}" {what} {name}')
+    for name in sorted(names):
+        value = scaling[name]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise UserError(f'rope_type "{kind}" needs a number above 0 as {name}, not {value!r}')
+    if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise UserError('rope_type "llama3" needs a low_freq_factor below high_freq_factor')
+    return scaling
 
 
 HIDDEN_ACTS = ("silu", "relu2", "gelu_pytorch_tanh")  # Hugging Face's names; operators.ACTIVATIONS computes them

@@ -9,47 +9,6 @@ import math
 import torch
 from torch import Tensor
 
-from base.cli import UserError
-
-FIELDS = {  # rope_type -> the numbers that it needs, and those that it may have
-    "linear": ({"factor"}, {"original_max_position_embeddings"}),  # which changes nothing
-    "llama3": ({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}, set()),
-    "yarn": ({"factor", "original_max_position_embeddings"}, {"attention_factor", "beta_fast", "beta_slow"}),
-}
-
-
-def read_scaling(hf: dict) -> dict | None:
-    """The scaling in a config.json; None: the default rotation. UserError for a type that is not supported."""
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    dropped = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
-    scaling = {"rope_type": kind} | {name: value for name, value in rope.items() if name not in dropped}
-    if kind in ("llama3", "yarn") and scaling.get("original_max_position_embeddings") is None:
-        trained = hf.get("original_max_position_embeddings") or hf.get("max_position_embeddings")
-        scaling["original_max_position_embeddings"] = trained
-    return check_scaling({name: value for name, value in scaling.items() if value is not None})
-
-
-def check_scaling(scaling: dict) -> dict:
-    """Returns it. UserError names what is missing, unknown or not a number above 0."""
-    kind = scaling.get("rope_type")
-    if kind not in FIELDS:
-        raise UserError(f'rope_type "{kind}" is not supported; "default", {", ".join(FIELDS)} are')
-    needed, possible = FIELDS[kind]
-    names = scaling.keys() - {"rope_type"}
-    for name in sorted((needed - names) | (names - needed - possible)):
-        what = "needs" if name in needed else "is not supported with"
-        raise UserError(f'rope_type "{kind}" {what} {name}')
-    for name in sorted(names):
-        value = scaling[name]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise UserError(f'rope_type "{kind}" needs a number above 0 as {name}, not {value!r}')
-    if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
-        raise UserError('rope_type "llama3" needs a low_freq_factor below high_freq_factor')
-    return scaling
-
 
 def rope_tables(
     position_ids: Tensor, head_dim: int, theta: float, scaling: dict | None = None
