@@ -92,6 +92,14 @@ def apply_lora(
         model.set_submodule(name, LoRALinear(linear, r, alpha or 2 * r, dropout))
 
 
+def narrow_frozen(model: CausalLM, dtype: torch.dtype):
+    """Converts frozen matrices to the dtype of the products that read them, which saves memory and changes no product.
+    Norms and routers, which compute in float32, stay."""
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad and parameter.dim() > 1 and not name.endswith("mlp.gate.weight"):
+            parameter.data = parameter.data.to(dtype)
+
+
 def merge_lora(model: CausalLM):
     """Adds the adapters to the weights. UserError if there are none, so that nothing is merged twice."""
     layers = lora_layers(model)

@@ -90,7 +90,9 @@ def parse_flags(description: str, stage_flags: dict[str, dict] | None = None, **
     flag("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="of matrix products")
     flag("--compile", action="store_true", help="torch.compile: slower start, faster steps on a GPU")
     flag(
-        "--grad_checkpointing", action="store_true", help="gradient checkpointing: much less memory, a third more work"
+        "--grad_checkpointing",
+        action=argparse.BooleanOptionalAction,
+        help="gradient checkpointing: much less memory, a third more work; default: where a step needs it to fit",
     )
     flag("--shard", action="store_true", help="FSDP: shard weights, gradients and optimizer over the processes")
     flag = parser.add_argument_group("logging and saving").add_argument
