@@ -16,7 +16,7 @@ import os
 import platform
 import shutil
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import filelock
@@ -259,7 +259,9 @@ class Checkpointer:
                 name, _, entry = name.rpartition("/")
                 entry = {"mean": "exp_avg", "square": "exp_avg_sq"}.get(entry, entry)  # as older runs named them
                 tensor = distribute_tensor(tensor, parameters[name])
-                self.optimizer.state[parameters[name]][entry] = tensor.to(self.machine.device)  # fused AdamW's step too
+                # A copy: a tensor of the mapped file would keep Windows from replacing it. On the device, also fused
+                # AdamW's step.
+                self.optimizer.state[parameters[name]][entry] = tensor.to(self.machine.device, copy=True)
             elif kind == "random" and int(name) == self.machine.rank:
                 self.machine.set_random_state(tensor.cpu())
         trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
@@ -296,7 +298,8 @@ def git_commit() -> str | None:
 
 def check_same_config(found: LMConfig, wanted: LMConfig, directory: Path):
     """UserError that names every field that differs."""
-    differing = [name for name in vars(wanted) if getattr(found, name) != getattr(wanted, name)]
+    names = [field.name for field in fields(wanted) if field.compare]
+    differing = [name for name in names if getattr(found, name) != getattr(wanted, name)]
     if differing:
         details = ", ".join(f"{name} {getattr(found, name)} there, {getattr(wanted, name)} here" for name in differing)
         raise UserError(f"{directory} contains another model ({details}); use its --preset, or another --out_dir")
