@@ -92,7 +92,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if dtype is None:
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
     if torch.compiler.is_compiling():  # one kernel, whatever the dtypes
-        return F.rms_norm(x.float(), weight.shape, weight, eps).to(dtype)
+        return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(dtype)
     # The fused kernel computes in float32 and takes one dtype. Autocast would first make a float32 copy of x; it is
     # switched off in the fast way, because torch.autocast takes longer than two kernels.
     torch.set_autocast_enabled(kind, False)
@@ -142,13 +142,6 @@ ACTIVATIONS = {
         functools.partial(torch.ops.aten.gelu_backward, approximate="tanh"),
     ),
 }
-
-
-def rope_tables(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position's angles (RoFormer, arXiv 2104.09864, eq. 15), each (B, T, 1, D/2) in fp32."""
-    exponents = torch.arange(0, head_dim, 2, device=position_ids.device) / head_dim  # (D/2,)
-    angles = position_ids[..., None, None] * theta**-exponents
-    return angles.cos(), angles.sin()
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

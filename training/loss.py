@@ -17,11 +17,12 @@ from training.machine import Machine
 from training.packing import IGNORE, Batch, PackedDataset
 
 LOSS_CHUNK = 512  # tokens whose logits exist at a time: in a processor's cache
-CARD_CHUNK = 2048  # the same for a GPU, which is fast at large products: 0.2 GB of logits, probabilities and gradients
+CARD_CHUNK = 2048  # the same for a GPU, which is fast at large products
+CARD_LOGITS = 2**24  # so many at a time at most: 0.2 GB of logits, probabilities and gradients
 
 
-def loss_chunk(device: torch.device) -> int:
-    return LOSS_CHUNK if device.type == "cpu" else CARD_CHUNK
+def loss_chunk(device: torch.device, vocab_size: int) -> int:
+    return LOSS_CHUNK if device.type == "cpu" else max(1, min(CARD_CHUNK, CARD_LOGITS // vocab_size))
 
 
 # (model, batch) -> sum of the loss, how many tokens or pairs it sums, sums of metrics over them ("expert_load": loads).
@@ -129,7 +130,7 @@ class TokenLosses(torch.autograd.Function):
         ctx.dtype = dtype
         weight = weight.to(dtype)
         losses = [hidden.new_zeros(0, dtype=torch.promote_types(dtype, torch.float32))]
-        chunk = loss_chunk(hidden.device)
+        chunk = loss_chunk(hidden.device, len(weight))
         for h, label in zip(hidden.split(chunk), labels.split(chunk)):
             losses.append(TokenLosses.of_chunk(h.to(dtype), weight, label))
         return torch.cat(losses)
@@ -137,14 +138,16 @@ class TokenLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_losses: Tensor):
         hidden, weight, labels = ctx.saved_tensors
-        narrow, d_hidden, d_weight = weight.to(ctx.dtype), torch.empty_like(hidden), torch.zeros_like(weight)
+        narrow, d_hidden = weight.to(ctx.dtype), torch.empty_like(hidden)
+        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # None: frozen
         d_losses = d_losses.masked_fill(labels == IGNORE, 0)
-        parts = (x.split(loss_chunk(hidden.device)) for x in (hidden, labels, d_losses, d_hidden))
+        parts = (x.split(loss_chunk(hidden.device, len(weight))) for x in (hidden, labels, d_losses, d_hidden))
         for h, label, d_loss, d_h in zip(*parts):
             h = h.to(ctx.dtype)
             d_logits = TokenLosses.gradient_of_chunk(h, narrow, label, d_loss)
             d_h.copy_(d_logits @ narrow)
-            d_weight += d_logits.mT @ h
+            if d_weight is not None:
+                d_weight += d_logits.mT @ h
         return d_hidden, d_weight, None, None
 
 
