@@ -15,7 +15,8 @@ from model import experts, operators
 from model import model as model_module
 from model.LMConfig import HIDDEN_ACTS, PRESETS, LMConfig
 from model.model import CausalLM
-from model.operators import CuSeqlens, MergedWeight, attend, attention_kind, document_mask, rms_norm, rope_tables
+from model.operators import CuSeqlens, MergedWeight, attend, attention_kind, document_mask, rms_norm
+from model.rope import rope_tables
 from training.loss import next_token_loss
 from training.machine import Machine
 from training.optimizer import GradientBuffer, OptimizerSettings, build_optimizer, optimizer_step
