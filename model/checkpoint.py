@@ -35,7 +35,7 @@ from base.files import (
     write_file,
     write_json,
 )
-from model.chat import TOKENIZER_FILES
+from model.chat import TOKENIZER_FILES, load_tokenizer
 from model.LMConfig import LMConfig
 from model.lora import from_peft, has_lora, merge_lora, to_peft
 from model.model import CausalLM
@@ -198,8 +198,10 @@ def weights_fingerprint(directory: Path) -> str:
 
 
 def load_stop_ids(directory: Path, model: CausalLM):
-    """Sets the model's stop tokens to those of generation_config.json, if there are any."""
+    """Sets the model's stop tokens to those of generation_config.json, if there are any, and the one of its chats."""
     path = Path(directory) / GENERATION_FILE
+    if (Path(directory) / "tokenizer.json").exists():
+        model.end_of_turn = load_tokenizer(directory).end_of_turn
     if path.exists():
         ids = read_json(path).get("eos_token_id")
         ids = ids if isinstance(ids, list) else [ids]
