@@ -40,7 +40,7 @@ from engine.generation import Engine
 from engine.session import GenerationConfig, ReplyStream, Session, read_tokens
 from engine.tools import load_tools
 from model.chat import ChatTokenizer, encode, load_tokenizer, tokenizer_fingerprint
-from model.checkpoint import base_of, find_checkpoints, load_model
+from model.checkpoint import find_checkpoints, find_tokenizer, load_model
 from model.device import choose_device, keep_freed_memory, note_unused_gpu
 from model.model import CausalLM
 from training.loss import evaluate, next_token_loss
@@ -293,9 +293,10 @@ def main():
     n_parameters = model.num_parameters()
     if device.type == "cpu" and not args.data:  # --data computes the loss with the layers of training
         model = pack_for_decoding(model, args.half_weights)
-    folders = [folder for folder in (args.lora, chosen, base_of(chosen)) if folder]
-    directory = next((folder for folder in folders if (folder / "tokenizer.json").exists()), folders[-1])
+    directory = find_tokenizer(chosen, args.lora)
     tokenizer = load_tokenizer(directory)
+    if tokenizer.problem:
+        print(f"{directory}: {tokenizer.problem}; until then it continues texts", file=sys.stderr)
     config = GenerationConfig(**{field.name: getattr(args, field.name) for field in fields(GenerationConfig)})
     session = Session(model, tokenizer, config, load_tools(args.tools))
     system = [{"role": "system", "content": as_utf8(args.system)}] if args.system else []

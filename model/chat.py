@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, decoders
 
 from base.cli import UserError, lacks_memory
 from base.files import read_json, sha256
-from model.template import Document, Template, TemplateError, control_tokens
+from model.template import OTHER_TEMPLATE, Document, Template, TemplateError, control_tokens
 
 CONFIG_FILE, TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
 TOKENIZER_FILES = ("tokenizer.json", CONFIG_FILE, TEMPLATE_FILE, "tokenizer.model")
@@ -137,11 +137,9 @@ class ChatTokenizer:
     @property
     def problem(self) -> str:
         """Why no chat can be trained or answered, and what to do; "" where they can."""
-        if self.end_of_turn is not None:
-            return ""
-        if self.template:
-            return f"its chat template cannot be used: {self.template.problem}; {OTHER_TEMPLATE}"
-        return f"its tokenizer has no chat template, nor the tokens of Jiezi's; {OTHER_TEMPLATE}"
+        if self.is_own or self.template:
+            return "" if self.is_own else self.template.problem
+        return f"its tokenizer has neither a chat template nor the tokens of Jiezi's; {OTHER_TEMPLATE}"
 
     def opened_part(self, token_id: int) -> str | None:
         """The part of an answer that a token opens, if it is an opening tag."""
@@ -194,9 +192,6 @@ class ChatTokenizer:
         """UserError where no chat can be trained or answered."""
         if self.problem:
             raise UserError(f"{where}: {self.problem}")
-
-
-OTHER_TEMPLATE = "prepare the data with --chat_template FILE, or put another chat_template.jinja into the folder"
 
 
 def _special_tokens(config: dict) -> dict[str, str]:

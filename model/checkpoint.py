@@ -311,6 +311,13 @@ def base_of(directory: Path) -> Path:
     return Path(base)
 
 
+def find_tokenizer(directory: Path, adapter: Path | None = None) -> Path:
+    """The folder of a model's tokenizer: an adapter's own, which may have the template that it was trained with, or the
+    one of its base model."""
+    folders = [folder for folder in (adapter, Path(directory), base_of(directory)) if folder]
+    return next((folder for folder in folders if (folder / "tokenizer.json").exists()), folders[-1])
+
+
 def load_weights(model: CausalLM, tensors: dict[str, Tensor], path: Path):
     """Sets the model's weights. UserError names a tensor that is missing, left over, or of another shape."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

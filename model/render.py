@@ -4,7 +4,7 @@ A template is a program that comes with a model, from a stranger. It runs in jin
 and no attributes of Python, in a process whose time and memory are limited, because a sandbox limits neither. What
 templates may call is what transformers' apply_chat_template gives them.
 
-Lines of JSON: first {"source", "variables"}; then requests {"messages", "tools", "views", "options", "date"}, each
+Lines of JSON: first {"source", "variables", "seconds"}; then {"messages", "tools", "views", "options", "date"}. Each is
 answered by {"compiled"} with {"texts"}, one for each view [number of messages, add_generation_prompt], or {"error"}.
 """
 
@@ -18,7 +18,7 @@ import jinja2
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-MAX_SECONDS, MAX_BYTES, MAX_CHARACTERS = 5, 2**30, 2**24  # of a request, of the process, of a rendered chat
+MAX_BYTES, MAX_CHARACTERS = 2**30, 2**24  # of the process, of a rendered chat
 
 
 class Generation(Extension):
@@ -79,16 +79,17 @@ def main():
         resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
     except ImportError:
         pass
-    template, variables = None, {}
+    template, first = None, {}
     for line in sys.stdin:
-        faulthandler.dump_traceback_later(MAX_SECONDS, exit=True)
+        request = json.loads(line)
+        first = first or request
+        faulthandler.dump_traceback_later(first["seconds"], exit=True)  # also in the middle of a function in C
         try:
-            request = json.loads(line)
             if template is None:
-                template, variables = compile_template(request["source"]), request["variables"]
+                template = compile_template(request["source"])
                 answer = {}
             else:
-                answer = {"texts": render(template, variables, request)}
+                answer = {"texts": render(template, first["variables"], request)}
         except Exception as error:  # a stranger's program can raise anything
             answer = {"error": str(error) or type(error).__name__}
         print(json.dumps(answer | {"compiled": template is not None}), flush=True)

@@ -20,7 +20,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from base.cli import UserError
-from model.render import MAX_SECONDS
+
+MAX_SECONDS = 5  # of a request to the process that renders
 
 # Of the chats that a template is tried with.
 ANSWER, TOOL = "jiezi answer", "jiezi_tool"
@@ -28,6 +29,9 @@ CHAT = [{"role": "user", "content": "jiezi question"}, {"role": "assistant", "co
 CALL = {"type": "function", "function": {"name": TOOL, "arguments": {}}}
 CALLING = [CHAT[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}]
 SCHEMA = {"name": TOOL, "description": "", "parameters": {"type": "object", "properties": {}}}
+
+OTHER_TEMPLATE = "prepare the data with --chat_template FILE, or put another chat_template.jinja into the folder"
+OTHER_MODEL = "take a model with a byte-level tokenizer, as Llama 3, Qwen and SmolLM have"
 
 Document = tuple[list[int], list[int]]  # ids and mask
 
@@ -57,7 +61,7 @@ class Renderer:
         self.process = subprocess.Popen(command, cwd=Path(__file__).parent.parent, encoding="ascii", **pipes)
         self.owner = os.getpid()
         weakref.finalize(self, _end, self.process, self.owner)
-        self._ask({"source": self.source, "variables": self.variables})
+        self._ask({"source": self.source, "variables": self.variables, "seconds": MAX_SECONDS})
 
     def _ask(self, request: dict) -> dict:
         self.owner = 0  # if this is interrupted, the next request starts another process
@@ -68,7 +72,7 @@ class Renderer:
         except OSError:
             line = ""
         if not line:  # it has ended itself
-            raise TemplateError(f"it takes more than {MAX_SECONDS} seconds, or too much memory")
+            raise TemplateError(f"it takes more than {MAX_SECONDS:g} seconds, or too much memory")
         answer = json.loads(line)
         self.owner = os.getpid() if answer["compiled"] else 0
         if "error" in answer:
@@ -107,10 +111,15 @@ class Template:
         self.end_of_turn: int | None = None
         self.problem = ""
         self.uses_date = self.shows_tools = self.shows_calls = False
+        if backend.encode("a", add_special_tokens=False).tokens[0][0] in "\u2581\u0120":  # both stand for a space
+            self.problem = (
+                f"its tokenizer adds a space to each text, so a prompt cannot be encoded apart; {OTHER_MODEL}"
+            )
+            return
         try:
             self._try_out()
         except TemplateError as error:
-            self.problem = str(error)
+            self.problem = f"its chat template cannot be used: {error}; {OTHER_TEMPLATE}"
 
     def _try_out(self):
         prompt, chat = self._render(CHAT, None, [(1, True), (2, False)])
