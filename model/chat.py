@@ -163,7 +163,7 @@ class ChatTokenizer:
             raise TemplateError(self.problem)
         if self.template and tools and not self.template.shows_tools:
             raise TemplateError("it does not list tools")
-        if self.template and not self.template.shows_calls and any(each.get("tool_calls") for each in messages):
+        if self.template and not self.template.calling and any(each.get("tool_calls") for each in messages):
             raise TemplateError("it does not write calls of tools")
 
     def tool_responses(self, responses: list[str]) -> list[int]:
@@ -184,8 +184,9 @@ class ChatTokenizer:
 
     def check_tools(self):
         """UserError if its chats have no calls that could be found in an answer."""
-        shown = self.is_own or (self.template and self.template.shows_tools and self.template.shows_calls)
-        if not shown or self.start_of_turn is None or "tool_call" not in self.tags:
+        tokens = (SPECIAL_TOKENS[IM_START], SPECIAL_TOKENS[TOOL_CALL])
+        shown = self.template and self.template.shows_tools and all(token in self.template.calling for token in tokens)
+        if not self.is_own and (not shown or "tool_call" not in self.tags):
             raise UserError("this model's chat format has no tokens for calls of tools: omit --tools")
 
     def check_chats(self, where: str | Path):
@@ -303,6 +304,45 @@ def token_bytes(tokenizer: ChatTokenizer) -> np.ndarray:
 def tokenizer_fingerprint(directory: str | Path) -> str:
     """SHA-256 of the folder's tokenizer.json, in hexadecimal: equal fingerprints mean equal ids."""
     return sha256(Path(directory) / "tokenizer.json")
+
+
+def decode_chat(tokenizer: ChatTokenizer, ids: list[int]) -> tuple[list[dict], list | None]:
+    """The messages and tools of a chat in Jiezi's format, from its ids; a last turn that has not ended is left out.
+
+    UserError for another model's format, which cannot be read back.
+    """
+    if not tokenizer.is_own:
+        raise UserError("prompts in the chat format of an open model cannot be given to a model with another one")
+    messages, tools, turn = [], None, []
+    for is_text, run in itertools.groupby(ids, lambda token_id: token_id >= len(SPECIAL_TOKENS)):
+        tokens = list(run)
+        turn += [tokenizer.decode(tokens)] if is_text else tokens
+        if IM_END in tokens:
+            end = turn.index(IM_END)
+            new, listed = _decode_turn(turn[turn.index(IM_START) + 1 : end])
+            messages, tools, turn = messages + new, listed or tools, turn[end + 1 :]
+    return messages, tools
+
+
+def _decode_turn(turn: list[int | str]) -> tuple[list[dict], list | None]:
+    """The messages of a turn, from its texts and the control tokens between them; and the tools that it lists."""
+    role, _, content = turn[0].partition("\n")
+    inside = {}  # opening control token: the texts up to its closing one
+    for tag, text in zip(turn, turn[1:]):
+        if tag in (THINK, TOOL_CALL, TOOL_RESPONSE, TOOLS):
+            inside.setdefault(tag, []).append(text[1:-1])
+        elif tag == THINK + 1:
+            content = text[2:]
+    if TOOL_RESPONSE in inside:
+        return [{"role": "tool", "content": text} for text in inside[TOOL_RESPONSE]], None
+    if TOOLS in inside:
+        return [{"role": role, "content": content[:-1]}], [json.loads(tool) for tool in inside[TOOLS][0].split("\n")]
+    message = {"role": role, "content": content.removesuffix("\n") if TOOL_CALL in inside else content}
+    if THINK in inside:
+        message["reasoning_content"] = inside[THINK][0]
+    if TOOL_CALL in inside:
+        message["tool_calls"] = [json.loads(call) for call in inside[TOOL_CALL]]
+    return [message], None
 
 
 def to_json(value: object) -> str:

@@ -110,7 +110,8 @@ class Template:
         self.controls = re.compile("|".join(_pattern(token) for _, token in controls) or "(?!)")  # the longest wins
         self.end_of_turn: int | None = None
         self.problem = ""
-        self.uses_date = self.shows_tools = self.shows_calls = False
+        self.uses_date = self.shows_tools = False
+        self.calling = ""  # how it writes a call of a tool
         if backend.encode("a", add_special_tokens=False).tokens[0][0] in "\u2581\u0120":  # both stand for a space
             self.problem = (
                 f"its tokenizer adds a space to each text, so a prompt cannot be encoded apart; {OTHER_MODEL}"
@@ -134,14 +135,16 @@ class Template:
         self.end_text = end[0].strip()
         self.end_of_turn = self.ids[self.end_text]
         self.uses_date = len({self._render(CHAT, None, [(1, True)], date=f"2001-0{n}-0{n}")[0] for n in (1, 2)}) == 2
-        self.shows_tools = self._shows_tool(CHAT, [{"type": "function", "function": SCHEMA}])
-        self.shows_calls = self._shows_tool(CALLING, None)
+        self.shows_tools = bool(self._with_tool(CHAT, [{"type": "function", "function": SCHEMA}]))
+        self.calling = self._with_tool(CALLING, None)
 
-    def _shows_tool(self, messages: list[dict], tools: list | None) -> bool:
+    def _with_tool(self, messages: list[dict], tools: list | None) -> str:
+        """The rendered chat, or "" where it lacks the tool."""
         try:
-            return TOOL in self._render(messages, tools, [(2, False)])[0]
+            (text,) = self._render(messages, tools, [(2, False)])
         except TemplateError:
-            return False
+            return ""
+        return text if TOOL in text else ""
 
     def _render(self, messages: list, tools: list | None, views: list, date: str | None = None, **options) -> list[str]:
         """For each (n, with_prompt) of views the text of the first n messages, maybe with the prompt of an answer."""
