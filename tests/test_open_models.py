@@ -10,8 +10,8 @@ from open_models import PLAIN, TEMPLATES, make_chats, write_model, write_records
 from transformers import AutoTokenizer
 
 from corpus.prepared import Prepared
-from model.chat import TOKENIZER_FILES, encode_chat, load_tokenizer
-from model.checkpoint import load_model
+from model.chat import TOKENIZER_FILES, decode_chat, encode_chat, load_tokenizer
+from model.checkpoint import load_model, save_model
 
 SHORT = ["--max_steps", 2, "--max_seq_len", 512, "--batch_size", 2, "--eval_rows", 2, "--warmup_steps", 1]
 PREPARE = ["--workers", 1, "--val_fraction", 0.2]
@@ -123,8 +123,6 @@ def stopping(folder):
     weight = model.model.norm.weight.data
     weight.fill_(1)
     model.lm_head.weight.data[tokenizer.end_of_turn] *= 12
-    from model.checkpoint import save_model
-
     save_model(directory, model, directory)
     return directory
 
@@ -243,8 +241,6 @@ def test_serve_checks_the_tokenizer_before_it_listens(run_here, tmp_path):
 
 
 def test_an_own_chat_is_read_back(run_here):
-    from model.chat import decode_chat
-
     tokenizer = load_tokenizer(TOKENIZER)
     for messages, tools in make_chats(24):
         ids, _ = encode_chat(tokenizer, messages, tools, add_generation_prompt=True)
