@@ -145,6 +145,11 @@ class ChatTokenizer:
         """The part of an answer that a token opens, if it is an opening tag."""
         return self._opened.get(token_id)
 
+    def open_part(self, ids: list[int]) -> str | None:
+        """The part in which a prompt ends: some templates write the tag that opens the reasoning."""
+        last = next((token_id for token_id in reversed(ids) if token_id in self.control_ids), None)
+        return self._opened.get(last)
+
     def prompt(self, messages: list[dict], tools: list | None = None, think: bool = True) -> list[int]:
         """The ids that a model continues with its answer. think: False tells a template that knows it, as Qwen3's."""
         self._check_format(messages, tools)
@@ -182,12 +187,12 @@ class ChatTokenizer:
                 "put the tokenizer that the model was trained with into its folder"
             )
 
-    def check_tools(self):
+    def check_tools(self, where: str | Path = "this model"):
         """UserError if its chats have no calls that could be found in an answer."""
         tokens = (SPECIAL_TOKENS[IM_START], SPECIAL_TOKENS[TOOL_CALL])
         shown = self.template and self.template.shows_tools and all(token in self.template.calling for token in tokens)
         if not self.is_own and (not shown or "tool_call" not in self.tags):
-            raise UserError("this model's chat format has no tokens for calls of tools: omit --tools")
+            raise UserError(f"{where} has a chat format without tokens for calls of tools: omit --tools")
 
     def check_chats(self, where: str | Path):
         """UserError where no chat can be trained or answered."""
