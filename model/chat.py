@@ -254,7 +254,11 @@ def load_tokenizer(
         if not paths[2].is_file():
             raise UserError(f"--chat_template {chat_template} is missing")
     stats = [path.stat() if path.is_file() else None for path in paths]
-    return _load_tokenizer(*paths, tuple(each and (each.st_mtime_ns, each.st_size) for each in stats), date)
+    stamps = tuple(each and (each.st_mtime_ns, each.st_size) for each in stats)
+    tokenizer = _load_tokenizer(*paths, stamps, date)
+    if chat_template and tokenizer.is_own:
+        raise UserError(f"{directory} has Jiezi's tokenizer, whose chats have Jiezi's format: omit --chat_template")
+    return tokenizer
 
 
 @functools.lru_cache(maxsize=8)

@@ -223,6 +223,12 @@ def test_what_does_not_fit_is_refused_before_any_work(model, prepare, run_here, 
     for script, data in (("2-sft.py", sft), ("4-dpo.py", dpo)):
         flags = ["--init_from", small, "--data", data, "--out_dir", tmp_path / "out" / "x", *SHORT]
         assert run_here(script, *flags).status == 2
+    flags = ["--chat_template", other / "chat_template.jinja"]
+    assert "omit --chat_template" in run_here("data_process.py", "sft", folder / "sft.jsonl", *flags).error_line(
+        status=2
+    )
+    flags = ["--tokenizer", model, "--chat_template", tmp_path / "missing.jinja"]
+    assert "is missing" in run_here("data_process.py", "sft", folder / "sft.jsonl", *flags).error_line(status=2)
     bare = write_tokenizer(tmp_path / "bare", None, ["<|endoftext|>"])
     line = run_here("data_process.py", "sft", folder / "sft.jsonl", "--tokenizer", bare).error_line(status=2)
     assert "has neither a chat template nor" in line
