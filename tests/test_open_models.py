@@ -2,6 +2,7 @@
 
 import json
 import random
+from datetime import datetime
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from transformers import AutoTokenizer
 
 from corpus.prepared import Prepared
 from model.chat import TOKENIZER_FILES, decode_chat, encode_chat, load_tokenizer
-from model.checkpoint import load_model, save_model
+from model.checkpoint import load_model
 
 SHORT = ["--max_steps", 2, "--max_seq_len", 512, "--batch_size", 2, "--eval_rows", 2, "--warmup_steps", 1]
 PREPARE = ["--workers", 1, "--val_fraction", 0.2]
@@ -31,10 +32,10 @@ def model(folder):
 def prepare(run_here, folder, model):
     """prepare(command) makes data for the model, once, and returns their folder."""
 
-    def run(command, tokenizer=model, *flags, name=None):
+    def run(command, tokenizer=model, name=None, records=None):
         output = folder / (name or command)
         if not output.exists():
-            path = write_records(folder / f"{output.name}.jsonl", RECORDS[command]())
+            path = write_records(folder / f"{output.name}.jsonl", (records or RECORDS[command])())
             result = run_here(
                 "data_process.py", command, path, "--tokenizer", tokenizer, "--output", output, *PREPARE, *flags
             )
@@ -48,6 +49,14 @@ def prepare(run_here, folder, model):
 def texts():
     rng = random.Random(1)
     return [{"text": "".join(rng.choices(SENTENCES, k=12)) + f" {i}"} for i in range(40)]
+
+
+def brief():
+    rng = random.Random(2)
+    questions = [[{"role": "user", "content": f"{i % 30} 加 1 等于几？"}] for i in range(200)]
+    return [
+        {"messages": [*chat, {"role": "assistant", "content": "一二三"[: rng.randint(1, 3)]}]} for chat in questions
+    ]
 
 
 def pairs():
@@ -98,9 +107,10 @@ def test_a_date_is_that_of_the_preparation(run_here, tmp_path):
     meta = json.loads((tmp_path / "sft" / "meta.json").read_text("utf-8"))
     assert f"the chat template writes the date: all of these data get {meta['date']}" in result.out
     data = Prepared(tmp_path / "sft", "train")
-    fixed = load_tokenizer(data.tokenizer_dir, date=meta["date"])
-    text = fixed.decode(data.record(0)[0][0].tolist())
-    assert fixed.decode(fixed.prompt([{"role": "user", "content": ""}])).split("\n")[2] in text
+    fixed = load_tokenizer(data.tokenizer_dir)
+    today = datetime.fromisoformat(meta["date"]).strftime("%d %b %Y")
+    for i in range(len(data)):
+        assert f"Today: {today}" in fixed.decode(data.record(i)[0][0].tolist())
 
 
 STAGES = {
@@ -115,16 +125,17 @@ STAGES = {
 }
 
 
-@pytest.fixture(scope="module")
-def stopping(folder):
-    """A teacher that stops: it ends each turn after at most a few tokens."""
-    directory = write_model(folder / "teacher", hidden_size=64, seed=1)
-    model, tokenizer = load_model(directory), load_tokenizer(directory)
-    weight = model.model.norm.weight.data
-    weight.fill_(1)
-    model.lm_head.weight.data[tokenizer.end_of_turn] *= 12
-    save_model(directory, model, directory)
-    return directory
+@pytest.fixture
+def stopping(prepare, run_here, folder):
+    """A teacher whose answers end: it was trained, for seconds, to say one to three characters."""
+    out = folder / "out" / "teacher"
+    if not out.exists():
+        data = prepare("sft", name="brief", records=brief)
+        flags = "--optimizer muon --learning_rate 1e-2 --max_steps 40 --batch_size 8 --max_seq_len 128 --eval_rows 2".split()
+        start = ["--init_from", write_model(folder / "random", hidden_size=64), "--data", data, "--out_dir", out]
+        result = run_here("2-sft.py", *start, *flags, "--warmup_steps", 1)
+        assert result.status == 0, result.err
+    return out
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -224,13 +235,11 @@ def test_what_does_not_fit_is_refused_before_any_work(model, prepare, run_here, 
         flags = ["--init_from", small, "--data", data, "--out_dir", tmp_path / "out" / "x", *SHORT]
         assert run_here(script, *flags).status == 2
     flags = ["--chat_template", other / "chat_template.jinja"]
-    assert "omit --chat_template" in run_here("data_process.py", "sft", folder / "sft.jsonl", *flags).error_line(
-        status=2
-    )
+    assert "omit --chat_template" in run_here("data_process.py", "sft", chats, *flags).error_line(status=2)
     flags = ["--tokenizer", model, "--chat_template", tmp_path / "missing.jinja"]
-    assert "is missing" in run_here("data_process.py", "sft", folder / "sft.jsonl", *flags).error_line(status=2)
+    assert "is missing" in run_here("data_process.py", "sft", chats, *flags).error_line(status=2)
     bare = write_tokenizer(tmp_path / "bare", None, ["<|endoftext|>"])
-    line = run_here("data_process.py", "sft", folder / "sft.jsonl", "--tokenizer", bare).error_line(status=2)
+    line = run_here("data_process.py", "sft", chats, "--tokenizer", bare).error_line(status=2)
     assert "has neither a chat template nor" in line
     assert "--chat_template FILE" in line
 
