@@ -36,9 +36,7 @@ def prepare(run_here, folder, model):
         output = folder / (name or command)
         if not output.exists():
             path = write_records(folder / f"{output.name}.jsonl", (records or RECORDS[command])())
-            result = run_here(
-                "data_process.py", command, path, "--tokenizer", tokenizer, "--output", output, *PREPARE, *flags
-            )
+            result = run_here("data_process.py", command, path, "--tokenizer", tokenizer, "--output", output, *PREPARE)
             assert result.status == 0, result.err
             (folder / f"{output.name}.out").write_text(result.out, "utf-8")
         return output
@@ -53,10 +51,10 @@ def texts():
 
 def brief():
     rng = random.Random(2)
-    questions = [[{"role": "user", "content": f"{i % 30} 加 1 等于几？"}] for i in range(200)]
-    return [
-        {"messages": [*chat, {"role": "assistant", "content": "一二三"[: rng.randint(1, 3)]}]} for chat in questions
-    ]
+    chats = [[{"role": "user", "content": f"{i % 30} 加 1 等于几？"}] for i in range(200)]
+    for chat in chats:
+        chat.append({"role": "assistant", "content": "一二三"[: rng.randint(1, 3)]})
+    return [{"messages": chat} for chat in chats]
 
 
 def pairs():
@@ -131,7 +129,7 @@ def stopping(prepare, run_here, folder):
     out = folder / "out" / "teacher"
     if not out.exists():
         data = prepare("sft", name="brief", records=brief)
-        flags = "--optimizer muon --learning_rate 1e-2 --max_steps 40 --batch_size 8 --max_seq_len 128 --eval_rows 2".split()
+        flags = "--optimizer muon --learning_rate 1e-2 --max_steps 40 --batch_size 8 --max_seq_len 128".split()
         start = ["--init_from", write_model(folder / "random", hidden_size=64), "--data", data, "--out_dir", out]
         result = run_here("2-sft.py", *start, *flags, "--warmup_steps", 1)
         assert result.status == 0, result.err
@@ -234,8 +232,10 @@ def test_what_does_not_fit_is_refused_before_any_work(model, prepare, run_here, 
     for script, data in (("2-sft.py", sft), ("4-dpo.py", dpo)):
         flags = ["--init_from", small, "--data", data, "--out_dir", tmp_path / "out" / "x", *SHORT]
         assert run_here(script, *flags).status == 2
+    chats = folder / "sft.jsonl"
     flags = ["--chat_template", other / "chat_template.jinja"]
-    assert "omit --chat_template" in run_here("data_process.py", "sft", chats, *flags).error_line(status=2)
+    line = run_here("data_process.py", "sft", chats, *flags).error_line(status=2)
+    assert "omit --chat_template" in line
     flags = ["--tokenizer", model, "--chat_template", tmp_path / "missing.jinja"]
     assert "is missing" in run_here("data_process.py", "sft", chats, *flags).error_line(status=2)
     bare = write_tokenizer(tmp_path / "bare", None, ["<|endoftext|>"])
