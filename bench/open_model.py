@@ -71,7 +71,7 @@ def prepare(model: Path, out: Path):
     for kind, records in make_records(random.Random(0)).items():
         path = out / f"{kind}.jsonl"
         path.write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
-        flags = ["--workers", 1, "--val_fraction", 0.1, "--skip_rules", "near_duplicate"] if kind == "pretrain" else []
+        flags = ["--workers", 1, "--val_fraction", 0.05, *(["--skip_rules", "near_duplicate"] * (kind == "pretrain"))]
         run("data_process.py", kind, path, "--tokenizer", model, "--output", out / "data" / kind, *flags)
 
 
@@ -85,7 +85,7 @@ def answers(model: Path, out: Path, questions: list[str]) -> list[str]:
 
 def commands_of(model: Path, out: Path, steps: int) -> dict[str, tuple[Path, list]]:
     """By stage: the folder that it writes, and its command."""
-    short = ["--max_seq_len", 256, "--batch_size", 4, "--max_steps", steps, "--warmup_steps", 3, "--eval_rows", 4]
+    short = ["--max_seq_len", 256, "--batch_size", 1, "--max_steps", steps, "--warmup_steps", 3, "--eval_rows", 2]
 
     def command(script: str, name: str, kind: str, rate: float, *flags) -> tuple[Path, list]:
         rates = ["--learning_rate", rate, "--min_learning_rate", rate / 10]
@@ -93,7 +93,8 @@ def commands_of(model: Path, out: Path, steps: int) -> dict[str, tuple[Path, lis
         return out / name, [script, *paths, *short, *rates, *flags]
 
     lora = ["--lora_rank", 8]
-    grpo = ["--reward", "number", "--questions", 8, "--generations", 4, "--max_new_tokens", 16, *lora]
+    grpo = ["--reward", "number", "--questions", 4, "--generations", 4, "--max_new_tokens", 16, *lora]
+    grpo += ["--max_steps", max(steps // 4, 1), "--eval_interval", 1000]
     distill = ["--teacher", out / "sft", "--mode", "logits", *lora]
     return {
         "pretrain": command("1-pretrain.py", "pretrain", "pretrain", 1e-4),
@@ -110,7 +111,7 @@ def main():
     parser.add_argument("model", type=Path)
     parser.add_argument("stages", nargs="*", choices=[*STAGES, []], help="all, without any")
     parser.add_argument("--out", type=Path, default=Path("out/open_model"))
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=40)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if not (args.out / "data" / "pretrain" / "meta.json").exists():

@@ -167,9 +167,9 @@ class ChatTokenizer:
         if self.end_of_turn is None:
             raise TemplateError(self.problem)
         if self.template and tools and not self.template.shows_tools:
-            raise TemplateError("it does not list tools")
+            raise TemplateError("the chat template does not list tools")
         if self.template and not self.template.calling and any(each.get("tool_calls") for each in messages):
-            raise TemplateError("it does not write calls of tools")
+            raise TemplateError("the chat template does not write calls of tools")
 
     def tool_responses(self, responses: list[str]) -> list[int]:
         """The ids between a turn that ended with calls and the model's next turn."""

@@ -151,10 +151,17 @@ class Template:
         request = {"messages": messages, "tools": tools, "views": views, "options": options}
         return self.renderer.render(request | {"date": date or self.date})
 
+    def _texts(self, messages: list, tools: list | None, views: list, **options) -> list[str]:
+        """As _render, for a user's chat: the reason is a sentence."""
+        try:
+            return self._render(messages, tools, views, **options)
+        except TemplateError as error:
+            raise TemplateError(f"the chat template cannot render this chat: {error}") from None
+
     def prompt(self, messages: list[dict], tools: list | None = None, **options: bool) -> list[int]:
         """The ids that the model continues. options: further variables of the template, such as enable_thinking."""
         messages, tools, mark = self._protect(messages, tools)
-        (text,) = self._render(messages, tools, [(len(messages), True)], **options)
+        (text,) = self._texts(messages, tools, [(len(messages), True)], **options)
         return self._encode(text, [], mark)[0]
 
     def documents(self, messages: list[dict], tools: list | None = None) -> list[Document]:
@@ -168,13 +175,15 @@ class Template:
         answers = [i for i, each in enumerate(messages) if each["role"] == "assistant" and each.get("weight") != 0]
         messages, tools, mark = self._protect(messages, tools)
         views = dict.fromkeys([(len(messages), False), *((i + n, n == 0) for i in answers for n in (0, 1))])
-        texts = dict(zip(views, self._render(messages, tools, list(views))))
+        texts = dict(zip(views, self._texts(messages, tools, list(views))))
         found, text, spans = [], "", []  # documents; of the last one the text and what of it is trained
         for i in answers:
             before, after = texts[i, True], texts[i + 1, False]
             end = after.rfind(self.end_text) + len(self.end_text)
             if not after.startswith(before) or end <= len(before):
-                raise TemplateError(f"it changes the prompt of answer {i}, or does not end it with {self.end_text}")
+                raise TemplateError(
+                    f"the chat template changes the prompt of message {i}, or does not end it with {self.end_text}"
+                )
             if text and not before.startswith(text):
                 found.append(self._encode(text, spans, mark))
                 spans = []
@@ -187,7 +196,7 @@ class Template:
     def tool_responses(self, messages: list[dict]) -> list[int]:
         """The ids between the end of a turn that calls tools and the model's next turn."""
         messages, _, mark = self._protect([*CALLING, *messages], None)
-        (text,) = self._render(messages, None, [(len(messages), True)])
+        (text,) = self._texts(messages, None, [(len(messages), True)])
         end = text.index(self.end_text, text.index(TOOL)) + len(self.end_text)
         return self._encode(text[end:], [], mark)[0]
 
