@@ -51,7 +51,8 @@ def ask(live, messages, **fields):
 
 def test_reasoning_and_tools_streamed_and_whole(serve, say, folders):
     live, tokenizer = serve([folders["thinking"]]), load_tokenizer(folders["thinking"])
-    calling = '<think>\n要查。\n</think>\n\n我查。\n<tool_call>\n{"name": "weather", "arguments": {"city": "上海"}}\n</tool_call>'
+    call = '{"name": "weather", "arguments": {"city": "上海"}}'
+    calling = f"<think>\n要查。\n</think>\n\n我查。\n<tool_call>\n{call}\n</tool_call>"
     say(calling, calling, "<think>\n\n</think>\n\n晴。")
     answer = ask(live, ASKED, tools=[WEATHER]).choices[0]
     assert answer.finish_reason == "tool_calls"
