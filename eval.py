@@ -41,7 +41,7 @@ from engine.session import GenerationConfig, ReplyStream, Session, read_tokens
 from engine.tools import load_tools
 from model.chat import ChatTokenizer, encode, load_tokenizer, tokenizer_fingerprint
 from model.checkpoint import find_checkpoints, find_tokenizer, load_model
-from model.device import choose_device, keep_freed_memory, note_unused_gpu
+from model.device import choose_device, keep_freed_memory, print_notes
 from model.model import CausalLM
 from training.loss import evaluate, next_token_loss
 from training.machine import Machine
@@ -232,11 +232,12 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("--model", type=Path, help="folder of a model or an adapter; default: the newest under out/")
     parser.add_argument("--lora", type=Path, help="folder of an adapter to merge into --model")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps, or another that torch has")
     parser.add_argument(
-        "--half_weights",
-        action="store_true",
-        help="on a CPU, float16 weights: generates almost twice as fast; changes about 1 greedy text in 100",
+        "--weight_dtype",
+        choices=["float32", "float16", "int8"],
+        default="float32",
+        help="of the matrices, on a CPU: fewer bits are faster; float16 changes 1 greedy text in 100, int8 1 in 3",
     )
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--prompt", help="answer this (a base model: continue it) and exit")
@@ -287,12 +288,12 @@ def main():
     device = choose_device(args.device)
     if device.type == "cpu":
         keep_freed_memory()
-    if args.half_weights and (device.type != "cpu" or args.data):
-        raise UserError("--half_weights is for generation on a CPU: give --device cpu, and not --data")
+    if args.weight_dtype != "float32" and (device.type != "cpu" or args.data):
+        raise UserError("--weight_dtype is for generation on a CPU: give --device cpu, and not --data")
     model = load_model(chosen, device, args.lora).eval()
     n_parameters = model.num_parameters()
     if device.type == "cpu" and not args.data:  # --data computes the loss with the layers of training
-        model = pack_for_decoding(model, args.half_weights)
+        model = pack_for_decoding(model, args.weight_dtype)
     directory = find_tokenizer(chosen, args.lora)
     tokenizer = load_tokenizer(directory)
     if tokenizer.problem:
@@ -317,7 +318,7 @@ def main():
         print_answer(session, [*system, {"role": "user", "content": as_utf8(args.prompt)}], args.seed)
     else:
         print(f"{chosen}: {n_parameters:,} parameters")
-        note_unused_gpu()
+        print_notes()
         converse(session, system, args.seed)
     for name, value in figures.items():
         if not isinstance(value, dict):  # dicts were printed as tables
