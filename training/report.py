@@ -30,7 +30,8 @@ def check_data(init_from: Path | None, config: LMConfig, data: PackedDataset):
     """UserError where a model, new or from a folder, cannot be trained on the data."""
     if init_from:
         check_tokenizer(init_from, data)
-    fits = config.vocab_size == data.vocab_size or (init_from and config.vocab_size > data.vocab_size)
+    spare = data.vocab and init_from and config.vocab_size > data.vocab_size  # an open model may have spare rows
+    fits = config.vocab_size == data.vocab_size or spare
     if not fits:
         raise UserError(
             f"{data.paths} was made with a vocabulary of {data.vocab_size}, the model has vocab_size "
@@ -108,6 +109,7 @@ def step_line(step: StepSettings, fit_batch: bool, machine: Machine, model: Caus
     at_a_time = f" ({step.batch_size} at a time in each process)" if fit_batch else ""
     line = f"step     {rows} rows{at_a_time}, {rows * step.max_seq_len:,} tokens; "
     line += f"about {gigabytes:.1f} GiB in each process"
+    line += ", with gradient checkpointing" if step.grad_checkpointing else ""
     processes, memory = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), memory_of_machine() / 2**30
     if machine.device.type == "cpu" and processes * gigabytes > memory:  # a process killed for it cannot say so
         line += f", and there are {memory:.1f} in all: {LESS_MEMORY}"
