@@ -296,7 +296,8 @@ def main():
         model = pack_for_decoding(model, args.half_weights)
     directory = base_of(chosen)
     tokenizer = load_tokenizer(directory)
-    config = GenerationConfig(**{field.name: getattr(args, field.name) for field in fields(GenerationConfig)})
+    names = {field.name for field in fields(GenerationConfig)}
+    config = GenerationConfig(**{name: value for name, value in vars(args).items() if name in names})
     session = Session(model, tokenizer, config, load_tools(args.tools))
     system = [{"role": "system", "content": as_utf8(args.system)}] if args.system else []
     figures = {}

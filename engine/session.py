@@ -21,17 +21,20 @@ class GenerationConfig:
     serve.py."""
 
     max_new_tokens: int = 256
+    min_new_tokens: int = 0  # no stop token is chosen before
     temperature: float = 0.7  # 0: greedy
     top_k: int = 0
     top_p: float = 0.9
     min_p: float = 0.0
     repetition_penalty: float = 1.1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     think: str = "show"  # "off": the model may not reason; eval.py also has "hide"
     max_think_tokens: int = 0  # the reasoning is ended after so many tokens; 0: no limit
 
     @property
     def sampling(self) -> Sampling:
-        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
+        return Sampling(**{name: getattr(self, name) for name in Sampling._fields})
 
 
 class Reply(NamedTuple):
@@ -148,10 +151,15 @@ class Session:
     def sequence(self, prompt: list[int], seed: int | str | None = None) -> Sequence:
         """The answer to a prompt, to be submitted to an Engine."""
         config = self.config
-        suppress_tokens = frozenset([THINK] if config.think == "off" else [])
-        stop_ids = frozenset([EOS, IM_END])
         return Sequence(
-            prompt, config.max_new_tokens, stop_ids, config.sampling, seed, suppress_tokens, self._forced_tokens
+            prompt,
+            config.max_new_tokens,
+            stop_ids=frozenset([EOS, IM_END]),
+            sampling=config.sampling,
+            seed=seed,
+            suppress_tokens=frozenset([THINK] if config.think == "off" else []),
+            min_new_tokens=config.min_new_tokens,
+            on_token=self._forced_tokens,
         )
 
     def _forced_tokens(self, sequence: Sequence) -> list[int]:

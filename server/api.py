@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import difflib
 import hmac
 import ipaddress
 import json
@@ -17,18 +18,19 @@ from fastapi import APIRouter, Depends, FastAPI, Response
 from fastapi import Request as HTTPRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import StreamingResponse
+from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.types import Send
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import Scope, Send
 
 from engine.tools import Tool
 from server.answer import Answer, append
 from server.guard import BODY_SECONDS, UNREAD_SECONDS, Guard, Refusal
 from server.models import OUT, Served
 from server.runs import router as runs_router
-from server.schema import ChatRequest, CompletionRequest, Request
+from server.schema import ChatRequest, CompletionRequest, Request, unknown_field
 from server.service import ServerConfig, Service, usage
 
 WEB = Path(__file__).parent / "web"
@@ -60,6 +62,8 @@ class ResponseFormat:
         tokens = piece.get("logprobs", [])
         if self.is_chat:
             choice[field] = {name: value for name, value in piece.items() if name != "logprobs"}
+            if "reasoning_content" in piece:  # as vLLM, whose newer name is the second
+                choice[field]["reasoning"] = piece["reasoning_content"]
             if field == "message":
                 choice[field] = {"role": "assistant", "content": None if "tool_calls" in piece else ""} | choice[field]
             log_probs = {"content": [{name: each[name] for name in each if name != "start"} for each in tokens]}
@@ -68,7 +72,7 @@ class ResponseFormat:
             log_probs = {"tokens": [each["token"] for each in tokens]}
             log_probs |= {"token_logprobs": [each["logprob"] for each in tokens]}
             log_probs |= {"text_offset": [each["start"] for each in tokens]}
-            tops = [{top["token"]: top["logprob"] for top in each["top_logprobs"]} for each in tokens]
+            tops = [{top["token"]: top["logprob"] for top in each["top_logprobs"]} or None for each in tokens]
             log_probs |= {"top_logprobs": tops if self.request.n_top else None}
         if self.request.n_top is not None and (tokens or field == "message"):
             choice["logprobs"] = log_probs
@@ -123,12 +127,13 @@ async def events(form: ResponseFormat, answers: list[Answer], pieces: Pieces) ->
     def event(data: dict) -> bytes:
         return b"data: " + as_json(data) + b"\n\n"
 
+    roles = {answer.index for answer in answers if form.is_chat}  # still to send, with the first text
     async with contextlib.aclosing(pieces):
-        if form.is_chat:
-            for answer in answers:
-                yield event(form.chunk([form.choice(answer, {"role": "assistant", "content": ""}, "delta")]))
         try:
             async for answer, piece in pieces:
+                if answer.index in roles and (piece or answer.finish_reason):
+                    roles.remove(answer.index)
+                    piece = {"role": "assistant", "content": ""} | piece
                 if piece:
                     choice = form.choice(answer, piece, "delta")
                     yield event(form.chunk([choice | {"finish_reason": None}]))
@@ -140,6 +145,35 @@ async def events(form: ResponseFormat, answers: list[Answer], pieces: Pieces) ->
     if form.has_usage:
         yield event(form.chunk([], usage(answers)))
     yield b"data: [DONE]\n\n"
+
+
+class Pages(StaticFiles):
+    """The web pages. A request for none of them is told which route of the API is right."""
+
+    def __init__(self, routes: list[APIRoute]):
+        super().__init__(directory=WEB, html=True)
+        self.routes = routes
+        self.paths = {"/", *(f"/{page.relative_to(WEB).as_posix()}" for page in WEB.rglob("*"))}
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        try:
+            return await super().get_response(path, scope)
+        except HTTPException as error:
+            if error.status_code in (404, 405):
+                raise self.refusal(scope["path"]) from None
+            raise
+
+    def refusal(self, path: str) -> Refusal:
+        methods = {method for route in self.routes if route.path_regex.match(path) for method in route.methods}
+        if path in self.paths:
+            methods |= {"GET", "HEAD"}
+        if methods:
+            allowed = ", ".join(sorted(methods))
+            return Refusal(405, f"this route is for {allowed}", "method_not_allowed", headers={"Allow": allowed})
+        paths = sorted({route.path for route in self.routes if "{" not in route.path})
+        near = difflib.get_close_matches(path, paths, n=1, cutoff=0.7)
+        question = f"did you mean {near[0]}? " if near else ""
+        return Refusal(404, f"there is no such route; {question}This server has {', '.join(paths)}")
 
 
 def is_local(host: str) -> bool:
@@ -170,9 +204,14 @@ def create_app(
 
     app = FastAPI(title="Jiezi", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     # request_timeout limits the engine (service.py); a client that reads slowly gets little more time.
-    app.add_middleware(Guard, seconds=config.request_timeout + BODY_SECONDS + UNREAD_SECONDS)
-    if is_local(config.host):  # against DNS rebinding: other names that lead here are refused
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL_NAMES, config.host], www_redirect=False)
+    limit = config.request_timeout + BODY_SECONDS + UNREAD_SECONDS
+    is_limited = is_local(config.host) or config.allowed_hosts
+    hosts = (*LOCAL_NAMES, config.host, *config.allowed_hosts) if is_limited else ("*",)
+    if config.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=config.allowed_origins, allow_methods=["*"], allow_headers=["*"]
+        )
+    app.add_middleware(Guard, seconds=limit, origins=config.allowed_origins, hosts=hosts)
     routes = APIRouter(dependencies=[Depends(authorize)])
 
     def model_card(served: Served) -> dict:
@@ -186,7 +225,7 @@ def create_app(
 
     @routes.get("/v1/models/{name:path}")
     async def one_model(name: str) -> dict:
-        return model_card(service.model(name))
+        return model_card(service.model(name)) if name else await list_models()
 
     @routes.post("/v1/chat/completions")
     async def chat_completions(request: ChatRequest, http: HTTPRequest) -> Response:
@@ -216,16 +255,19 @@ def create_app(
     @app.exception_handler(RequestValidationError)
     async def refuse_fields(http: HTTPRequest, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        param = ".".join(map(str, first["loc"][1:])) or None
+        param = ".".join(map(str, first["loc"][1:]))[:100] or None
         reason = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            reason = unknown_field(str(first["loc"][-1]))
         return await refuse(http, Refusal(400, f"{param}: {reason}" if param else reason, None, param))
 
     @app.exception_handler(Exception)
     async def fail(http: HTTPRequest, error: Exception) -> Response:
         return Refusal(500, "internal error; the server's terminal shows the traceback").response()
 
-    routes.include_router(runs_router(OUT))
+    runs = runs_router(OUT)
+    known = [route for route in (*app.routes, *routes.routes, *runs.routes) if isinstance(route, APIRoute)]
+    routes.include_router(runs)
     app.include_router(routes)
-    if WEB.is_dir():
-        app.mount("/", StaticFiles(directory=WEB, html=True))
+    app.mount("/", Pages(known))
     return app

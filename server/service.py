@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from base.cli import UserError
 from engine.session import Session
 from engine.tools import Tool
-from model.chat import BOS, encode, encode_chat
+from model.chat import BOS, IM_END, encode, encode_chat
 from server.answer import Answer
 from server.guard import Refusal
 from server.models import Served
@@ -24,6 +24,8 @@ class ServerConfig:
     """The flags of serve.py."""
 
     host: str
+    allowed_origins: tuple[str, ...]
+    allowed_hosts: tuple[str, ...]
     api_key: str | None
     half_weights: bool
     max_rows: int  # of each model, as are the next three
@@ -97,13 +99,17 @@ class Service:
                 messages = request.chat()
             except ValueError as error:
                 raise Refusal(400, str(error), param="messages") from None
-            given = [encode_chat(served.tokenizer, messages, schemas, add_generation_prompt=True)[0]]
+            continues = request.continue_final_message
+            ids, _ = encode_chat(served.tokenizer, messages, schemas, add_generation_prompt=not continues)
+            given = [ids[: max(i for i, token in enumerate(ids) if token == IM_END)] if continues else ids]
         param = "messages" if isinstance(request, ChatRequest) else "prompt"
         for ids in given:
             if not ids or max(ids) >= served.tokenizer.get_vocab_size():
                 raise Refusal(400, "a prompt has at least one token, and none beyond the vocabulary", param=param)
             if len(ids) >= served.context:
-                message = f"the prompt has {len(ids)} tokens; the model's context is {served.context}: shorten it"
+                # litellm and others look for these words.
+                message = f"This model's maximum context length is {served.context} tokens"
+                message += f"; the prompt has {len(ids)}: shorten it"
                 raise Refusal(400, message, "context_length_exceeded", param)
         prompts = [ids for ids in given for _ in range(request.n)]
         return [Answer(index, session, request, ids, tools) for index, ids in enumerate(prompts)]
