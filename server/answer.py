@@ -73,6 +73,7 @@ class Answer:
         self.stops, self.content, self.reasoning = StopStrings(request.stop), Newlines(), Newlines()
         self.n_prompt = len(prompt)
         self.n_tokens = 0  # generated in all turns
+        self.n_reasoning = 0  # of them in reasoning
         self.position = -1  # of the last of them in self.sequence.tokens
         self.n_calls = 0  # tool calls found so far
         self.called = False  # whether the client has to run a tool
@@ -101,6 +102,7 @@ class Answer:
                 top = sequence.top_log_probs[i] if self.request.n_top else []
                 self.log_probs.append((start, self._entry(token, sequence.log_probs[i], top, start)))
         elif part == "reasoning":
+            self.n_reasoning += 1
             text = "\n" + text if token == THINK else text  # between two blocks, as in ReplyStream.reply
             append(piece, "reasoning_content", self.reasoning.put(text, drop_first=True))
         if self.is_chat:

@@ -10,7 +10,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from engine.tools import Tool
 from server.answer import Answer, append
 from server.guard import BODY_SECONDS, UNREAD_SECONDS, Guard, Refusal
 from server.models import OUT, Served
+from server.responses import ResponseForm, ResponsesRequest, StoredResponses
 from server.runs import router as runs_router
 from server.schema import ChatRequest, CompletionRequest, Request, unknown_field
 from server.service import ServerConfig, Service, usage
@@ -38,7 +39,7 @@ Pieces = AsyncGenerator[tuple[Answer, dict], None]
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1", "[::1]")
 
 
-class ResponseFormat:
+class ChatForm:
     """The objects of a response, for one of the two endpoints."""
 
     def __init__(self, served: Served, request: Request):
@@ -48,9 +49,32 @@ class ResponseFormat:
         self.has_usage = bool(request.stream_options and request.stream_options.include_usage)
         self.head |= {"created": int(time.time()), "model": served.name}
 
-    def response(self, answers: list[Answer], pieces: list[dict]) -> dict:
-        choices = [self.choice(answer, piece, "message") for answer, piece in zip(answers, pieces)]
+    async def whole(self, answers: list[Answer], pieces: Pieces) -> dict:
+        collected = [{} for _ in answers]  # all pieces of each answer in one
+        async for answer, piece in pieces:
+            for name, new in piece.items():
+                append(collected[answer.index], name, new)
+        choices = [self.choice(answer, piece, "message") for answer, piece in zip(answers, collected)]
         return self.head | {"choices": choices, "usage": usage(answers)}
+
+    async def events(self, answers: list[Answer], pieces: Pieces) -> AsyncIterator[dict | None]:
+        """None at the end."""
+        roles = {answer.index for answer in answers if self.is_chat}  # still to send, with the first text
+        try:
+            async for answer, piece in pieces:
+                if answer.index in roles and (piece or answer.finish_reason):
+                    roles.remove(answer.index)
+                    piece = {"role": "assistant", "content": ""} | piece
+                if piece:
+                    yield self.chunk([self.choice(answer, piece, "delta") | {"finish_reason": None}])
+                if answer.finish_reason:
+                    yield self.chunk([self.choice(answer, {}, "delta")])
+        except Refusal as refusal:
+            yield refusal.body()
+            return
+        if self.has_usage:
+            yield self.chunk([], usage(answers))
+        yield None
 
     def chunk(self, choices: list[dict], counts: dict | None = None) -> dict:
         kind = "chat.completion.chunk" if self.is_chat else "text_completion"
@@ -79,38 +103,36 @@ class ResponseFormat:
         return choice
 
 
+Form = ChatForm | ResponseForm
+
+
 def as_json(data: dict) -> bytes:
     """Half a surrogate pair, which a model may write as an escape in a call's arguments, becomes a question mark."""
     return json.dumps(data, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace")
 
 
-async def respond(service: Service, request: Request, http: HTTPRequest) -> Response:
+async def respond(service: Service, request: Request, http: HTTPRequest, form_of: Callable[[Served], Form]) -> Response:
     served, answers = await service.answers(request)
-    form, pieces = ResponseFormat(served, request), service.generate(served, answers)
+    form, pieces = form_of(served), service.generate(served, answers)
     await anext(pieces)  # before the response starts, so that it can still be a refusal
     if request.stream:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        return Events(events(form, answers, pieces), media_type="text/event-stream", headers=headers)
-    generating = asyncio.ensure_future(collect(answers, pieces))
+        return Events(as_events(form, answers, pieces), media_type="text/event-stream", headers=headers)
+    generating = asyncio.ensure_future(whole(form, answers, pieces))
     leaving = asyncio.ensure_future(http.receive())  # the next message after the body: the client has disconnected
     try:
         await asyncio.wait([generating, leaving], return_when=asyncio.FIRST_COMPLETED)
         if not generating.done():
             return Response(status_code=499)  # nobody reads it
-        return Response(as_json(form.response(answers, generating.result())), media_type="application/json")
+        return Response(as_json(generating.result()), media_type="application/json")
     finally:
         generating.cancel()
         leaving.cancel()
 
 
-async def collect(answers: list[Answer], pieces: Pieces) -> list[dict]:
-    """All pieces of each answer in one."""
-    collected = [{} for _ in answers]
+async def whole(form: Form, answers: list[Answer], pieces: Pieces) -> dict:
     async with contextlib.aclosing(pieces):
-        async for answer, piece in pieces:
-            for name, new in piece.items():
-                append(collected[answer.index], name, new)
-    return collected
+        return await form.whole(answers, pieces)
 
 
 class Events(StreamingResponse):
@@ -121,30 +143,12 @@ class Events(StreamingResponse):
             await super().stream_response(send)
 
 
-async def events(form: ResponseFormat, answers: list[Answer], pieces: Pieces) -> AsyncIterator[bytes]:
-    """The response as server-sent events."""
-
-    def event(data: dict) -> bytes:
-        return b"data: " + as_json(data) + b"\n\n"
-
-    roles = {answer.index for answer in answers if form.is_chat}  # still to send, with the first text
+async def as_events(form: Form, answers: list[Answer], pieces: Pieces) -> AsyncIterator[bytes]:
+    """The response as server-sent events. Those of /v1/responses have names; the others end with [DONE]."""
     async with contextlib.aclosing(pieces):
-        try:
-            async for answer, piece in pieces:
-                if answer.index in roles and (piece or answer.finish_reason):
-                    roles.remove(answer.index)
-                    piece = {"role": "assistant", "content": ""} | piece
-                if piece:
-                    choice = form.choice(answer, piece, "delta")
-                    yield event(form.chunk([choice | {"finish_reason": None}]))
-                if answer.finish_reason:
-                    yield event(form.chunk([form.choice(answer, {}, "delta")]))
-        except Refusal as refusal:
-            yield event(refusal.body())
-            return
-    if form.has_usage:
-        yield event(form.chunk([], usage(answers)))
-    yield b"data: [DONE]\n\n"
+        async for event in form.events(answers, pieces):
+            name = f"event: {event['type']}\n" if event and "type" in event else ""
+            yield name.encode() + b"data: " + (as_json(event) if event else b"[DONE]") + b"\n\n"
 
 
 class Pages(StaticFiles):
@@ -187,7 +191,7 @@ def is_local(host: str) -> bool:
 def create_app(
     models: dict[str, Served], config: ServerConfig, device: torch.device, tools: dict[str, Tool]
 ) -> FastAPI:
-    service = Service(models, config, device, tools)
+    service, stored = Service(models, config, device, tools), StoredResponses()
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI):
@@ -229,11 +233,27 @@ def create_app(
 
     @routes.post("/v1/chat/completions")
     async def chat_completions(request: ChatRequest, http: HTTPRequest) -> Response:
-        return await respond(service, request, http)
+        return await respond(service, request, http, lambda served: ChatForm(served, request))
 
     @routes.post("/v1/completions")
     async def completions(request: CompletionRequest, http: HTTPRequest) -> Response:
-        return await respond(service, request, http)
+        return await respond(service, request, http, lambda served: ChatForm(served, request))
+
+    @routes.post("/v1/responses")
+    async def responses(request: ResponsesRequest, http: HTTPRequest) -> Response:
+        before = request.previous_response_id
+        history = stored.get(before)["items"] if before else []
+        chat = request.chat_request(history)
+        return await respond(service, chat, http, lambda served: ResponseForm(served, request, chat, history, stored))
+
+    @routes.get("/v1/responses/{name}")
+    async def stored_response(name: str) -> Response:
+        return Response(as_json(stored.get(name)["response"]), media_type="application/json")
+
+    @routes.delete("/v1/responses/{name}")
+    async def forget_response(name: str) -> dict:
+        stored.delete(name)
+        return {"id": name, "object": "response", "deleted": True}
 
     @routes.get("/metrics")
     async def metrics() -> Response:

@@ -3,7 +3,7 @@
 import difflib
 import json
 from dataclasses import fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -13,11 +13,12 @@ MAX_MESSAGES, MAX_PROMPTS, MAX_CHOICES, MAX_TOOLS, MAX_TOP = 1024, 64, 64, 64, 2
 MAX_STOPS, MAX_FIELDS = 64, 128
 MAX_DEPTH = 32  # of a request
 ALL = 2**31  # as many tokens as the context and the server allow
+TEXT_PARTS = ("text", "input_text", "output_text", "reasoning_text", "summary_text")
 Think = Literal["show", "off"]
 # The part of an answer's tokens that reasoning may take, as OpenRouter translates it; "none" disables reasoning.
 EFFORTS = {"none": 0.0, "minimal": 0.1, "low": 0.2, "medium": 0.5, "high": 0.8, "xhigh": 0.95}
 # Fields that clients send and that change no answer.
-IGNORED_FIELDS = set(
+IGNORED_FIELDS = frozenset(
     "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention prediction request_id "
     "priority cache_salt cache_prompt id_slot slot_id timings_per_token keep_alive chat_id session_id".split()
 )
@@ -34,7 +35,7 @@ def plain_text(content: Any) -> Any:
     if not isinstance(content, list):
         return content
     for part in content:
-        if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+        if not (isinstance(part, dict) and part.get("type") in TEXT_PARTS and isinstance(part.get("text"), str)):
             kind = part.get("type") if isinstance(part, dict) else part
             raise ValueError(f"this model accepts text only, not {str(kind)[:40]!r}")
     return "".join(part["text"] for part in content)
@@ -126,7 +127,28 @@ class StreamOptions(NullsLeftOut):
     include_usage: bool = False
 
 
-class Request(NullsLeftOut):
+class Body(NullsLeftOut):
+    """A request's body: a JSON object that is not too large."""
+
+    ignored: ClassVar[frozenset[str]] = IGNORED_FIELDS
+
+    @model_validator(mode="before")
+    @classmethod
+    def is_plain_json(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            raise ValueError("a request is a JSON object, sent with the header Content-Type: application/json")
+        if len(data) > MAX_FIELDS:  # each unknown one would be an error
+            raise ValueError(f"a request has at most {MAX_FIELDS} fields")
+        if deeper_than(MAX_DEPTH, data):
+            raise ValueError(f"the request is nested deeper than {MAX_DEPTH}")
+        try:
+            json.dumps(data, allow_nan=False, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("the request contains half a surrogate pair, which is not text") from None
+        return {name: value for name, value in data.items() if name not in cls.ignored}
+
+
+class Request(Body):
     """The fields of all endpoints. The defaults of generation are those of eval.py."""
 
     model_config = ConfigDict(allow_inf_nan=False, extra="forbid")
@@ -152,21 +174,6 @@ class Request(NullsLeftOut):
     stream_options: StreamOptions | None = None
     logit_bias: NotSupported = None
     response_format: NotSupported = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def is_plain_json(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            raise ValueError("a request is a JSON object, sent with the header Content-Type: application/json")
-        if len(data) > MAX_FIELDS:  # each unknown one would be an error
-            raise ValueError(f"a request has at most {MAX_FIELDS} fields")
-        if deeper_than(MAX_DEPTH, data):
-            raise ValueError(f"the request is nested deeper than {MAX_DEPTH}")
-        try:
-            json.dumps(data, allow_nan=False, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise ValueError("the request contains half a surrogate pair, which is not text") from None
-        return {name: value for name, value in data.items() if name not in IGNORED_FIELDS}
 
     def generation_config(self, limit: int) -> GenerationConfig:
         """limit: of max_new_tokens."""
