@@ -17,10 +17,21 @@ from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 from server.answer import Answer
 from server.guard import Refusal
 from server.models import Served
-from server.schema import IGNORED_FIELDS, MAX_TOP, TEXT_PARTS, Body, ChatRequest, NotSupported, NullsLeftOut, TokenLimit
+from server.schema import (
+    IGNORED_FIELDS,
+    MAX_TOOLS,
+    MAX_TOP,
+    TEXT_PARTS,
+    Body,
+    ChatRequest,
+    NotSupported,
+    NullsLeftOut,
+    TokenLimit,
+)
 from server.service import usage
 
 MAX_STORED = 64 * 2**20  # bytes of all stored responses
+MAX_ITEMS = 4096  # of an input
 LOG_PROBS = "message.output_text.logprobs"  # of `include`
 # Fields of a response with the names of the chat endpoint: to say which field of the request is wrong.
 CHAT_NAMES = {"messages": "input", "max_tokens": "max_output_tokens", "response_format": "text.format"}
@@ -48,13 +59,13 @@ class ResponsesRequest(Body):
     model_config = ConfigDict(allow_inf_nan=False, extra="allow")
     ignored = IGNORED_FIELDS - {"store", "metadata"}
 
-    input: str | list[dict[str, Any]] = Field(max_length=2**20)
+    input: str | Annotated[list[dict[str, Any]], Field(max_length=MAX_ITEMS, fail_fast=True)]
     instructions: str | None = None
     previous_response_id: str | None = Field(None, max_length=256)
     max_output_tokens: TokenLimit | None = None
     reasoning: Reasoning = Reasoning()
     text: TextOptions = TextOptions()
-    tools: list[Annotated[dict[str, Any], AfterValidator(is_function)]] = []
+    tools: list[Annotated[dict[str, Any], AfterValidator(is_function)]] = Field([], max_length=MAX_TOOLS)
     tool_choice: str | dict[str, Any] = "auto"
     include: list[str] = Field([], max_length=16)
     top_logprobs: int = Field(0, ge=0, le=MAX_TOP)
