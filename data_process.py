@@ -52,6 +52,7 @@ from corpus.exports import speakers_of
 from corpus.fetch import HUBS, choose_files, fetch_files, fetch_part, find_entry, open_hub, read_catalogue
 from corpus.figures import draw
 from corpus.files import SUFFIXES, ReadOptions, find_files, suffix_of
+from corpus.hub import model_folder
 from corpus.kinds import KINDS, DocumentSettings, load_encoder
 from corpus.look import READINGS, SHOWN, describe, examine, first_look, show_tokens, some
 from corpus.pipeline import Report, read_documents
@@ -286,7 +287,7 @@ def add_flags(name: str, command: argparse.ArgumentParser):
     add("--workers", type=positive, default=available_cores(), help="processes")
     if kind.titles:
         add("--output", type=Path, default=Path("dataset") / name, help="folder")
-        add("--tokenizer", default=DEFAULT_TOKENIZER, help="folder")
+        add("--tokenizer", default=DEFAULT_TOKENIZER, help="folder, or a model's name like Qwen/Qwen3-0.6B")
         add("--val_fraction", type=fraction_below_one, default=0.01, help="fraction of the documents for validation")
         add("--val", nargs="+", default=[], metavar="FILE", help="validate on these instead")
     if name == "sft":
@@ -378,7 +379,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--encoding", type=encoding, help="of text files, such as gb18030")
     add("--speaker", default="", metavar="NAME", help="of a chat export: whose messages are the answers")
     add("--redact", action="store_true", help="of a chat export: replace names, numbers and addresses")
-    add("--tokenizer", default=DEFAULT_TOKENIZER, help="folder")
+    add("--tokenizer", default=DEFAULT_TOKENIZER, help="folder, or a model's name like Qwen/Qwen3-0.6B")
     add("--picture", type=Path, default=Path("out/look.png"), help="file for the histograms")
     commands.add_parser("demo", help="made-up questions and answers for every stage; the same as python -m demo")
     args = parser.parse_args(arguments)
@@ -386,6 +387,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         rules = KINDS[args.command].rules
         for name in set(args.skip_rules) - set(rules):
             parser.error(f"--skip_rules: no rule is called {name}: it is {', '.join(rules)}")
+    if getattr(args, "tokenizer", ""):
+        args.tokenizer = str(model_folder(Path(args.tokenizer), weights=False))
     return args
 
 

@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 
 from corpus.files import ReadOptions
+from corpus.hub import model_folder
 from corpus.records import each_record, request_of, text_of
 from engine.decoding import pack_for_decoding
 from engine.generation import Engine
@@ -231,7 +232,11 @@ def newest_model(out: Path) -> Path:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
-    parser.add_argument("--model", type=Path, help="folder of a model or an adapter; default: the newest under out/")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        help="folder of a model or adapter, or a hub's name; default: the newest under out/",
+    )
     parser.add_argument("--lora", type=Path, help="folder of an adapter to merge into --model")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps, or another that torch has")
     parser.add_argument(
@@ -285,7 +290,7 @@ def main():
         return
     args = parse_arguments()
     sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that cannot show Chinese
-    chosen = args.model or newest_model(Path("out"))
+    chosen = model_folder(args.model) or newest_model(Path("out"))
     device = choose_device(args.device)
     if device.type == "cpu":
         keep_freed_memory()

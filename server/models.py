@@ -11,12 +11,12 @@ from engine.decoding import pack_for_decoding
 from model.chat import load_tokenizer
 from model.checkpoint import (
     ADAPTER_FILE,
-    MODEL_FILE,
     base_of,
     find_checkpoints,
     load_model,
     load_outline,
     load_stop_ids,
+    weight_files,
 )
 from server.batcher import Batcher
 
@@ -32,7 +32,7 @@ class Served:
         if not self.name.isprintable():  # a request could not name it
             raise UserError(f"the name {self.name!r} has characters that cannot be shown: rename the folder")
         self.base = base_of(directory)
-        weights = directory / (MODEL_FILE if self.base == directory else ADAPTER_FILE)
+        weights = weight_files(directory)[0] if self.base == directory else directory / ADAPTER_FILE
         outline = load_outline(self.base)
         load_stop_ids(directory, outline)
         if not weights.exists():

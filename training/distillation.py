@@ -21,7 +21,7 @@ from base.cli import UserError, fraction, not_negative, positive
 from base.files import sha256
 from corpus.prepared import META, writing_prepared
 from model.chat import tokenizer_fingerprint, translate
-from model.checkpoint import MODEL_FILE, load_config, load_model
+from model.checkpoint import load_config, load_model, weight_files
 from model.model import CausalLM
 from model.operators import product_dtype
 from training.balance import expert_balance
@@ -168,7 +168,7 @@ class DivergenceSum(torch.autograd.Function):
         d_weight = torch.zeros_like(weight) if learns and weight.requires_grad else None
         loss_sum = hidden.new_zeros((), dtype=wide)
         metrics = hidden.new_empty(len(METRICS), len(hidden), dtype=wide)
-        chunk = loss_chunk(hidden.device)
+        chunk = loss_chunk(hidden.device, len(weight))
         for start in range(0, len(hidden), chunk):
             here = slice(start, start + chunk)
             h, label = hidden[here].to(dtype), labels[here, None]
@@ -267,7 +267,7 @@ def is_ours(directory: Path) -> bool:
         load_config(directory)
     except UserError:
         return False
-    return (directory / MODEL_FILE).exists()
+    return weight_files(directory)[0].exists()
 
 
 def own_teacher(model: CausalLM) -> Teacher:

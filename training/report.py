@@ -94,6 +94,7 @@ def step_line(step: StepSettings, fit_batch: bool, machine: Machine, model: Caus
     at_a_time = f" ({step.batch_size} at a time in each process)" if fit_batch else ""
     line = f"step     {rows} rows{at_a_time}, {rows * step.max_seq_len:,} tokens; "
     line += f"about {gigabytes:.1f} GiB in each process"
+    line += ", with gradient checkpointing" if step.grad_checkpointing else ""
     processes, memory = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), memory_of_machine() / 2**30
     if machine.device.type == "cpu" and processes * gigabytes > memory:  # a process killed for it cannot say so
         line += f", and there are {memory:.1f} in all: {LESS_MEMORY}"

@@ -16,7 +16,7 @@ import os
 import platform
 import shutil
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import filelock
@@ -299,7 +299,8 @@ def git_commit() -> str | None:
 
 def check_same_config(found: LMConfig, wanted: LMConfig, directory: Path):
     """UserError that names every field that differs."""
-    differing = [name for name in vars(wanted) if getattr(found, name) != getattr(wanted, name)]
+    names = [field.name for field in fields(wanted) if field.compare]
+    differing = [name for name in names if getattr(found, name) != getattr(wanted, name)]
     if differing:
         details = ", ".join(f"{name} {getattr(found, name)} there, {getattr(wanted, name)} here" for name in differing)
         raise UserError(f"{directory} contains another model ({details}); use its --preset, or another --out_dir")
