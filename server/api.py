@@ -164,12 +164,13 @@ class Pages(StaticFiles):
             return await super().get_response(path, scope)
         except HTTPException as error:
             if error.status_code in (404, 405):
-                raise self.refusal(scope["path"]) from None
+                is_page = error.status_code == 405 and scope["path"] in self.paths
+                raise self.refusal(scope["path"], is_page) from None
             raise
 
-    def refusal(self, path: str) -> Refusal:
+    def refusal(self, path: str, is_page: bool) -> Refusal:
         methods = {method for route in self.routes if route.path_regex.match(path) for method in route.methods}
-        if path in self.paths:
+        if is_page:
             methods |= {"GET", "HEAD"}
         if methods:
             allowed = ", ".join(sorted(methods))
