@@ -191,11 +191,11 @@ def machine(device: torch.device, sizes: Sizes) -> Iterator[str]:
         yield f"{card.name}, compute capability {card.major}.{card.minor}, {card.total_memory / 1e9:.1f} GB"
         yield f"CUDA {torch.version.cuda}, HIP {torch.version.hip}, flash attention {'built' if flash else 'NOT BUILT'}"
     compiler = next((name for name in ("cc", "gcc", "clang", "cl") if shutil.which(name)), "none")
-    yield f"Triton: {attempt('found', lambda: str(has_triton()))}; C compiler: {compiler}"
+    yield attempt("torch.compile", lambda: f"Triton {'found' if has_triton() else 'not found'}, C compiler {compiler}")
     yield f"--dtype auto is {short(machine_of(device).dtype)}"
     for dtype in PRECISIONS if on_cuda else (torch.float32,):
         rate = functools.partial(matmul_rate, machine_of(device, dtype), sizes.product)
-        yield attempt(f"product of random {short(dtype)}", lambda rate=rate: f"{rate() / 1e12:.2f} TFLOP/s")
+        yield attempt(f"product of random {short(dtype)}", lambda rate=rate: f"{rate() / 1e12:.3g} TFLOP/s")
     source = torch.empty(sizes.copied, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     seconds = seconds_of(lambda: target.copy_(source), device, 10)
