@@ -156,7 +156,6 @@ TINY = replace(card.SHRUNK, max_seq_len=32, product=64, copied=2**16, visitors=3
 @pytest.mark.parametrize("part", [name for name in card.PARTS if name != "run"])
 def test_each_part_of_the_report_of_a_gpu(part, monkeypatch):
     """On a CPU, which has all but the kernels."""
-    monkeypatch.setattr(card, "compile_model", functools.partial(card.compile_model, backend="aot_eager"))
     monkeypatch.setattr(card, "has_triton", lambda: False)
     try:
         lines = list(card.PARTS[part][0](torch.device("cpu"), TINY))
