@@ -41,6 +41,7 @@ from training.cost import StepSettings, memory_estimate
 from training.rollouts import RolloutGenerator
 from training.shard import local_shard, shard_model
 
+pytestmark = pytest.mark.skipif(machine.TORCH < (2, 8), reason="--shard needs torch 2.8")
 MOE = ["--preset", "tiny-moe", "--optimizer", "muon", "--grad_checkpointing", "--batch_size", "1"]
 MOE += ["--accumulation_steps", "2", "--epochs", "2", "--max_steps", "9"]  # steps without a row for one of them
 TUNE = ["--max_seq_len", "128", "--batch_size", "1", "--max_steps", "4", "--eval_interval", "2", "--log_interval", "1"]
