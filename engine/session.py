@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 
 from base.cli import UserError
 from engine.generation import Sampling, Sequence, TextStream
+from engine.grammar import Constraint, Grammar
 from engine.tools import Tool, run_calls
 from model.chat import BOS, EOS, IM_END, IM_START, THINK, TOOL_CALL, TOOL_RESPONSE, encode, encode_chat
 from model.model import CausalLM
@@ -121,14 +122,21 @@ class Session:
     """A model, its tokenizer, and how answers are generated."""
 
     def __init__(
-        self, model: CausalLM, tokenizer: Tokenizer, config: GenerationConfig, tools: dict[str, Tool] | None = None
+        self,
+        model: CausalLM,
+        tokenizer: Tokenizer,
+        config: GenerationConfig,
+        tools: dict[str, Tool] | None = None,
+        grammar: Grammar | None = None,
     ):
+        """grammar: what the answers have to fit, after their thoughts."""
         if tokenizer.get_vocab_size() != model.config.vocab_size:
             raise UserError(
                 f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the model {model.config.vocab_size}: "
                 "put the tokenizer that the model was trained with into its folder"
             )
         self.model, self.tokenizer, self.config, self.tools = model, tokenizer, config, tools or {}
+        self.grammar = grammar
         self.end_of_thought = [*encode(tokenizer, "\n"), THINK + 1, *encode(tokenizer, "\n\n")]
 
     def prompt_ids(self, messages: list[dict], tools: list | None = None) -> list[int]:
@@ -150,15 +158,24 @@ class Session:
         config = self.config
         suppress_tokens = frozenset([THINK] if config.think == "off" else [])
         stop_ids = frozenset([EOS, IM_END])
-        return Sequence(
+        sequence = Sequence(
             prompt, config.max_new_tokens, stop_ids, config.sampling, seed, suppress_tokens, self._forced_tokens
         )
+        if self.grammar:
+            think = THINK if self.model.is_chat and config.think != "off" else None
+            sequence.constraint = Constraint(self.grammar, stop_ids, think, len(self.end_of_thought))
+        return sequence
 
     def _forced_tokens(self, sequence: Sequence) -> list[int]:
         """Tokens that the model does not choose: the end of reasoning that is too long, the responses of tools."""
         tokens = sequence.tokens
         if sequence.forced:
             return []
+        if constraint := sequence.constraint:
+            if constraint.must_answer(sequence.max_new_tokens - len(tokens)):
+                return self.end_of_thought
+            if constraint.active and tokens[-1] == THINK + 1:
+                return encode(self.tokenizer, "\n\n")
         limit = self.config.max_think_tokens
         thinks = limit and THINK in tokens and THINK + 1 not in tokens
         if thinks and len(tokens) - tokens.index(THINK) > limit:

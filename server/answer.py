@@ -66,7 +66,12 @@ class Answer:
             self.sequence.suppress_tokens |= {TOOL_CALL}  # nobody would answer the call
         self.stream = ReplyStream(session.tokenizer) if self.is_chat else TextStream(session.tokenizer)
         self.pieces = token_pieces(session.tokenizer)
-        self.stops, self.content, self.reasoning = StopStrings(request.stop), Newlines(), Newlines()
+        constraint = self.sequence.constraint
+        if constraint and not self.is_chat:
+            constraint.think = None  # the text would contain the thought
+        is_document = constraint and constraint.trigger is None
+        self.stops = StopStrings([] if is_document else request.stop)  # no stop string cuts a document
+        self.content, self.reasoning = Newlines(), Newlines()
         self.n_prompt = len(prompt)
         self.n_tokens = 0  # generated in all turns
         self.position = -1  # of the last of them in self.sequence.tokens

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from engine.session import GenerationConfig
+from server.structured import StructuredRequest, ToolChoice, structure_of
 
 MAX_MESSAGES, MAX_PROMPTS, MAX_CHOICES, MAX_TOOLS, MAX_TOP = 1024, 64, 64, 64, 20
 MAX_DEPTH = 32  # of a request
@@ -14,7 +15,7 @@ Think = Literal["show", "off"]
 
 
 def not_supported(value: Any) -> Any:
-    if value and value != {"type": "text"}:  # of response_format
+    if value:
         raise ValueError("is not supported by this server")
     return value
 
@@ -38,7 +39,8 @@ def deeper_than(levels: int, value: Any) -> bool:
 def tool_schema(tool: dict) -> dict:
     """Checks a tool's schema, which goes into the prompt unchanged."""
     function = tool.get("function")
-    if tool.get("type") != "function" or not isinstance(function, dict) or not isinstance(function.get("name"), str):
+    is_right = tool.get("type") == "function" and isinstance(function, dict) and isinstance(function.get("name"), str)
+    if not is_right or not isinstance(function.get("parameters") or {}, dict):
         raise ValueError('a tool is {"type": "function", "function": {"name": …, "parameters": …}}')
     return tool
 
@@ -100,7 +102,7 @@ class StreamOptions(NullsLeftOut):
     include_usage: bool = False
 
 
-class Request(NullsLeftOut):
+class Request(NullsLeftOut, StructuredRequest):
     """The fields of both endpoints. The defaults of generation are those of eval.py."""
 
     model: str = Field("", max_length=256)
@@ -120,7 +122,6 @@ class Request(NullsLeftOut):
     logit_bias: NotSupported = None
     presence_penalty: NotSupported = None
     frequency_penalty: NotSupported = None
-    response_format: NotSupported = None
 
     @model_validator(mode="before")
     @classmethod
@@ -153,7 +154,7 @@ class ChatRequest(Request):
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=MAX_TOP)
     tools: list[Annotated[dict[str, Any], AfterValidator(tool_schema)]] = Field([], max_length=MAX_TOOLS)
-    tool_choice: Any = "auto"
+    tool_choice: ToolChoice = "auto"
     parallel_tool_calls: bool = True
     functions: NotSupported = None
     function_call: NotSupported = None
@@ -161,8 +162,6 @@ class ChatRequest(Request):
 
     @model_validator(mode="after")
     def can_be_done(self):
-        if self.tool_choice not in ("auto", "none"):
-            raise ValueError("tool_choice must be auto or none; this server supports no others")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs is only for logprobs: true")
         self.max_new_tokens = self.max_completion_tokens or self.max_new_tokens
@@ -174,7 +173,10 @@ class ChatRequest(Request):
 
     @property
     def offered_tools(self) -> list[dict]:
-        return self.tools if self.tool_choice == "auto" else []
+        return self.tools if self.tool_choice != "none" else []
+
+    def structure(self) -> tuple[str, bool] | None:
+        return structure_of(self, self.offered_tools, self.tool_choice, self.parallel_tool_calls)
 
     def chat(self) -> list[dict]:
         """The messages for encode_chat; responses of tools in the order of their calls."""
@@ -204,3 +206,6 @@ class CompletionRequest(Request):
     @property
     def n_top(self) -> int | None:
         return self.logprobs
+
+    def structure(self) -> tuple[str, bool] | None:
+        return self.document_structure()

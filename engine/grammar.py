@@ -1,0 +1,329 @@
+"""Structured output: which tokens may come next, so that an answer is JSON of a schema, or fits a regex or a grammar.
+
+A grammar is a text in the Lark dialect of llguidance (MIT, https://github.com/guidance-ai/llguidance), which parses the
+bytes of what was generated and says which tokens continue it. Grammars come from strangers: a process with limits on
+time and memory tries each one first, and llguidance limits the work of a token.
+"""
+
+import functools
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from base.cli import UserError, import_extra, one_line
+from model.chat import EOS, THINK, TOOL_CALL, encode, token_pieces
+
+MAX_LENGTH = 2**17  # of a grammar, in characters
+MAX_SECONDS, MAX_BYTES = 5, 2**30  # to compile it
+MAX_CALLS = 16  # of tools in one answer
+MAX_PLAN, MAX_WORK = 512, 20_000  # steps of a search for a completion, and of all searches of an answer
+LIMITS = dict(step_lexer_fuel=20_000, step_max_items=10_000, max_lexer_states=20_000, verbose_errors=False)
+BLANKS = r" |\n {0,16}"  # between JSON's tokens; without a limit, a weak model writes nothing else
+CHILD = f"""
+import sys
+try:
+    import os, resource
+    os.nice(10)
+    resource.setrlimit(resource.RLIMIT_AS, ({MAX_BYTES}, {MAX_BYTES}))
+    resource.setrlimit(resource.RLIMIT_CPU, ({MAX_SECONDS}, {MAX_SECONDS}))
+except ImportError:  # Windows
+    pass
+from llguidance import LLMatcher, LLParserLimits
+text = sys.stdin.buffer.read().decode()
+print(LLMatcher.validate_grammar(text, None, limits=LLParserLimits(**{LIMITS})).splitlines()[:1])
+"""
+
+# ------------------------------------------------------------------------------------------------------------ grammars
+
+
+def json_rule(schema: dict | bool, lenient: bool = False) -> str:
+    """The right side of a rule: JSON of this schema. lenient: keywords that llguidance does not know are ignored."""
+    options = {"whitespace_pattern": BLANKS, "lenient": lenient}
+    return "%json " + json.dumps({**(schema if isinstance(schema, dict) else {}), "x-guidance": options})
+
+
+def choice_rule(texts: list[str]) -> str:
+    return " | ".join(map(json.dumps, texts))
+
+
+def regex_rule(regex: str) -> str:
+    return f"/{_library().regex_to_lark(regex, '')}/"
+
+
+def calls_rule(tools: list[dict], several: bool) -> str:
+    """Calls of these tools (OpenAI's format), as encode_chat writes them."""
+    calls = []
+    for function in (tool["function"] for tool in tools):
+        head = json.dumps(f'\n{{"name": {json.dumps(function["name"], ensure_ascii=False)}, "arguments": ')
+        parameters = function.get("parameters") or {"type": "object"}
+        calls.append(f'<[{TOOL_CALL}]> {head} ({json_rule(parameters, not function.get("strict"))}) "}}\\n"')
+    call = f"({' | '.join(calls)}) <[{TOOL_CALL + 1}]>"
+    return f'{call} ("\\n" {call}){{0,{MAX_CALLS - 1}}}' if several else call
+
+
+def grammar_of(*alternatives: str) -> str:
+    """A whole grammar from right sides of rules."""
+    rules = "".join(f"rule_{i}: {rule}\n" for i, rule in enumerate(alternatives))
+    return f"start: {' | '.join(f'rule_{i}' for i in range(len(alternatives)))}\n{rules}"
+
+
+def lark_grammar(text: str) -> str:
+    """A user's whole grammar, in Lark or in llama.cpp's GBNF."""
+    try:
+        return import_extra("llguidance.gbnf_to_lark", "requirements/serve.txt").any_to_lark(text)
+    except Exception as error:  # a parser in Python, which may raise anything
+        raise UserError(f"the grammar is neither Lark nor GBNF: {one_line(error)}") from None
+
+
+def read_schema(path: Path) -> str:
+    """The grammar of a file with a JSON schema."""
+    try:
+        return grammar_of(json_rule(json.loads(path.read_text("utf-8"))))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not a JSON schema: {one_line(error)}") from None
+
+
+# ----------------------------------------------------------------------------------------------------------- compiling
+
+
+def _library():
+    return import_extra("llguidance", "requirements/serve.txt")
+
+
+class Vocabulary:
+    """A tokenizer as llguidance sees it; also the object that it asks for bytes and ids."""
+
+    is_tokenizer_wrapper, bos_token_id, eos_token_id = True, None, EOS
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer, self.pieces = tokenizer, token_pieces(tokenizer)
+        self.special_token_ids = [i for i, piece in enumerate(self.pieces) if not piece]
+        self.tokens = [piece or b"\xff" + tokenizer.id_to_token(i).encode() for i, piece in enumerate(self.pieces)]
+        self.bytes = {piece: i for i, piece in enumerate(self.pieces) if len(piece) == 1}
+        self.longest_first = np.argsort([-len(piece.strip()) for piece in self.pieces], kind="stable")
+        self.library = _library().LLTokenizer(self, n_vocab=len(self.pieces))
+
+    def __call__(self, text: str) -> list[int]:
+        return encode(self.tokenizer, text)
+
+    def matcher(self, text: str):
+        library = _library()
+        return library.LLMatcher(self.library, text, log_level=0, limits=library.LLParserLimits(**LIMITS))
+
+    def completion(self, matcher, limit: int) -> list[int] | None:
+        """A short way to the end of the document, as tokens. None if none of at most `limit` tokens was found."""
+        matcher, tokens, seen = matcher.deep_copy(), [], Counter()
+        while not matcher.is_accepting():
+            mask = matcher.compute_bitmask()
+            seen[mask] += 1
+            # The same tokens again and again: maybe a loop, such as [a-z]*; and its letters.
+            token = self._way_out(matcher, mask, seen) if seen[mask] in (4, 16, 64, 256) else None
+            token = self._closing_token(matcher, mask) if token is None else token
+            if token is None or len(tokens) == limit or not matcher.consume_token(token):
+                return None
+            tokens.append(token)
+        text = b"".join(self.tokens[token] for token in tokens)
+        return tokens if b"\xff" in text else min(tokens, self.library.tokenize_bytes(text), key=len)
+
+    def _closing_token(self, matcher, mask: bytes) -> int | None:
+        """A token that shortens JSON: a bracket if it is not text, a quote, a comma, a digit; else a long one."""
+        for byte in b"}]":
+            token, quote = self._allowed(byte, mask), self.bytes.get(b'"')
+            if token is not None and matcher.validate_tokens([token, quote]) < 2:  # in a text the quote may follow
+                return token
+        found = (self._allowed(byte, mask) for byte in b'",:0123456789')
+        token = next((token for token in found if token is not None), None)
+        if token is None:
+            bits = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")[self.longest_first]
+            token = int(self.longest_first[bits.argmax()]) if bits.any() else None
+        return token
+
+    def _allowed(self, byte: int, mask: bytes) -> int | None:
+        token = self.bytes.get(bytes([byte]))
+        return token if token is not None and mask[token >> 3] >> (token & 7) & 1 else None
+
+    def _way_out(self, matcher, mask: bytes, seen: Counter) -> int | None:
+        """A byte after which other tokens may follow than so far."""
+        for token in (self._allowed(byte, mask) for byte in range(256)):
+            if token is not None and matcher.consume_token(token):
+                is_new = matcher.is_accepting() or matcher.compute_bitmask() not in seen
+                matcher.rollback(1)
+                if is_new:
+                    return token
+        return None
+
+
+def try_in_process(text: str):
+    """UserError if the grammar takes too much time or memory."""
+    text = re.sub(r"<\[\d+\]>", '"x"', text)  # control tokens, which a grammar without a vocabulary cannot name
+    command = [sys.executable, "-c", CHILD]
+    try:
+        failed = subprocess.run(command, input=text.encode(), capture_output=True, timeout=2 * MAX_SECONDS).returncode
+    except subprocess.TimeoutExpired:
+        failed = True
+    if failed:
+        raise UserError(f"the schema or grammar takes more than {MAX_SECONDS} seconds or 1 GiB to compile: simplify it")
+
+
+class Grammar:
+    """A compiled grammar: a matcher to copy, and the tokens of a short document (`plan`).
+
+    trigger: the token at which the grammar begins, each time; None: it holds from the answer's start.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, matcher, plan: list[int], trigger: int | None):
+        self.vocabulary, self.matcher, self.plan, self.trigger = vocabulary, matcher, plan, trigger
+
+
+vocabulary_of = functools.lru_cache(maxsize=8)(Vocabulary)
+
+
+@functools.lru_cache(maxsize=32)
+def compile_grammar(tokenizer: Tokenizer, text: str, trigger: int | None = None) -> Grammar:
+    """Compiles it within MAX_SECONDS and MAX_BYTES. UserError, in one line, if that is not possible."""
+    _library()
+    if len(text) > MAX_LENGTH:
+        raise UserError(f"the schema or grammar is longer than {MAX_LENGTH:,} characters")
+    try_in_process(text)
+    vocabulary = vocabulary_of(tokenizer)
+    matcher = vocabulary.matcher(text)
+    if matcher.is_error():
+        reason = matcher.get_error().splitlines()[0].removeprefix("at 2(9): ")[:300]
+        raise UserError(f"the schema or grammar cannot be used: {reason}")
+    plan = vocabulary.completion(matcher, MAX_PLAN)
+    if plan is None:
+        raise UserError(f"the schema or grammar is too complex, or has no document of {MAX_PLAN} tokens: simplify it")
+    return Grammar(vocabulary, matcher, plan, trigger)
+
+
+# ---------------------------------------------------------------------------------------------------------- generation
+
+
+class Constraint:
+    """Holds one answer to a grammar, after a thought if it begins with one, and ends the document before its tokens do.
+
+    `plan` always contains the rest of some valid document that fits. A sampled token after which none would fit is
+    replaced by the next token of the plan.
+    """
+
+    def __init__(self, grammar: Grammar, stop_ids: frozenset[int], think: int | None, end_of_thought: int):
+        """think: the token that may begin a thought first; end_of_thought: how many tokens end one."""
+        self.grammar, self.stop_ids, self.think, self.end_of_thought = grammar, stop_ids, think, end_of_thought
+        self.trigger = grammar.trigger
+        self.thinks, self.began, self.failed = False, False, False
+        self.cut = False  # whether the plan was needed
+        self.free = True  # whether more than one token could follow
+        self.work = 0
+        self.matcher, self.plan = None, []
+        if self.trigger is None:
+            self._start()
+
+    def _start(self):
+        self.matcher, self.plan = self.grammar.matcher.deep_copy(), self.grammar.plan
+
+    def check_room(self, max_new_tokens: int):
+        """UserError if no document fits into so many tokens."""
+        if self.trigger is None and max_new_tokens < len(self.plan):
+            raise UserError(
+                f"the shortest document of the schema or grammar that was found has {len(self.plan)} tokens, and the "
+                f"answer may have {max_new_tokens}: raise the limit of tokens"
+            )
+
+    @property
+    def active(self) -> bool:
+        return self.matcher is not None and not self.thinks
+
+    def must_answer(self, room: int) -> bool:
+        """Whether a thought has to end now, with so many tokens left."""
+        return self.thinks and room <= len(self.plan) + self.end_of_thought
+
+    def fill(self, mask: np.ndarray):
+        """Sets the bits of the tokens that may follow; mask: zeros, (words,) uint32."""
+        n = (len(self.grammar.vocabulary.pieces) + 31) // 32
+        if not self.failed:
+            self.matcher.unsafe_compute_mask_ptr(mask.ctypes.data, 4 * n)
+            self.failed = self.matcher.is_error() or not mask.any()  # too much work for llguidance's limits
+        if self.failed:
+            mask[:] = 0
+            _set(mask, self.plan[0] if self.plan else EOS)
+        ends = mask[EOS >> 5] >> (EOS & 31) & 1
+        if ends:
+            mask[EOS >> 5] &= ~np.uint32(1 << (EOS & 31))
+            for token in self.stop_ids:
+                _set(mask, token)
+        if not self.began and self.think is not None and self.trigger is None:
+            _set(mask, self.think)
+
+    def accept(self, token: int, room: int, forced: bool) -> int:
+        """Moves on by a token that was sampled or forced; returns it, or another one. room: tokens left."""
+        if token == self.trigger and self.matcher is None:
+            if room < len(self.grammar.plan):
+                self.cut = True
+                return next(iter(self.stop_ids))
+            self._start()
+        elif forced or self.thinks:
+            self.thinks &= token != THINK + 1
+            return token
+        if self.matcher is None or token in self.stop_ids:
+            return token
+        if token == self.think and not self.began and room > len(self.plan) + self.end_of_thought:
+            self.thinks = self.began = True
+            return token
+        self.began = True
+        plan = None if self.failed else self._plan_after(token, room)
+        if plan is None or len(plan) > room:
+            self.cut, self.free = True, False
+            token = self.plan[0] if self.plan else next(iter(self.stop_ids))
+            plan = self.plan[1:]
+            self.failed |= not self.failed and not self.matcher.consume_token(token)
+        self.plan = plan
+        if self.trigger is not None and not plan and (self.failed or self.matcher.is_stopped()):
+            self.matcher = None
+        return token
+
+    def _plan_after(self, token: int, room: int) -> list[int] | None:
+        """Consumes the token; the plan from there on. None, and nothing consumed, if there is none within `room`."""
+        matcher, vocabulary = self.matcher, self.grammar.vocabulary
+        if not matcher.consume_token(token):
+            self.failed = True
+            return None
+        plan, piece = self.plan, vocabulary.pieces[token]
+        if plan and plan[0] == token:
+            return plan[1:]
+        if matcher.validate_tokens([*plan, EOS]) <= len(plan):  # it does not end the document from here
+            rest = b"".join(vocabulary.tokens[one] for one in plan)
+            if piece and rest.startswith(piece) and b"\xff" not in rest:
+                plan = vocabulary.library.tokenize_bytes(rest[len(piece) :])
+            elif self.work > MAX_WORK:
+                plan = None
+            else:
+                plan = vocabulary.completion(matcher, min(MAX_PLAN, room + 8))
+                self.work += MAX_PLAN if plan is None else len(plan)
+        self.failed = matcher.is_error()
+        if self.failed or plan is None or len(plan) > room:
+            self.failed |= not matcher.rollback(1)
+            return None
+        return plan
+
+
+def _set(mask: np.ndarray, token: int):
+    mask[token >> 5] |= np.uint32(1 << (token & 31))
+
+
+def allowed_tokens(constraints: list[Constraint], vocab_size: int) -> Tensor:
+    """Which tokens may follow in each answer, (B, V) boolean."""
+    masks = np.zeros((len(constraints), (vocab_size + 31) // 32), np.uint32)
+    for constraint, mask in zip(constraints, masks):
+        constraint.fill(mask)
+    bits = np.unpackbits(masks.view(np.uint8), axis=1, count=vocab_size, bitorder="little")  # (B, V)
+    for constraint, count in zip(constraints, bits.sum(1, dtype=np.int64).tolist()):
+        constraint.free = count > 1
+    return torch.from_numpy(bits).bool()
