@@ -121,7 +121,9 @@ class LMConfig:
             "architectures": [architecture],
             "model_type": model_type,
             "rope_parameters": rope,
+            "rope_theta": self.rope_theta,  # once more: transformers 4 and others read it here
             "attention_bias": False,
+            "attention_dropout": 0.0,
             "mlp_bias": False,
             "use_cache": True,
             "dtype": "float32",
@@ -130,6 +132,7 @@ class LMConfig:
             hf |= {
                 "use_qk_norm": self.qk_norm,
                 "rope_parameters": rope | {"partial_rotary_factor": 1.0},  # its default rotates half of each head
+                "partial_rotary_factor": 1.0,
                 "n_group": 1,
                 "topk_group": 1,
                 "num_nextn_predict_layers": 0,
@@ -142,6 +145,8 @@ class LMConfig:
                 "decoder_sparse_step": 1,
                 "qkv_bias": False,
             }
+        if model_type.startswith("qwen"):  # fields that mistral.rs needs
+            hf |= {"use_sliding_window": False, "sliding_window": None, "max_window_layers": self.num_hidden_layers}
         names = _SHARED_FIELDS + (_MOE_FIELDS if self.use_moe else [])
         return hf | {name: getattr(self, name) for name in names}  # last: no literal above replaces a field
 

@@ -12,7 +12,7 @@ import sys
 import threading
 import urllib.request
 import zipfile
-from importlib.metadata import PackageNotFoundError, packages_distributions, requires
+from importlib.metadata import PackageNotFoundError, distributions, requires
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -111,8 +111,11 @@ def test_nothing_is_required_that_nothing_imports(requirements):
                 imported |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 imported.add(node.module.partition(".")[0])
-    packages = packages_distributions()
-    used = {canonicalize_name(name) for module in imported for name in packages.get(module, ())}
+    used = {  # packages_distributions() of Python 3.10 does not know a wheel without a top_level.txt
+        canonicalize_name(distribution.metadata["Name"])
+        for distribution in distributions()
+        if imported & {file.parts[0].removesuffix(".py") for file in distribution.files or ()}
+    }
     programs = {"pytest", "pytest-xdist", "ruff"}  # are started, by quickstart.py
     required = {canonicalize_name(requirement.name) for requirement in read_requirements(requirements)}
     assert required <= used | programs, required - used - programs

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import random
+import sys
 import zipfile
 from collections import Counter
 from decimal import Decimal
@@ -379,8 +380,12 @@ def test_an_array_is_read_element_by_element(elements, size, indent, rest, numbe
         assert repr(found) == repr(list(enumerate(expected, 1)))
 
 
+# Python 3.10 can neither write NUL nor read it.
+any_cell = any_text if sys.version_info >= (3, 11) else any_text.map(lambda text: text.replace("\0", ""))
+
+
 @fuzz(0.005)
-@given(rows=st.lists(st.tuples(any_text, any_text, any_text), min_size=1, max_size=4))
+@given(rows=st.lists(st.tuples(any_cell, any_cell, any_cell), min_size=1, max_size=4))
 @example(rows=[("\uffff", "", ""), ("a", "b", "c")])  # once the mark of the end
 def test_a_csv_file_comes_back_as_it_was_written(rows, number):
     COUNTS["CSV rows"] += 1

@@ -97,6 +97,11 @@ def test_the_saved_config_says_what_transformers_cannot_guess(exported):
     ours, _, directory = exported
     config = json.loads((directory / "config.json").read_text("utf-8"))
     assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": ours.config.rope_theta}
+    assert config["rope_theta"] == ours.config.rope_theta  # transformers 4 reads this one, or assumes 10,000
+    assert config["attention_dropout"] == 0
+    if ours.config.qk_norm:  # fields of Qwen's that mistral.rs has no default for
+        assert config["max_window_layers"] == ours.config.num_hidden_layers
+        assert (config["use_sliding_window"], config["sliding_window"]) == (False, None)
     for name in ("head_dim", "rms_norm_eps", "tie_word_embeddings", "num_key_value_heads", "vocab_size"):
         assert config[name] == getattr(ours.config, name)
     assert config["architectures"] == ["Qwen3ForCausalLM" if ours.config.qk_norm else "LlamaForCausalLM"]
