@@ -153,10 +153,9 @@ class Vocabulary:
     def _way_out(self, matcher, mask: bytes, seen: Counter) -> int | None:
         """A byte after which other tokens may follow than so far."""
         for token in (self._allowed(byte, mask) for byte in range(256)):
-            if token is not None and matcher.consume_token(token):
-                is_new = matcher.is_accepting() or matcher.compute_bitmask() not in seen
-                matcher.rollback(1)
-                if is_new:
+            ahead = matcher.deep_copy()
+            if token is not None and ahead.consume_token(token):
+                if ahead.is_accepting() or ahead.compute_bitmask() not in seen:
                     return token
         return None
 
