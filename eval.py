@@ -43,7 +43,7 @@ from engine.session import GenerationConfig, ReplyStream, Session, read_tokens
 from engine.tools import load_tools
 from model.chat import BOS, EOS, encode, load_tokenizer, tokenizer_fingerprint
 from model.checkpoint import base_of, find_checkpoints, load_model
-from model.device import choose_device, keep_freed_memory, note_unused_gpu
+from model.device import choose_device, keep_freed_memory, print_notes
 from model.model import CausalLM
 from training.loss import evaluate, next_token_loss
 from training.machine import Machine
@@ -234,7 +234,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("--model", type=Path, help="folder of a model or an adapter; default: the newest under out/")
     parser.add_argument("--lora", type=Path, help="folder of an adapter to merge into --model")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps, or another that torch has")
     parser.add_argument(
         "--half_weights",
         action="store_true",
@@ -323,7 +323,7 @@ def main():
         print_answer(session, [*system, {"role": "user", "content": as_utf8(args.prompt)}], args.seed)
     else:
         print(f"{chosen}: {n_parameters:,} parameters")
-        note_unused_gpu()
+        print_notes()
         converse(session, system, args.seed)
     for name, value in figures.items():
         if not isinstance(value, dict):  # dicts were printed as tables

@@ -25,7 +25,7 @@ from model.checkpoint import MODEL_FILE, load_config, load_model
 from model.model import CausalLM
 from model.operators import product_dtype
 from training.balance import expert_balance
-from training.loss import CARD_CHUNK, LOSS_CHUNK, LossFunction, apply_head, sum_batches
+from training.loss import LossFunction, apply_head, loss_chunk, sum_batches
 from training.machine import Machine
 from training.packing import Batch, PackedDataset
 from training.rollouts import (
@@ -168,7 +168,7 @@ class DivergenceSum(torch.autograd.Function):
         d_weight = torch.zeros_like(weight) if learns and weight.requires_grad else None
         loss_sum = hidden.new_zeros((), dtype=wide)
         metrics = hidden.new_empty(len(METRICS), len(hidden), dtype=wide)
-        chunk = LOSS_CHUNK if hidden.device.type == "cpu" else CARD_CHUNK
+        chunk = loss_chunk(hidden.device)
         for start in range(0, len(hidden), chunk):
             here = slice(start, start + chunk)
             h, label = hidden[here].to(dtype), labels[here, None]

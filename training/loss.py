@@ -18,6 +18,12 @@ from training.packing import IGNORE, Batch, PackedDataset
 
 LOSS_CHUNK = 512  # tokens whose logits exist at a time: in a processor's cache
 CARD_CHUNK = 2048  # the same for a GPU, which is fast at large products: 0.2 GB of logits, probabilities and gradients
+
+
+def loss_chunk(device: torch.device) -> int:
+    return LOSS_CHUNK if device.type == "cpu" else CARD_CHUNK
+
+
 # (model, batch) -> sum of the loss, how many tokens or pairs it sums, sums of metrics over them ("expert_load": loads).
 LossFunction = Callable[[CausalLM, Batch], tuple[Tensor, int, dict[str, float | Tensor]]]
 
@@ -58,6 +64,8 @@ def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """
     if product_dtype(hidden.device.type, hidden.dtype).itemsize == 2:  # torch's would keep the sum in 16 bits
         return token_losses(hidden, weight, labels).sum()
+    if not hasattr(F, "linear_cross_entropy"):  # before torch 2.13
+        return TokenLosses.apply(hidden, weight, labels, hidden.dtype).sum()
     return F.linear_cross_entropy(
         hidden,
         weight.to(hidden.dtype),
@@ -98,7 +106,8 @@ class TokenLosses(torch.autograd.Function):
         ctx.dtype = dtype
         weight = weight.to(dtype)
         losses = [hidden.new_zeros(0, dtype=torch.promote_types(dtype, torch.float32))]
-        for h, label in zip(hidden.split(CARD_CHUNK), labels.split(CARD_CHUNK)):
+        chunk = loss_chunk(hidden.device)
+        for h, label in zip(hidden.split(chunk), labels.split(chunk)):
             logits = _logits(h.to(dtype), weight)
             losses.append(F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none"))
         return torch.cat(losses)
@@ -109,7 +118,7 @@ class TokenLosses(torch.autograd.Function):
         hidden, weight, labels = ctx.saved_tensors
         narrow, d_hidden, d_weight = weight.to(ctx.dtype), torch.empty_like(hidden), torch.zeros_like(weight)
         d_losses = d_losses.masked_fill(labels == IGNORE, 0)
-        parts = (x.split(CARD_CHUNK) for x in (hidden, labels, d_losses, d_hidden))
+        parts = (x.split(loss_chunk(hidden.device)) for x in (hidden, labels, d_losses, d_hidden))
         for h, label, d_loss, d_h in zip(*parts):
             h = h.to(ctx.dtype)
             d_logits = _logits(h, narrow).softmax(-1)  # (chunk, V)
