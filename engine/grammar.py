@@ -153,10 +153,9 @@ class Vocabulary:
     def _way_out(self, matcher, mask: bytes, seen: Counter) -> int | None:
         """A byte after which other tokens may follow than so far."""
         for token in (self._allowed(byte, mask) for byte in range(256)):
-            ahead = matcher.deep_copy()
-            if token is not None and ahead.consume_token(token):
-                if ahead.is_accepting() or ahead.compute_bitmask() not in seen:
-                    return token
+            ahead = matcher.deep_copy() if token is not None else None
+            if ahead and ahead.consume_token(token) and (ahead.is_accepting() or ahead.compute_bitmask() not in seen):
+                return token
         return None
 
 
