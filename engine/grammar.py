@@ -24,7 +24,8 @@ from model.chat import EOS, THINK, TOOL_CALL, encode, token_pieces
 MAX_LENGTH = 2**17  # of a grammar, in characters
 MAX_SECONDS, MAX_BYTES = 5, 2**30  # to compile it
 MAX_CALLS = 16  # of tools in one answer
-MAX_PLAN, MAX_WORK = 512, 20_000  # steps of a search for a completion, and of all searches of an answer
+MAX_WORDS, MAX_LOOP = 64, 8  # words of a grammar that are tried as ways out of a loop, and tokens of a loop
+MAX_PLAN, MAX_WORK = 2048, 20_000  # steps of a search for a completion, and of all searches of an answer
 LIMITS = dict(step_lexer_fuel=20_000, step_max_items=10_000, max_lexer_states=20_000, verbose_errors=False)
 BLANKS = r" |\n {0,16}"  # between JSON's tokens; without a limit, a weak model writes nothing else
 CHILD = f"""
@@ -118,45 +119,60 @@ class Vocabulary:
         library = _library()
         return library.LLMatcher(self.library, text, log_level=0, limits=library.LLParserLimits(**LIMITS))
 
-    def completion(self, matcher, limit: int) -> list[int] | None:
-        """A short way to the end of the document, as tokens. None if none of at most `limit` tokens was found."""
-        matcher, tokens, seen = matcher.deep_copy(), [], Counter()
+    def completion(self, matcher, limit: int, words: tuple[bytes, ...]) -> tuple[list[int] | None, int]:
+        """A short way to the end of the document, as tokens, and the steps that the search took. None if none of at most
+        `limit` tokens was found. words: texts that may lead out of a loop in which any text may follow.
+        """
+        matcher, tokens, seen, work = matcher.deep_copy(), [], Counter(), 0
         while not matcher.is_accepting():
             mask = matcher.compute_bitmask()
             seen[mask] += 1
-            # The same tokens again and again: maybe a loop, such as [a-z]*; and its letters.
-            token = self._way_out(matcher, mask, seen) if seen[mask] in (4, 16, 64, 256) else None
-            token = self._closing_token(matcher, mask) if token is None else token
-            if token is None or len(tokens) == limit or not matcher.consume_token(token):
-                return None
-            tokens.append(token)
+            # The same tokens may follow again and again: maybe in a loop, such as the letters of [a-z]+;
+            new, steps = self._way_out(matcher, mask, words) if seen[mask] in (4, 16, 64, 256) else ([], 0)
+            work += steps + 1
+            new = new or self._closing_token(matcher, mask)
+            if not new or len(tokens) >= limit or not matcher.consume_tokens(new):
+                return None, work
+            tokens += new
         text = b"".join(self.tokens[token] for token in tokens)
-        return tokens if b"\xff" in text else min(tokens, self.library.tokenize_bytes(text), key=len)
+        return tokens if b"\xff" in text else min(tokens, self.library.tokenize_bytes(text), key=len), work
 
-    def _closing_token(self, matcher, mask: bytes) -> int | None:
+    def _closing_token(self, matcher, mask: bytes) -> list[int]:
         """A token that shortens JSON: a bracket if it is not text, a quote, a comma, a digit; else a long one."""
         for byte in b"}]":
             token, quote = self._allowed(byte, mask), self.bytes.get(b'"')
             if token is not None and matcher.validate_tokens([token, quote]) < 2:  # in a text the quote may follow
-                return token
+                return [token]
         found = (self._allowed(byte, mask) for byte in b'",:0123456789')
         token = next((token for token in found if token is not None), None)
         if token is None:
             bits = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")[self.longest_first]
             token = int(self.longest_first[bits.argmax()]) if bits.any() else None
-        return token
+        return [] if token is None else [token]
 
     def _allowed(self, byte: int, mask: bytes) -> int | None:
         token = self.bytes.get(bytes([byte]))
         return token if token is not None and mask[token >> 3] >> (token & 7) & 1 else None
 
-    def _way_out(self, matcher, mask: bytes, seen: Counter) -> int | None:
-        """A byte after which other tokens may follow than so far."""
-        for token in (self._allowed(byte, mask) for byte in range(256)):
-            ahead = matcher.deep_copy() if token is not None else None
-            if ahead and ahead.consume_token(token) and (ahead.is_accepting() or ahead.compute_bitmask() not in seen):
-                return token
-        return None
+    def _way_out(self, matcher, mask: bytes, words: tuple[bytes, ...]) -> tuple[list[int], int]:
+        """A byte or word after which closing tokens do not lead back to this mask, or [], and the steps tried."""
+        found = [[self._allowed(byte, mask)] for byte in range(256)] + [self.library.tokenize_bytes(w) for w in words]
+        steps = 0
+        for tokens in found:
+            ahead = None if None in tokens else matcher.deep_copy()
+            if ahead is None or not ahead.consume_tokens(tokens):
+                continue
+            for _ in range(MAX_LOOP):
+                steps += 1
+                if ahead.is_accepting():
+                    return tokens, steps
+                mask_ahead = ahead.compute_bitmask()
+                new = [] if mask_ahead == mask else self._closing_token(ahead, mask_ahead)
+                if not new or not ahead.consume_tokens(new):
+                    break
+            else:
+                return tokens, steps
+        return [], steps
 
 
 def try_in_process(text: str):
@@ -177,8 +193,8 @@ class Grammar:
     trigger: the token at which the grammar begins, each time; None: it holds from the answer's start.
     """
 
-    def __init__(self, vocabulary: Vocabulary, matcher, plan: list[int], trigger: int | None):
-        self.vocabulary, self.matcher, self.plan, self.trigger = vocabulary, matcher, plan, trigger
+    def __init__(self, vocabulary: Vocabulary, matcher, plan: list[int], words: tuple[bytes, ...], trigger: int | None):
+        self.vocabulary, self.matcher, self.plan, self.words, self.trigger = vocabulary, matcher, plan, words, trigger
 
 
 vocabulary_of = functools.lru_cache(maxsize=8)(Vocabulary)
@@ -196,10 +212,11 @@ def compile_grammar(tokenizer: Tokenizer, text: str, trigger: int | None = None)
     if matcher.is_error():
         reason = matcher.get_error().splitlines()[0].removeprefix("at 2(9): ")[:300]
         raise UserError(f"the schema or grammar cannot be used: {reason}")
-    plan = vocabulary.completion(matcher, MAX_PLAN)
+    words = tuple({word.encode() for word in re.findall(r"\w+", text)})[:MAX_WORDS]
+    plan, _ = vocabulary.completion(matcher, MAX_PLAN, words)
     if plan is None:
         raise UserError(f"the schema or grammar is too complex, or has no document of {MAX_PLAN} tokens: simplify it")
-    return Grammar(vocabulary, matcher, plan, trigger)
+    return Grammar(vocabulary, matcher, plan, words, trigger)
 
 
 # ---------------------------------------------------------------------------------------------------------- generation
@@ -243,22 +260,19 @@ class Constraint:
         """Whether a thought has to end now, with so many tokens left."""
         return self.thinks and room <= len(self.plan) + self.end_of_thought
 
-    def fill(self, mask: np.ndarray):
-        """Sets the bits of the tokens that may follow; mask: zeros, (words,) uint32."""
-        n = (len(self.grammar.vocabulary.pieces) + 31) // 32
-        if not self.failed:
-            self.matcher.unsafe_compute_mask_ptr(mask.ctypes.data, 4 * n)
-            self.failed = self.matcher.is_error() or not mask.any()  # too much work for llguidance's limits
-        if self.failed:
-            mask[:] = 0
-            _set(mask, self.plan[0] if self.plan else EOS)
-        ends = mask[EOS >> 5] >> (EOS & 31) & 1
-        if ends:
-            mask[EOS >> 5] &= ~np.uint32(1 << (EOS & 31))
-            for token in self.stop_ids:
-                _set(mask, token)
-        if not self.began and self.think is not None and self.trigger is None:
-            _set(mask, self.think)
+    def mask(self) -> bytes:
+        """The tokens that may follow, one bit each."""
+        mask = b"" if self.failed else self.matcher.compute_bitmask()
+        if self.failed or self.matcher.is_error() or not any(mask):  # too much work for llguidance's limits
+            self.failed = True
+            token = self.plan[0] if self.plan else EOS
+            mask = (1 << token).to_bytes(4 * (-(-len(self.grammar.vocabulary.pieces) // 32)), "little")
+        return mask
+
+    def ends(self, can_end: bool) -> list[int]:
+        """The tokens that the mask lacks: those that end an answer, and the one that begins a thought."""
+        begins = not self.began and self.think is not None and self.trigger is None
+        return [*(self.stop_ids if can_end else ()), *([self.think] if begins else ())]
 
     def accept(self, token: int, room: int, forced: bool) -> int:
         """Moves on by a token that was sampled or forced; returns it, or another one. room: tokens left."""
@@ -303,8 +317,8 @@ class Constraint:
             elif self.work > MAX_WORK:
                 plan = None
             else:
-                plan = vocabulary.completion(matcher, min(MAX_PLAN, room + 8))
-                self.work += MAX_PLAN if plan is None else len(plan)
+                plan, steps = vocabulary.completion(matcher, min(MAX_PLAN, room + 8), self.grammar.words)
+                self.work += steps
         self.failed = matcher.is_error()
         if self.failed or plan is None or len(plan) > room:
             self.failed |= not matcher.rollback(1)
@@ -312,16 +326,15 @@ class Constraint:
         return plan
 
 
-def _set(mask: np.ndarray, token: int):
-    mask[token >> 5] |= np.uint32(1 << (token & 31))
-
-
 def allowed_tokens(constraints: list[Constraint], vocab_size: int) -> Tensor:
     """Which tokens may follow in each answer, (B, V) boolean."""
-    masks = np.zeros((len(constraints), (vocab_size + 31) // 32), np.uint32)
-    for constraint, mask in zip(constraints, masks):
-        constraint.fill(mask)
-    bits = np.unpackbits(masks.view(np.uint8), axis=1, count=vocab_size, bitorder="little")  # (B, V)
-    for constraint, count in zip(constraints, bits.sum(1, dtype=np.int64).tolist()):
-        constraint.free = count > 1
-    return torch.from_numpy(bits).bool()
+    packed = np.frombuffer(b"".join(constraint.mask() for constraint in constraints), np.uint8)
+    bits = np.unpackbits(packed.reshape(len(constraints), -1), axis=1, count=-1, bitorder="little")
+    allowed = np.zeros((len(constraints), vocab_size), bool)
+    width = min(vocab_size, bits.shape[1])
+    allowed[:, :width] = bits[:, :width]
+    for row, constraint in zip(allowed, constraints):
+        row[EOS], can_end = False, row[EOS]
+        row[constraint.ends(can_end)] = True
+        constraint.free = np.count_nonzero(row) > 1
+    return torch.from_numpy(allowed)
