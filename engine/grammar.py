@@ -120,8 +120,9 @@ class Vocabulary:
         return library.LLMatcher(self.library, text, log_level=0, limits=library.LLParserLimits(**LIMITS))
 
     def completion(self, matcher, limit: int, words: tuple[bytes, ...]) -> tuple[list[int] | None, int]:
-        """A short way to the end of the document, as tokens, and the steps that the search took. None if none of at most
-        `limit` tokens was found. words: texts that may lead out of a loop in which any text may follow.
+        """A short way to the end of the document, as tokens, and the steps of the search.
+
+        None in place of a way of more than `limit` tokens. words: texts that may lead out of a loop of any text.
         """
         matcher, tokens, seen, work = matcher.deep_copy(), [], Counter(), 0
         while not matcher.is_accepting():
