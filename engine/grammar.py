@@ -27,6 +27,7 @@ MAX_CALLS = 16  # of tools in one answer
 MAX_WORDS, MAX_LOOP = 64, 8  # words of a grammar that are tried as ways out of a loop, and tokens of a loop
 MAX_PLAN, MAX_WORK = 2048, 20_000  # steps of a search for a completion, and of all searches of an answer
 LIMITS = dict(step_lexer_fuel=20_000, step_max_items=10_000, max_lexer_states=20_000, verbose_errors=False)
+OPTIONS = '%llguidance {"no_forcing": true}\n'  # forced texts, which nobody asks for here, may be very long
 BLANKS = r" |\n {0,16}"  # between JSON's tokens; without a limit, a weak model writes nothing else
 CHILD = f"""
 import sys
@@ -73,13 +74,13 @@ def calls_rule(tools: list[dict], several: bool) -> str:
 def grammar_of(*alternatives: str) -> str:
     """A whole grammar from right sides of rules."""
     rules = "".join(f"rule_{i}: {rule}\n" for i, rule in enumerate(alternatives))
-    return f"start: {' | '.join(f'rule_{i}' for i in range(len(alternatives)))}\n{rules}"
+    return f"{OPTIONS}start: {' | '.join(f'rule_{i}' for i in range(len(alternatives)))}\n{rules}"
 
 
 def lark_grammar(text: str) -> str:
     """A user's whole grammar, in Lark or in llama.cpp's GBNF."""
     try:
-        return import_extra("llguidance.gbnf_to_lark", "requirements/serve.txt").any_to_lark(text)
+        return OPTIONS + import_extra("llguidance.gbnf_to_lark", "requirements/serve.txt").any_to_lark(text)
     except Exception as error:  # a parser in Python, which may raise anything
         raise UserError(f"the grammar is neither Lark nor GBNF: {one_line(error)}") from None
 
@@ -119,13 +120,20 @@ class Vocabulary:
         library = _library()
         return library.LLMatcher(self.library, text, log_level=0, limits=library.LLParserLimits(**LIMITS))
 
-    def completion(self, matcher, limit: int, words: tuple[bytes, ...]) -> tuple[list[int] | None, int]:
+    def completion(
+        self, matcher, limit: int, words: tuple[bytes, ...], old: list[int] | None = None
+    ) -> tuple[list[int] | None, int]:
         """A short way to the end of the document, as tokens, and the steps of the search.
 
         None in place of a way of more than `limit` tokens. words: texts that may lead out of a loop of any text.
+        old: a way from an earlier place, the end of which is taken as soon as it fits.
         """
         matcher, tokens, seen, work = matcher.deep_copy(), [], Counter(), 0
         while not matcher.is_accepting():
+            for start in range(min(len(old), MAX_LOOP) if old else 0):
+                rest = old[start:]
+                if matcher.validate_tokens([*rest, EOS]) > len(rest):
+                    return tokens + rest, work
             mask = matcher.compute_bitmask()
             seen[mask] += 1
             # The same tokens may follow again and again: maybe in a loop, such as the letters of [a-z]+;
@@ -211,7 +219,7 @@ def compile_grammar(tokenizer: Tokenizer, text: str, trigger: int | None = None)
     vocabulary = vocabulary_of(tokenizer)
     matcher = vocabulary.matcher(text)
     if matcher.is_error():
-        reason = matcher.get_error().splitlines()[0].removeprefix("at 2(9): ")[:300]
+        reason = matcher.get_error().splitlines()[0].removeprefix("at 3(9): ")[:300]
         raise UserError(f"the schema or grammar cannot be used: {reason}")
     words = tuple({word.encode() for word in re.findall(r"\w+", text)})[:MAX_WORDS]
     plan, _ = vocabulary.completion(matcher, MAX_PLAN, words)
@@ -312,13 +320,14 @@ class Constraint:
         if plan and plan[0] == token:
             return plan[1:]
         if matcher.validate_tokens([*plan, EOS]) <= len(plan):  # it does not end the document from here
-            rest = b"".join(vocabulary.tokens[one] for one in plan)
-            if piece and rest.startswith(piece) and b"\xff" not in rest:
-                plan = vocabulary.library.tokenize_bytes(rest[len(piece) :])
+            first = vocabulary.tokens[plan[0]] if plan else b""
+            if piece and first.startswith(piece) and vocabulary.pieces[plan[0]]:
+                plan = vocabulary.library.tokenize_bytes(first[len(piece) :]) + plan[1:]
             elif self.work > MAX_WORK:
                 plan = None
             else:
-                plan, steps = vocabulary.completion(matcher, min(MAX_PLAN, room + 8), self.grammar.words)
+                limit = min(MAX_PLAN, room + 8)
+                plan, steps = vocabulary.completion(matcher, limit, self.grammar.words, plan)
                 self.work += steps
         self.failed = matcher.is_error()
         if self.failed or plan is None or len(plan) > room:

@@ -320,6 +320,7 @@ HOSTILE = {
 HOSTILE = {name: grammar_of(json_rule(schema)) for name, schema in HOSTILE.items()} | {
     "repeated": "start: /(a{1000}){1000}/",
     "repeated inside": "start: /x?(a{0,100}b{0,100}){0,500}(c{1000}){1000}/",
+    "repeated, or not": "start: /b|(a{1000}){1000}/",
     "nested repeats": "start: /((a{0,100}){0,100}){0,100}x/",
     "letters": r"start: /\p{L}{1,2000}[0-9]*/",
     "empty loop": 'start: a\na: a | ""',
