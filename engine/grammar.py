@@ -49,7 +49,9 @@ print(LLMatcher.validate_grammar(text, None, limits=LLParserLimits(**{LIMITS})).
 def json_rule(schema: dict | bool, lenient: bool = False) -> str:
     """The right side of a rule: JSON of this schema. lenient: keywords that llguidance does not know are ignored."""
     options = {"whitespace_pattern": BLANKS, "lenient": lenient}
-    return "%json " + json.dumps({**(schema if isinstance(schema, dict) else {}), "x-guidance": options})
+    return "%json " + json.dumps(
+        {**(schema if isinstance(schema, dict) else {}), "x-guidance": options}, ensure_ascii=False
+    )
 
 
 def choice_rule(texts: list[str]) -> str:
@@ -292,6 +294,7 @@ class Constraint:
             self._start()
         elif forced or self.thinks:
             self.thinks &= token != THINK + 1
+            self.began |= token == self.think
             return token
         if self.matcher is None or token in self.stop_ids:
             return token
