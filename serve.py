@@ -17,6 +17,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from base.cli import HelpFormatter, UserError, above_zero, import_extra, natural, positive, run
+from corpus.hub import model_folder
 from engine.tools import load_tools
 from model.device import choose_device, keep_freed_memory, print_notes
 
@@ -58,7 +59,10 @@ def main():
         keep_freed_memory()
     elif args.weight_dtype != "float32":
         raise UserError("--weight_dtype is for generation on a CPU: give --device cpu")
-    models = find_models(args.models)
+    models = find_models([model_folder(name) for name in args.models])
+    for served in models.values():
+        if args.tools and served.is_chat:
+            served.tokenizer.check_tools(served.directory)
     config = ServerConfig(**{field.name: getattr(args, field.name) for field in fields(ServerConfig)})
     app = create_app(models, config, device, load_tools(args.tools))
     try:

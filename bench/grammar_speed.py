@@ -41,7 +41,7 @@ def tokens_per_second(model, grammar, rows: int, tokens: int) -> float:
     while total < rows * tokens:
         while len(engine.rows) + len(engine.waiting) < rows:
             sequence = Sequence([BOS, 300], tokens, stop_ids, Sampling(1.0), seed=made)
-            sequence.constraint = Constraint(grammar, stop_ids, None, 0) if grammar else None
+            sequence.constraint = Constraint(grammar, stop_ids) if grammar else None
             engine.submit(sequence)
             made += 1
         total += len(engine.step())

@@ -21,7 +21,7 @@ MANY_ROWS = 64  # from here on, a product in float32 is worth the conversion of 
 
 
 class PackedLinear(nn.Module):
-    """x W^T for linear layers with the same input, with their outputs concatenated.
+    """x W^T + b for linear layers with the same input, with their outputs concatenated.
 
     A few rows are multiplied in PARTS of the inner dimension, each of which is contiguous in memory. This is twice as
     fast as a single product, in which the threads interleave their reads of W^T.
@@ -30,6 +30,7 @@ class PackedLinear(nn.Module):
     def __init__(self, *linears: nn.Linear):
         super().__init__()
         self.weight = torch.cat([linear.weight.detach() for linear in linears]).t().contiguous()  # (in, out)
+        self.bias = joined_bias(linears)
         n_in, n_out = self.weight.shape
         self.parts = None if n_in % PARTS else self.weight.view(PARTS, n_in // PARTS, n_out)
 
@@ -37,9 +38,15 @@ class PackedLinear(nn.Module):
         """(B, T, in) or (M, in) -> the same with out."""
         rows = x.shape[:-1].numel()
         if rows > FEW_ROWS or self.parts is None:
-            return x @ self.weight
-        x_parts = x.view(rows, PARTS, self.parts.shape[1]).transpose(0, 1)  # (PARTS, rows, in / PARTS)
-        return torch.bmm(x_parts, self.parts).sum(0).view(*x.shape[:-1], self.weight.shape[1])
+            y = x @ self.weight
+        else:
+            x_parts = x.view(rows, PARTS, self.parts.shape[1]).transpose(0, 1)  # (PARTS, rows, in / PARTS)
+            y = torch.bmm(x_parts, self.parts).sum(0).view(*x.shape[:-1], self.weight.shape[1])
+        return y if self.bias is None else y + self.bias
+
+
+def joined_bias(linears: tuple[nn.Linear, ...]) -> Tensor | None:
+    return None if linears[0].bias is None else torch.cat([linear.bias.detach() for linear in linears])
 
 
 class HalfLinear(nn.Module):
@@ -48,7 +55,7 @@ class HalfLinear(nn.Module):
     def __init__(self, *linears: nn.Linear):
         super().__init__()
         weight = torch.cat([linear.weight.detach() for linear in linears])
-        self.weight = torch.ops.quantized.linear_prepack_fp16(weight, None)
+        self.weight = torch.ops.quantized.linear_prepack_fp16(weight, joined_bias(linears))
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.quantized.linear_dynamic_fp16(x, self.weight)
@@ -67,6 +74,7 @@ class Int8Linear(nn.Module):
         weight = torch.cat([linear.weight.detach() for linear in linears])  # (out, in)
         self.scales = (weight.abs().amax(1) / 127).clamp(min=1e-12).bfloat16()  # (out,)
         self.weight = (weight / self.scales[:, None]).round().clamp(-127, 127).to(torch.int8)
+        self.bias = joined_bias(linears)
         self.in_blocks = weight.shape[0] % 4 == 0 and weight.shape[1] % 32 == 0  # torch's kernel reads whole blocks
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,7 +83,8 @@ class Int8Linear(nn.Module):
             y = (rows.float() @ (self.weight.t() * self.scales.float())).bfloat16()
         else:
             y = torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scales)
-        return y.float().view(*x.shape[:-1], len(self.weight))
+        y = y.float().view(*x.shape[:-1], len(self.weight))
+        return y if self.bias is None else y + self.bias
 
 
 class DecodingNorm(nn.Module):

@@ -15,11 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from base.cli import UserError, import_extra, one_line
-from model.chat import EOS, THINK, TOOL_CALL, encode, token_pieces
+from model.chat import ChatTokenizer, encode
 
 MAX_LENGTH = 2**17  # of a grammar, in characters
 MAX_SECONDS, MAX_BYTES = 5, 2**30  # to compile it
@@ -62,14 +61,14 @@ def regex_rule(regex: str) -> str:
     return f"/{_library().regex_to_lark(regex, '')}/"
 
 
-def calls_rule(tools: list[dict], several: bool) -> str:
-    """Calls of these tools (OpenAI's format), as encode_chat writes them."""
+def calls_rule(tools: list[dict], tags: tuple[int, int], several: bool) -> str:
+    """Calls of these tools (OpenAI's format) between the tokens `tags`, as Jiezi's and Qwen's chats have them."""
     calls = []
     for function in (tool["function"] for tool in tools):
         head = json.dumps(f'\n{{"name": {json.dumps(function["name"], ensure_ascii=False)}, "arguments": ')
         parameters = function.get("parameters") or {"type": "object"}
-        calls.append(f'<[{TOOL_CALL}]> {head} ({json_rule(parameters, not function.get("strict"))}) "}}\\n"')
-    call = f"({' | '.join(calls)}) <[{TOOL_CALL + 1}]>"
+        calls.append(f'<[{tags[0]}]> {head} ({json_rule(parameters, not function.get("strict"))}) "}}\\n"')
+    call = f"({' | '.join(calls)}) <[{tags[1]}]>"
     return f'{call} ("\\n" {call}){{0,{MAX_CALLS - 1}}}' if several else call
 
 
@@ -105,10 +104,11 @@ def _library():
 class Vocabulary:
     """A tokenizer as llguidance sees it; also the object that it asks for bytes and ids."""
 
-    is_tokenizer_wrapper, bos_token_id, eos_token_id = True, None, EOS
+    is_tokenizer_wrapper, bos_token_id = True, None
 
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer, self.pieces = tokenizer, token_pieces(tokenizer)
+    def __init__(self, tokenizer: ChatTokenizer):
+        self.tokenizer, self.pieces = tokenizer, tokenizer.pieces
+        self.end = self.eos_token_id = tokenizer.eos if tokenizer.eos is not None else min(tokenizer.control_ids)
         self.special_token_ids = [i for i, piece in enumerate(self.pieces) if not piece]
         self.tokens = [piece or b"\xff" + tokenizer.id_to_token(i).encode() for i, piece in enumerate(self.pieces)]
         self.bytes = {piece: i for i, piece in enumerate(self.pieces) if len(piece) == 1}
@@ -134,7 +134,7 @@ class Vocabulary:
         while not matcher.is_accepting():
             for start in range(min(len(old), MAX_LOOP) if old else 0):
                 rest = old[start:]
-                if matcher.validate_tokens([*rest, EOS]) > len(rest):
+                if matcher.validate_tokens([*rest, self.end]) > len(rest):
                     return tokens + rest, work
             mask = matcher.compute_bitmask()
             seen[mask] += 1
@@ -212,7 +212,7 @@ vocabulary_of = functools.lru_cache(maxsize=8)(Vocabulary)
 
 
 @functools.lru_cache(maxsize=32)
-def compile_grammar(tokenizer: Tokenizer, text: str, trigger: int | None = None) -> Grammar:
+def compile_grammar(tokenizer: ChatTokenizer, text: str, trigger: int | None = None) -> Grammar:
     """Compiles it within MAX_SECONDS and MAX_BYTES. UserError, in one line, if that is not possible."""
     _library()
     if len(text) > MAX_LENGTH:
@@ -240,9 +240,11 @@ class Constraint:
     replaced by the next token of the plan.
     """
 
-    def __init__(self, grammar: Grammar, stop_ids: frozenset[int], think: int | None, end_of_thought: int):
-        """think: the token that may begin a thought first; end_of_thought: how many tokens end one."""
-        self.grammar, self.stop_ids, self.think, self.end_of_thought = grammar, stop_ids, think, end_of_thought
+    def __init__(
+        self, grammar: Grammar, stop_ids: frozenset[int], tags: tuple[int, int] | None = None, end_of_thought: int = 0
+    ):
+        """tags: of a thought that may come first; end_of_thought: how many tokens end it."""
+        self.grammar, self.stop_ids, self.tags, self.end_of_thought = grammar, stop_ids, tags, end_of_thought
         self.trigger = grammar.trigger
         self.thinks, self.began, self.failed = False, False, False
         self.cut = False  # whether the plan was needed
@@ -257,9 +259,10 @@ class Constraint:
 
     def check_room(self, max_new_tokens: int):
         """UserError if no document fits into so many tokens."""
-        if self.trigger is None and max_new_tokens < len(self.plan):
+        shortest = len(self.plan) + (self.end_of_thought if self.thinks else 0)
+        if self.trigger is None and max_new_tokens < shortest:
             raise UserError(
-                f"the shortest document of the schema or grammar that was found has {len(self.plan)} tokens, and the "
+                f"the shortest document of the schema or grammar that was found has {shortest} tokens, and the "
                 f"answer may have {max_new_tokens}: raise the limit of tokens"
             )
 
@@ -276,14 +279,14 @@ class Constraint:
         mask = b"" if self.failed else self.matcher.compute_bitmask()
         if self.failed or self.matcher.is_error() or not any(mask):  # too much work for llguidance's limits
             self.failed = True
-            token = self.plan[0] if self.plan else EOS
+            token = self.plan[0] if self.plan else self.grammar.vocabulary.end
             mask = (1 << token).to_bytes(4 * (-(-len(self.grammar.vocabulary.pieces) // 32)), "little")
         return mask
 
     def ends(self, can_end: bool) -> list[int]:
         """The tokens that the mask lacks: those that end an answer, and the one that begins a thought."""
-        begins = not self.began and self.think is not None and self.trigger is None
-        return [*(self.stop_ids if can_end else ()), *([self.think] if begins else ())]
+        begins = self.tags and not self.began and self.trigger is None
+        return [*(self.stop_ids if can_end else ()), *(self.tags[:1] if begins else ())]
 
     def accept(self, token: int, room: int, forced: bool) -> int:
         """Moves on by a token that was sampled or forced; returns it, or another one. room: tokens left."""
@@ -292,13 +295,14 @@ class Constraint:
                 self.cut = True
                 return next(iter(self.stop_ids))
             self._start()
-        elif forced or self.thinks:
-            self.thinks &= token != THINK + 1
-            self.began |= token == self.think
+            forced = False  # it is consumed however it came
+        elif self.thinks or (forced and self.tags):
+            self.thinks &= token != self.tags[1]
+            self.began |= token == self.tags[0]
             return token
-        if self.matcher is None or token in self.stop_ids:
+        if forced or self.matcher is None or token in self.stop_ids:
             return token
-        if token == self.think and not self.began and room > len(self.plan) + self.end_of_thought:
+        if self.tags and token == self.tags[0] and not self.began and room > len(self.plan) + self.end_of_thought:
             self.thinks = self.began = True
             return token
         self.began = True
@@ -322,7 +326,7 @@ class Constraint:
         plan, piece = self.plan, vocabulary.pieces[token]
         if plan and plan[0] == token:
             return plan[1:]
-        if matcher.validate_tokens([*plan, EOS]) <= len(plan):  # it does not end the document from here
+        if matcher.validate_tokens([*plan, vocabulary.end]) <= len(plan):  # it does not end the document from here
             first = vocabulary.tokens[plan[0]] if plan else b""
             if piece and first.startswith(piece) and vocabulary.pieces[plan[0]]:
                 plan = vocabulary.library.tokenize_bytes(first[len(piece) :]) + plan[1:]
@@ -347,7 +351,8 @@ def allowed_tokens(constraints: list[Constraint], vocab_size: int) -> Tensor:
     width = min(vocab_size, bits.shape[1])
     allowed[:, :width] = bits[:, :width]
     for row, constraint in zip(allowed, constraints):
-        row[EOS], can_end = False, row[EOS]
+        end = constraint.grammar.vocabulary.end
+        row[end], can_end = False, row[end]
         row[constraint.ends(can_end)] = True
         constraint.free = np.count_nonzero(row) > 1
     return torch.from_numpy(allowed)

@@ -175,8 +175,8 @@ class ChatRequest(Request):
     def offered_tools(self) -> list[dict]:
         return self.tools if self.tool_choice != "none" else []
 
-    def structure(self) -> tuple[str, bool] | None:
-        return structure_of(self, self.offered_tools, self.tool_choice, self.parallel_tool_calls)
+    def structure(self, tags: tuple[int, int] | None) -> tuple[str, bool] | None:
+        return structure_of(self, self.offered_tools, self.tool_choice, self.parallel_tool_calls, tags)
 
     def chat(self) -> list[dict]:
         """The messages for encode_chat; responses of tools in the order of their calls."""
@@ -207,5 +207,5 @@ class CompletionRequest(Request):
     def n_top(self) -> int | None:
         return self.logprobs
 
-    def structure(self) -> tuple[str, bool] | None:
+    def structure(self, tags: tuple[int, int] | None) -> tuple[str, bool] | None:
         return self.document_structure()

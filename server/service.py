@@ -13,7 +13,6 @@ from base.cli import UserError, one_line
 from engine.grammar import Grammar, compile_grammar
 from engine.session import Session
 from engine.tools import Tool
-from model.chat import BOS, TOOL_CALL, encode, encode_chat
 from server.answer import Answer
 from server.guard import Refusal
 from server.models import Served
@@ -93,10 +92,11 @@ class Service:
         """What the answers have to fit."""
 
         def compiled() -> Grammar | None:
-            structure = request.structure()
+            tags = served.tokenizer.tags.get("tool_call")
+            structure = request.structure(tags)
             if structure is None:
                 return None
-            return compile_grammar(served.tokenizer, structure[0], TOOL_CALL if structure[1] else None)
+            return compile_grammar(served.tokenizer, structure[0], tags[0] if structure[1] else None)
 
         if not request.is_structured:
             return None
@@ -116,15 +116,14 @@ class Service:
         tools = {}
         if isinstance(request, CompletionRequest):
             texts = request.prompt
-            given = [[BOS, *encode(served.tokenizer, text)] if isinstance(text, str) else text for text in texts]
+            given = [served.tokenizer.text_prompt(text) if isinstance(text, str) else text for text in texts]
         else:
             tools = {} if request.tools or request.tool_choice == "none" or grammar else self.tools
             schemas = request.offered_tools or [tool.schema for tool in tools.values()]
             try:
-                messages = request.chat()
+                given = [served.tokenizer.prompt(request.chat(), schemas, think=request.think != "off")]
             except ValueError as error:
                 raise Refusal(400, str(error), param="messages") from None
-            given = [encode_chat(served.tokenizer, messages, schemas, add_generation_prompt=True)[0]]
         param = "messages" if isinstance(request, ChatRequest) else "prompt"
         for ids in given:
             if not ids or max(ids) >= served.tokenizer.get_vocab_size():

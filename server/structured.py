@@ -139,19 +139,22 @@ ToolChoice = Literal["auto", "none", "required"] | NamedTool
 
 
 def structure_of(
-    request: StructuredRequest, tools: list[dict], choice: ToolChoice, several: bool
+    request: StructuredRequest, tools: list[dict], choice: ToolChoice, several: bool, tags: tuple[int, int] | None
 ) -> tuple[str, bool] | None:
     """The grammar of a chat's answer, and whether it holds for the calls only, from each one's beginning.
 
-    tools: those that the client offers. several: whether an answer may call more than one. None if any text will do.
+    tools: those that the client offers. several: whether an answer may call more than one. tags: the tokens of a call.
+    None if any text will do.
     """
+    if tools and tags is None:
+        raise ValueError("this model's chat format has no tokens for calls of tools")
     if choice in ("auto", "none"):
-        structure = request.document_structure(calls_rule(tools, several) if tools else None)
+        structure = request.document_structure(calls_rule(tools, tags, several) if tools else None)
         if structure is None and any(map(is_strict, tools)):
-            return grammar_of(calls_rule(tools, several=False)), True
+            return grammar_of(calls_rule(tools, tags, several=False)), True
         return structure
     name = None if choice == "required" else choice.function.name
     called = [tool for tool in tools if name in (None, tool["function"]["name"])]
     if not called:
         raise ValueError("tool_choice needs tools" if name is None else f"tools has no function {name[:100]!r}")
-    return grammar_of(calls_rule(called, several and name is None)), False
+    return grammar_of(calls_rule(called, tags, several and name is None)), False

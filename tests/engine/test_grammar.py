@@ -65,7 +65,7 @@ def answers(model, tokenizer, text: str, n: int = 4, max_new_tokens: int = 60, *
     for i in range(n):
         sampling = Sampling(temperature=0.0 if i == 0 else 1.5)
         sequences.append(Sequence([BOS, 100 + i], max_new_tokens, STOPS, sampling, seed=i))
-        sequences[-1].constraint = Constraint(compiled, STOPS, None, 0)
+        sequences[-1].constraint = Constraint(compiled, STOPS)
         engine.submit(sequences[-1])
     while engine.busy:
         engine.step()
@@ -74,7 +74,7 @@ def answers(model, tokenizer, text: str, n: int = 4, max_new_tokens: int = 60, *
 
 def text_of(sequence: Sequence, tokenizer) -> str:
     tokens = [token for token in sequence.tokens if token not in STOPS]
-    return b"".join(grammar.token_pieces(tokenizer)[token] for token in tokens).decode()  # strict: whole characters
+    return b"".join(tokenizer.pieces[token] for token in tokens).decode()  # strict: whole characters
 
 
 # -------------------------------------------------------------------------------------------------------- what may come
@@ -189,7 +189,7 @@ def test_rows_without_a_grammar_are_bit_identical(model, tokenizer):
         return [(sequence.tokens, sequence.log_probs) for sequence in sequences]
 
     alone = free(None)
-    constrained = free(Constraint(compile_grammar(tokenizer, grammar_of(json_rule(PERSON))), STOPS, None, 0))
+    constrained = free(Constraint(compile_grammar(tokenizer, grammar_of(json_rule(PERSON))), STOPS))
     assert [alone[i] for i in (0, 2, 3)] == [constrained[i] for i in (0, 2, 3)]
     assert alone[1] != constrained[1]
 
@@ -242,7 +242,7 @@ TOOLS = [{"type": "function", "function": function} for function in (WEATHER, TI
 
 @pytest.mark.parametrize("max_new_tokens", [40, 150])
 def test_calls_are_valid(model, tokenizer, max_new_tokens):
-    text = grammar_of(calls_rule(TOOLS, several=True))
+    text = grammar_of(calls_rule(TOOLS, tokenizer.tags["tool_call"], several=True))
     for temperature in (0.0, 1.0, 2.0):
         _, reply = chat(model, tokenizer, text, [], max_new_tokens=max_new_tokens, temperature=temperature, think="off")
         assert reply.tool_calls
@@ -253,7 +253,7 @@ def test_calls_are_valid(model, tokenizer, max_new_tokens):
 
 
 def test_the_arguments_of_a_call_in_free_text_are_valid(model, tokenizer):
-    text = grammar_of(calls_rule(TOOLS[:1], several=False))
+    text = grammar_of(calls_rule(TOOLS[:1], tokenizer.tags["tool_call"], several=False))
     say = [*encode(tokenizer, "我来查。"), TOOL_CALL]
     sequence, reply = chat(model, tokenizer, text, say, trigger=TOOL_CALL)
     assert reply.content.startswith("我来查。")
@@ -341,7 +341,7 @@ def test_hostile_grammars_are_refused_or_bounded(model, tokenizer, name):
     compiling = time.process_time() - start  # of this process; the other one's is limited
     if compiled:
         sequence = Sequence([BOS, 7], 512, STOPS, Sampling(2.0), seed=0)
-        sequence.constraint = Constraint(compiled, STOPS, None, 0)
+        sequence.constraint = Constraint(compiled, STOPS)
         engine = Engine(model, max_rows=1)
         engine.submit(sequence)
         while engine.busy:
