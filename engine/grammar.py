@@ -151,8 +151,11 @@ class Vocabulary:
     def _closing_token(self, matcher, mask: bytes) -> list[int]:
         """A token that shortens JSON: a bracket if it is not text, a quote, a comma, a digit; else a long one."""
         for byte in b"}]":
-            token, quote = self._allowed(byte, mask), self.bytes.get(b'"')
-            if token is not None and matcher.validate_tokens([token, quote]) < 2:  # in a text the quote may follow
+            token, after = (
+                self._allowed(byte, mask),
+                [self.bytes[byte] for byte in (b'"', b"a")],
+            )  # what may follow in text
+            if token is not None and all(matcher.validate_tokens([token, each]) < 2 for each in after):
                 return [token]
         found = (self._allowed(byte, mask) for byte in b'",:0123456789')
         token = next((token for token in found if token is not None), None)

@@ -173,7 +173,7 @@ class Session:
             self._forced_tokens,
         )
         if self.grammar:
-            tags = (self.think, self.end_think) if self.think and self.model.is_chat else None
+            tags = (self.think, self.end_think) if self.think and self.model.is_chat and config.think != "off" else None
             end_of_thought = len(self.end_of_thought()) if tags else 0
             sequence.constraint = Constraint(self.grammar, self.stop_ids, tags, end_of_thought)
             if tags and self.tokenizer.open_part(prompt) == "reasoning":
