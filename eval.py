@@ -307,7 +307,8 @@ def main():
     tokenizer = load_tokenizer(directory)
     if tokenizer.problem:
         print(f"{directory}: {tokenizer.problem}; until then it continues texts", file=sys.stderr)
-    config = GenerationConfig(**{field.name: getattr(args, field.name) for field in fields(GenerationConfig)})
+    names = {field.name for field in fields(GenerationConfig)}
+    config = GenerationConfig(**{name: value for name, value in vars(args).items() if name in names})
     if args.json_schema and args.tools:
         raise UserError("an answer that is JSON of --json_schema calls no --tools: omit one of them")
     grammar = compile_grammar(tokenizer, read_schema(args.json_schema)) if args.json_schema else None
