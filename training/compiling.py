@@ -8,6 +8,7 @@ from training.cost import forward_backward
 from training.loss import TokenLosses
 from training.machine import Machine
 from training.packing import Batch
+from training.shard import modules_to_compile
 
 MINUTES = 5  # a shorter run does not make up for the minute that compiling takes
 
@@ -32,7 +33,9 @@ def compile_model(model: CausalLM, machine: Machine, batch: Batch, **options) ->
     if machine.device.type == "cuda" and not has_triton():
         return "this torch does not find Triton"
     random_state = machine.random_state()
-    model.model.compile(**options)
+    modules = modules_to_compile(model, machine)
+    for module in modules:
+        module.compile(**options)
     TokenLosses.compile(**options)
     if batch.cu_seqlens is not None:  # other batches have other numbers of documents
         importlib.import_module("torch._dynamo").maybe_mark_dynamic(batch.cu_seqlens.cu_seqlens, 0)
@@ -41,7 +44,8 @@ def compile_model(model: CausalLM, machine: Machine, batch: Batch, **options) ->
     except Exception as error:
         if lacks_memory(error):
             raise
-        model.model._compiled_call_impl = None
+        for module in modules:
+            module._compiled_call_impl = None
         TokenLosses.compile(on=False)
         return f"{type(error).__name__}: {one_line(error)[:200]}"
     finally:
