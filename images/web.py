@@ -54,7 +54,7 @@ def show_tokens(page, language: str, compare: bool):
     ask(page, language, compare)
     page.locator("[data-word=surprise]").last.click()
     page.locator("[data-word=tokens_button]").last.click()
-    page.locator("article .token").nth(2).click()
+    page.locator("article .token").nth(1).click()
 
 
 def compare_runs(page, language: str, compare: bool):
@@ -69,7 +69,7 @@ def compare_runs(page, language: str, compare: bool):
 SHOTS = {  # name -> page, language, light or dark, what is done there, whether several are compared
     "web_chat": ("", "en", "dark", ask, False),
     "web_side_by_side": ("", "zh", "light", ask, True),
-    "web_tokens": ("", "zh", "light", show_tokens, False),
+    "web_tokens": ("", "en", "light", show_tokens, False),
     "web_runs": ("runs.html", "en", "light", compare_runs, True),
 }
 
