@@ -32,16 +32,16 @@ from pathlib import Path
 import jsonlines
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 
 from corpus.files import ReadOptions
+from corpus.hub import model_folder
 from corpus.records import each_record, request_of, text_of
 from engine.decoding import pack_for_decoding
 from engine.generation import Engine
 from engine.session import GenerationConfig, ReplyStream, Session, read_tokens
 from engine.tools import load_tools
-from model.chat import BOS, EOS, encode, load_tokenizer, tokenizer_fingerprint
-from model.checkpoint import base_of, find_checkpoints, load_model
+from model.chat import ChatTokenizer, encode, load_tokenizer, tokenizer_fingerprint
+from model.checkpoint import find_checkpoints, find_tokenizer, load_model
 from model.device import choose_device, keep_freed_memory, print_notes
 from model.model import CausalLM
 from training.loss import evaluate, next_token_loss
@@ -66,8 +66,8 @@ def print_answer(session: Session, messages: list[dict], seed: int | None) -> st
             dim = part != "content" and sys.stdout.isatty()
             print(f"\033[2m{text}\033[0m" if dim else text, end="", flush=True)
 
-    stream = ReplyStream(session.tokenizer)
     sequence = session.sequence(session.prompt_ids(messages), seed)
+    stream = ReplyStream(session.tokenizer, sequence.prompt)
     engine = Engine(session.model, max_rows=1)
     engine.submit(sequence)
     start = time.perf_counter()
@@ -147,7 +147,7 @@ def answer_batch(
         engine.step()
         while unprinted and unprinted[0][1].finish_reason:
             record, sequence = unprinted.popleft()
-            reply = read_tokens(sequence.tokens, session.tokenizer)
+            reply = read_tokens(sequence.tokens, session.tokenizer, sequence.prompt)
             parts = {"reasoning": reply.reasoning, "tool_calls": reply.tool_calls}
             parts = {name: part for name, part in parts.items() if part} | {"answer": reply.content}
             names = {
@@ -157,7 +157,7 @@ def answer_batch(
 
 
 @torch.inference_mode()
-def perplexity(model: CausalLM, tokenizer: Tokenizer, file: str, options: ReadOptions) -> dict:
+def perplexity(model: CausalLM, tokenizer: ChatTokenizer, file: str, options: ReadOptions) -> dict:
     """Mean loss per token in nats, its exponential, and bits per UTF-8 byte, over every text of the file.
 
     A text longer than the context is split; the first tokens of a part are predicted without those before them.
@@ -166,7 +166,7 @@ def perplexity(model: CausalLM, tokenizer: Tokenizer, file: str, options: ReadOp
     loss = 0.0
     tokens = texts = size = 0
     for text in each_record(file, options, lambda record: text_of(record, options.text_field)):
-        ids = torch.tensor([BOS, *encode(tokenizer, text), EOS], device=device)
+        ids = torch.tensor(tokenizer.text(encode(tokenizer, text)), device=device)
         for start in range(0, len(ids) - 1, context):
             piece = ids[start : start + context + 1]
             logits = model(piece[None, :-1])[0]  # (T, V)
@@ -195,7 +195,7 @@ def validation(model: CausalLM, directory: Path, folders: list[str], max_seq_len
 
 
 def choice(
-    model: CausalLM, tokenizer: Tokenizer, exam: str, encoding: str, shots: int, by: str, batch_size: int
+    model: CausalLM, tokenizer: ChatTokenizer, exam: str, encoding: str, shots: int, by: str, batch_size: int
 ) -> dict:
     """Accuracy on four-choice questions with its 95% Wilson interval; for an exam also by subject and category."""
     from corpus.exams import read_exam
@@ -231,13 +231,18 @@ def newest_model(out: Path) -> Path:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
-    parser.add_argument("--model", type=Path, help="folder of a model or an adapter; default: the newest under out/")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        help="folder of a model or adapter, or a hub's name; default: the newest under out/",
+    )
     parser.add_argument("--lora", type=Path, help="folder of an adapter to merge into --model")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps, or another that torch has")
     parser.add_argument(
-        "--half_weights",
-        action="store_true",
-        help="on a CPU, float16 weights: generates almost twice as fast; changes about 1 greedy text in 100",
+        "--weight_dtype",
+        choices=["float32", "float16", "int8"],
+        default="float32",
+        help="of the matrices, on a CPU: fewer bits are faster; float16 changes 1 greedy text in 100, int8 1 in 3",
     )
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--prompt", help="answer this (a base model: continue it) and exit")
@@ -284,18 +289,20 @@ def main():
         return
     args = parse_arguments()
     sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that cannot show Chinese
-    chosen = args.model or newest_model(Path("out"))
+    chosen = model_folder(args.model) or newest_model(Path("out"))
     device = choose_device(args.device)
     if device.type == "cpu":
         keep_freed_memory()
-    if args.half_weights and (device.type != "cpu" or args.data):
-        raise UserError("--half_weights is for generation on a CPU: give --device cpu, and not --data")
+    if args.weight_dtype != "float32" and (device.type != "cpu" or args.data):
+        raise UserError("--weight_dtype is for generation on a CPU: give --device cpu, and not --data")
     model = load_model(chosen, device, args.lora).eval()
     n_parameters = model.num_parameters()
     if device.type == "cpu" and not args.data:  # --data computes the loss with the layers of training
-        model = pack_for_decoding(model, args.half_weights)
-    directory = base_of(chosen)
+        model = pack_for_decoding(model, args.weight_dtype)
+    directory = find_tokenizer(chosen, args.lora)
     tokenizer = load_tokenizer(directory)
+    if tokenizer.problem:
+        print(f"{directory}: {tokenizer.problem}; until then it continues texts", file=sys.stderr)
     config = GenerationConfig(**{field.name: getattr(args, field.name) for field in fields(GenerationConfig)})
     session = Session(model, tokenizer, config, load_tools(args.tools))
     system = [{"role": "system", "content": as_utf8(args.system)}] if args.system else []

@@ -25,16 +25,17 @@ import torch
 from torch import nn
 
 from base.files import write_file
+from corpus.hub import model_folder
 from model.checkpoint import base_of, load_model, replacing_model, save_model
 from model.gguf import WEIGHT_TYPES, architecture, write_gguf, write_modelfile
 from model.model import CausalLM
 from model.verify import verify_folder, verify_gguf
 
 
-def export_gguf(model: CausalLM, source: Path, output: Path, weight_type: str) -> Path:
+def export_gguf(model: CausalLM, source: Path, output: Path, name: str, weight_type: str) -> Path:
     """One GGUF file in the folder `output`; other files there stay. source: the model's folder, with its tokenizer."""
     architecture(model.config)  # UserError for a model that llama.cpp does not have, before the folder is made
-    path = output / f"{source.resolve().name}-{weight_type}.gguf"
+    path = output / f"{name}-{weight_type}.gguf"
     report = ""
 
     def write(temporary: Path):
@@ -47,15 +48,15 @@ def export_gguf(model: CausalLM, source: Path, output: Path, weight_type: str) -
     return path
 
 
-def export_ollama(model: CausalLM, source: Path, output: Path, weight_type: str):
-    path = export_gguf(model, source, output, weight_type)
+def export_ollama(model: CausalLM, source: Path, output: Path, name: str, weight_type: str):
+    path = export_gguf(model, source, output, name, weight_type)
     write_modelfile(output / "Modelfile", model, path)
-    command = ["ollama", "create", source.resolve().name, "-f", str(output / "Modelfile")]
+    command = ["ollama", "create", name, "-f", str(output / "Modelfile")]
     print(f"{output / 'Modelfile'}\nnext: {join_words(command)}")
 
 
 def export_folder(
-    model: CausalLM, source: Path, output: Path, _, dtype: torch.dtype = torch.float32, untie: bool = False
+    model: CausalLM, source: Path, output: Path, *_, dtype: torch.dtype = torch.float32, untie: bool = False
 ):
     """A Hugging Face model, which replaces `output`."""
     if untie:
@@ -81,20 +82,27 @@ EXPORTS = {
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
-    parser.add_argument("model", type=Path, metavar="DIR", help="folder of a model, or of an adapter, to be merged")
+    parser.add_argument(
+        "model",
+        type=Path,
+        metavar="DIR",
+        help="folder of a model, or of an adapter, to be merged; or a hub's name",
+    )
     parser.add_argument("--to", required=True, choices=EXPORTS, help="what to convert it to")
     parser.add_argument("--lora", type=Path, metavar="DIR", help="folder of an adapter to merge into the model first")
     parser.add_argument("--output", type=Path, metavar="DIR", help="without it, the model's folder and -TO")
     parser.add_argument("--type", choices=WEIGHT_TYPES, default="f16", help="of the matrices in a GGUF file")
     args = parser.parse_args()
-    source = base_of(args.model)
-    if args.to == "merged" and not args.lora and source == args.model:
+    directory = model_folder(args.model)
+    source = base_of(directory)
+    if args.to == "merged" and not args.lora and source == directory:
         raise UserError(f"--to merged needs an adapter, and {args.model} is a model: add --lora DIR")
-    name = args.model.resolve().name
+    name = (directory.resolve() if directory == args.model else args.model).name
     if not name.isprintable():  # a line break in it could add a line to the Modelfile
         raise UserError(f"the name {name!r} has characters that cannot be shown: rename the folder")
-    model = load_model(args.model, adapter=args.lora).eval()
-    EXPORTS[args.to](model, source, args.output or args.model.parent / f"{name}-{args.to}", args.type)
+    beside = directory.parent if directory == args.model else Path("out")  # not in a hub's cache
+    model = load_model(directory, adapter=args.lora).eval()
+    EXPORTS[args.to](model, source, args.output or beside / f"{name}-{args.to}", name, args.type)
 
 
 if __name__ == "__main__":

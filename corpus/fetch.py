@@ -1,4 +1,4 @@
-"""Data sets by name: the catalogue, and the two hubs that they are fetched from.
+"""Data sets by name: the catalogue, and the two hubs that they (and models, corpus/hub.py) are fetched from.
 
 Hugging Face by its own library (HF_ENDPOINT, HF_TOKEN and the cache are as everywhere), ModelScope by plain HTTP
 (MODELSCOPE_ENDPOINT, MODELSCOPE_API_TOKEN). Either goes on after a cut, and both tell sums that are checked.
@@ -205,13 +205,14 @@ class RemoteStream(io.RawIOBase):
 
 
 class HuggingFace:
-    title, token = "Hugging Face", "HF_TOKEN"
+    title, token, endpoint_variable = "Hugging Face", "HF_TOKEN", "HF_ENDPOINT"
 
-    def __init__(self, repo: str, revision: str | None):
+    def __init__(self, repo: str, revision: str | None, kind: str = "dataset"):
+        """kind: or "model"."""
         self.repo, self.revision = repo, revision
         self.endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
-        self.page = f"{self.endpoint}/datasets/{repo}"
-        self.where = dict(repo_id=repo, repo_type="dataset", revision=revision)
+        self.page = f"{self.endpoint}/{repo}" if kind == "model" else f"{self.endpoint}/datasets/{repo}"
+        self.where = dict(repo_id=repo, repo_type=kind, revision=revision)
 
     def files(self) -> list[RemoteFile]:
         api = huggingface_hub.HfApi(endpoint=self.endpoint)
@@ -241,15 +242,37 @@ class HuggingFace:
         except OSError:  # Windows wants a right for it
             shutil.copyfile(cached, target)
 
+    # Of a model:
+
+    def licence(self) -> str:
+        card = huggingface_hub.HfApi(endpoint=self.endpoint).model_info(self.repo).card_data
+        return getattr(card, "license", None) or "not known"
+
+    def cache(self) -> Path:
+        return self.disk(Path())
+
+    def cached(self, file: RemoteFile) -> bool:
+        where = dict(cache_dir=self.cache(), revision=self.revision)
+        return isinstance(huggingface_hub.try_to_load_from_cache(self.repo, file.path, **where), str)
+
+    def fetch(self, file: RemoteFile) -> Path:
+        where = dict(cache_dir=self.cache(), endpoint=self.endpoint, **self.where)
+        return Path(huggingface_hub.hf_hub_download(filename=file.path, **where))
+
+    def offline(self) -> Path | None:
+        """The folder of the model, if it was fetched before."""
+        config = huggingface_hub.try_to_load_from_cache(self.repo, "config.json", cache_dir=self.cache())
+        return Path(config).parent if isinstance(config, str) else None
+
 
 class ModelScope:
-    title, token = "ModelScope", "MODELSCOPE_API_TOKEN"
+    title, token, endpoint_variable = "ModelScope", "MODELSCOPE_API_TOKEN", "MODELSCOPE_ENDPOINT"
 
-    def __init__(self, repo: str, revision: str | None):
-        self.revision = revision or "master"
-        endpoint = os.environ.get("MODELSCOPE_ENDPOINT", "").rstrip("/") or "https://www.modelscope.cn"
-        self.page = f"{endpoint}/datasets/{repo}"
-        self.api = f"{endpoint}/api/v1/datasets/{repo}/repo"
+    def __init__(self, repo: str, revision: str | None, kind: str = "dataset"):
+        self.repo, self.revision, self.kind = repo, revision or "master", kind
+        self.endpoint = os.environ.get("MODELSCOPE_ENDPOINT", "").rstrip("/") or "https://www.modelscope.cn"
+        self.page = f"{self.endpoint}/{kind}s/{repo}"
+        self.api = f"{self.endpoint}/api/v1/{kind}s/{repo}/repo"
         key = os.environ.get(self.token)
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
 
@@ -257,9 +280,8 @@ class ModelScope:
         found = []
         while True:  # page by page, until one is not full
             page = dict(Revision=self.revision, Recursive="True", PageNumber=len(found) // 100 + 1, PageSize=100)
-            with RemoteStream(f"{self.api}/tree?{urllib.parse.urlencode(page)}", self.headers, None) as stream:
-                listing = json.loads(io.BufferedReader(stream).read(MOST_LISTING))
-            items = (listing.get("Data") or {}).get("Files") or []
+            listing = "files" if self.kind == "model" else "tree"
+            items = self._ask(f"{self.api}/{listing}?{urllib.parse.urlencode(page)}").get("Files") or []
             if len(found) >= MOST_FILES or (found and items[:1] == found[:1]):
                 raise ValueError("its list has no end")
             found += items
@@ -267,6 +289,10 @@ class ModelScope:
                 break
         files = [item for item in found if item.get("Type") != "tree"]
         return [RemoteFile(item["Path"], item.get("Size"), item.get("Sha256") or None) for item in files]
+
+    def _ask(self, url: str) -> dict:
+        with RemoteStream(url, self.headers, None) as stream:
+            return json.loads(io.BufferedReader(stream).read(MOST_LISTING)).get("Data") or {}
 
     def stream(self, file: RemoteFile) -> RemoteStream:
         query = urllib.parse.urlencode(dict(Revision=self.revision, FilePath=file.path))
@@ -288,6 +314,30 @@ class ModelScope:
             part.unlink()
             raise _wrong_sum(file)
         os.replace(part, target)
+
+    # Of a model:
+
+    def licence(self) -> str:
+        return self._ask(self.api.removesuffix("/repo")).get("License") or "not known"
+
+    def cache(self) -> Path:
+        """Where ModelScope's own library would put it."""
+        cache = Path(os.environ.get("MODELSCOPE_CACHE") or Path.home() / ".cache" / "modelscope" / "hub")
+        return cache / "models" / self.repo.replace(".", "___")
+
+    def cached(self, file: RemoteFile) -> bool:
+        path = self.cache() / file.path
+        return path.exists() and file.size in (None, path.stat().st_size)
+
+    def fetch(self, file: RemoteFile) -> Path:
+        path = self.cache() / file.path
+        if not self.cached(file):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.download(file, path)
+        return path
+
+    def offline(self) -> Path | None:
+        return self.cache() if (self.cache() / "config.json").exists() else None
 
 
 def _wrong_sum(file: RemoteFile) -> UserError:

@@ -4,6 +4,7 @@ Edit the defaults of LMConfig to resize the model, or pick a preset for one run 
 the size from the checkpoint. The names are Hugging Face's, so its documentation applies.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass, fields
 
@@ -23,9 +24,11 @@ class LMConfig:
     max_position_embeddings: int = 2048  # tokens of context
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
+    rope_scaling: dict | None = None  # to a longer context than the trained one (model/rope.py); None: not scaled
     tie_word_embeddings: bool = True  # one matrix for input and output; untied, `small` would grow by an eighth
     qk_norm: bool | None = None  # normalise each head's query and key: stable at higher learning rates (2302.05442);
     #                              None: True, except for softmax experts, whose Hugging Face class has no QK-norm
+    qkv_bias: bool = False  # of the query, key and value matrices, as in Qwen2
     bos_token_id: int = 1  # <|begin_of_text|>
     eos_token_id: int = 2  # <|end_of_text|>
 
@@ -44,6 +47,9 @@ class LMConfig:
     router_aux_loss_coef: float | None = None  # weight of the balance loss; None: 1e-4 for sigmoid, 0.01 for softmax
     seq_aux: bool = True  # balance within each document; False: within each micro-batch, so that its size matters
     router_bias_update_speed: float = 1e-2  # how far one step moves an expert's bias (sigmoid)
+
+    # The config.json that it was read from.
+    hf: dict | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def __post_init__(self):
         may_be_zero = set(
@@ -78,7 +84,11 @@ class LMConfig:
         if self.use_moe:
             self._check_moe()
         elif self.qk_norm is None:
-            self.qk_norm = True
+            self.qk_norm = not self.qkv_bias
+        if self.qkv_bias and (self.qk_norm or self.use_moe):
+            raise UserError("qkv_bias needs qk_norm False and no experts: no Hugging Face class has both")
+        if self.rope_scaling is not None:
+            check_scaling(self.rope_scaling)
 
     def _check_moe(self):
         if self.num_experts_per_tok > self.n_routed_experts:
@@ -108,15 +118,26 @@ class LMConfig:
             self.norm_topk_prob = False  # a single weight divided by itself is always 1: the router gets no gradient
 
     def to_hf(self) -> dict:
-        """The content of config.json. The architecture is Llama, or Qwen3 with qk_norm (the same decoder with that one
+        """The content of config.json. One that was loaded stays as it was, but for fields that have changed since."""
+        if self.hf is None:
+            return self._new_hf()
+        before = LMConfig.from_hf(self.hf)._new_hf()
+        changed = {name: value for name, value in self._new_hf().items() if before.get(name) != value}
+        dropped = {"layer_types"} if "num_hidden_layers" in changed else ()  # a list with an entry for each layer
+        return {name: value for name, value in self.hf.items() if name not in dropped} | changed
+
+    def _new_hf(self) -> dict:
+        """The architecture is Llama, Qwen2 with qkv_bias, or Qwen3 with qk_norm (the same decoder with that one
         addition), Glm4Moe with sigmoid experts, or Qwen2Moe with softmax experts (see checkpoint.to_disk)."""
         if not self.use_moe:
             architecture, model_type = ("Qwen3ForCausalLM", "qwen3") if self.qk_norm else ("LlamaForCausalLM", "llama")
+            if self.qkv_bias:
+                architecture, model_type = "Qwen2ForCausalLM", "qwen2"
         elif self.scoring_func == "sigmoid":
             architecture, model_type = "Glm4MoeForCausalLM", "glm4_moe"
         else:
             architecture, model_type = "Qwen2MoeForCausalLM", "qwen2_moe"
-        rope = {"rope_type": "default", "rope_theta": self.rope_theta}
+        rope = (self.rope_scaling or {"rope_type": "default"}) | {"rope_theta": self.rope_theta}
         hf = {
             "architectures": [architecture],
             "model_type": model_type,
@@ -128,6 +149,8 @@ class LMConfig:
             "use_cache": True,
             "dtype": "float32",
         }
+        if self.rope_scaling:
+            hf["rope_scaling"] = self.rope_scaling  # once more, for transformers 4 and others
         if model_type == "glm4_moe":
             hf |= {
                 "use_qk_norm": self.qk_norm,
@@ -156,27 +179,36 @@ class LMConfig:
         model_type = hf.get("model_type")
         if model_type not in _MODEL_TYPES:
             known = ", ".join(f'"{name}"' for name in _MODEL_TYPES)
-            raise UserError(f'model_type "{model_type}" is not supported; {known} are')
-        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise UserError(f'rope_type "{kind}" is not supported; only "default" is')
+            raise UserError(f'model_type "{model_type}" is not supported; {known} are: choose a model of these types')
         for name, plain in PLAIN_HF.items():
             if (hf.get(name) or plain) != plain:
-                raise UserError(f'{name} "{hf[name]}" is not supported; only "{plain}" is')
-        if set(hf.get("layer_types") or ()) - {"full_attention"} or rope.get("partial_rotary_factor", 1) != 1:
-            raise UserError("sliding-window attention and partial rotation are not supported")
-        if isinstance(hf.get("eos_token_id"), list):  # the first one ends a document
-            hf = hf | {"eos_token_id": (hf["eos_token_id"] or [None])[0]}
+                raise UserError(f'{name} "{hf[name]}" is not supported; only "{plain}" is: choose another model')
+        if missing := [name for name in _REQUIRED_FIELDS if hf.get(name) is None]:
+            raise UserError(f"{missing[0]} is missing")
+        rope, window = hf.get("rope_parameters") or hf.get("rope_scaling") or {}, hf.get("sliding_window", 4096)
+        windowed = set(hf.get("layer_types") or ()) - {"full_attention"}
+        if model_type == "mistral":  # with a window unless the field is null; one that spans the context does nothing
+            windowed = window is not None and window < hf["max_position_embeddings"]
+        if windowed or rope.get("partial_rotary_factor", 1) != 1:
+            raise UserError("sliding-window attention and partial rotation are not supported: choose another model")
         use_moe = model_type in ("glm4_moe", "qwen2_moe")
         if use_moe and not set(_MOE_FIELDS) <= hf.keys():
             raise UserError(f'of "{model_type}" only models saved by Jiezi are supported')
         names = _SHARED_FIELDS + (_MOE_FIELDS if use_moe else [])
+        values = _DEFAULTS_HF | {name: hf[name] for name in names if hf.get(name) is not None}
+        values.setdefault("num_key_value_heads", values["num_attention_heads"])
+        if model_type == "qwen3":
+            values.setdefault("head_dim", 128)
+        if isinstance(values.get("eos_token_id"), list):  # the first one ends a document
+            values["eos_token_id"] = next(iter(values["eos_token_id"]), cls.eos_token_id)
         return cls(
-            **{name: hf[name] for name in names if hf.get(name) is not None},
+            **values,
             rope_theta=rope.get("rope_theta", hf.get("rope_theta", cls.rope_theta)),
+            rope_scaling=_read_scaling(hf),
             qk_norm=model_type == "qwen3" or (model_type == "glm4_moe" and hf["use_qk_norm"]),
+            qkv_bias=model_type == "qwen2",
             use_moe=use_moe,
+            hf=hf,
         )
 
 
@@ -185,6 +217,46 @@ def _is_a(value: object, kind: type) -> bool:
     if isinstance(value, bool):
         return kind in (bool, bool | None)
     return isinstance(value, kind) or (isinstance(value, int) and isinstance(0.5, kind))
+
+
+ROPE_FIELDS = {  # rope_type -> the numbers that it needs, and those that it may have
+    "linear": ({"factor"}, {"original_max_position_embeddings"}),  # which changes nothing
+    "llama3": ({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}, set()),
+    "yarn": ({"factor", "original_max_position_embeddings"}, {"attention_factor", "beta_fast", "beta_slow"}),
+}
+
+
+def _read_scaling(hf: dict) -> dict | None:
+    """The scaling in a config.json; None: the default rotation. UserError for a type that is not supported."""
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    dropped = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+    scaling = {"rope_type": kind} | {name: value for name, value in rope.items() if name not in dropped}
+    if kind in ("llama3", "yarn") and scaling.get("original_max_position_embeddings") is None:
+        trained = hf.get("original_max_position_embeddings") or hf.get("max_position_embeddings")
+        scaling["original_max_position_embeddings"] = trained
+    return check_scaling({name: value for name, value in scaling.items() if value is not None})
+
+
+def check_scaling(scaling: dict) -> dict:
+    """Returns it. UserError names what is missing, unknown or not a number above 0."""
+    kind = scaling.get("rope_type")
+    if kind not in ROPE_FIELDS:
+        raise UserError(f'rope_type "{kind}" is not supported; "default", {", ".join(ROPE_FIELDS)} are')
+    needed, possible = ROPE_FIELDS[kind]
+    names = scaling.keys() - {"rope_type"}
+    for name in sorted((needed - names) | (names - needed - possible)):
+        what = "needs" if name in needed else "is not supported with"
+        raise UserError(f'rope_type "{kind}" {what} {name}')
+    for name in sorted(names):
+        value = scaling[name]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise UserError(f'rope_type "{kind}" needs a number above 0 as {name}, not {value!r}')
+    if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise UserError('rope_type "llama3" needs a low_freq_factor below high_freq_factor')
+    return scaling
 
 
 HIDDEN_ACTS = ("silu", "relu2", "gelu_pytorch_tanh")  # Hugging Face's names; operators.ACTIVATIONS computes them
@@ -201,7 +273,11 @@ _MOE_FIELDS = (
     "n_routed_experts n_shared_experts num_experts_per_tok moe_intermediate_size first_k_dense_replace norm_topk_prob "
     "routed_scaling_factor scoring_func router_aux_loss_coef seq_aux router_bias_update_speed"
 ).split()
-_MODEL_TYPES = ("llama", "qwen3", "glm4_moe", "qwen2_moe")
+_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "glm4_moe", "qwen2_moe")
+_REQUIRED_FIELDS = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings"
+).split()
+_DEFAULTS_HF = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False}  # of a config.json that lacks them
 
 # Sizes that differ from the defaults above.
 PRESETS = {

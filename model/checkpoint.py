@@ -1,6 +1,7 @@
 """Checkpoints: folders that transformers and PEFT load, plus checksums.
 
-    config.json  model.safetensors  generation_config.json      the model; transformers loads it as it is
+    config.json  model.safetensors  generation_config.json      the model; transformers loads it as it is. The weights
+                                                                of others may be shards, with an index
     tokenizer.json  tokenizer_config.json  chat_template.jinja  a copy of the tokenizer in use
     adapter_config.json  adapter_model.safetensors              or, instead of the model, an adapter in PEFT's format
 
@@ -11,6 +12,7 @@ is in its own header: a kill between two files never leaves a file with another 
 """
 
 import contextlib
+import hashlib
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -35,12 +37,13 @@ from base.files import (
     write_file,
     write_json,
 )
-from model.chat import TOKENIZER_FILES
+from model.chat import TOKENIZER_FILES, load_tokenizer
 from model.LMConfig import LMConfig
 from model.lora import from_peft, has_lora, merge_lora, to_peft
 from model.model import CausalLM
 
 MODEL_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 GENERATION_FILE = "generation_config.json"
 CONFIG_FILE, ADAPTER_CONFIG_FILE = "config.json", "adapter_config.json"
@@ -71,7 +74,9 @@ def save_model(
         if source.exists() and source.resolve() != (directory / name).resolve():
             write_file(directory / name, lambda temporary, source=source: shutil.copyfile(source, temporary))
     tensors = tensors_on_disk(model, dtype)
-    generation = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.stop_token_ids}
+    generation = {"bos_token_id": model.config.bos_token_id} | model.generation_config
+    if stop_ids(generation) != model.stop_token_ids:
+        generation["eos_token_id"] = model.stop_token_ids
     write_json(directory / GENERATION_FILE, generation)
     if has_lora(model):
         _, adapter_config = to_peft(model)
@@ -79,7 +84,9 @@ def save_model(
         save_tensors(directory / ADAPTER_FILE, tensors, base_sha256=weights_fingerprint(base_dir))
         _write_sums(directory, ADAPTER_CONFIG_FILE)
         return
-    write_json(directory / CONFIG_FILE, model.config.to_hf() | {"dtype": str(dtype).removeprefix("torch.")})
+    config = model.config.to_hf()
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
+    write_json(directory / CONFIG_FILE, config)
     save_tensors(directory / MODEL_FILE, tensors)
     _write_sums(directory, CONFIG_FILE)
 
@@ -131,8 +138,9 @@ def check_model(directory: Path):
     directory = Path(directory)
     finish_replacing(directory)
     paths = set(directory.rglob("*.safetensors"))
-    for config_file, tensor_file in ((CONFIG_FILE, MODEL_FILE), (ADAPTER_CONFIG_FILE, ADAPTER_FILE)):
-        paths |= {path.with_name(tensor_file) for path in directory.rglob(config_file)}
+    for path in directory.rglob(CONFIG_FILE):
+        paths |= {*weight_files(path.parent)}
+    paths |= {path.with_name(ADAPTER_FILE) for path in directory.rglob(ADAPTER_CONFIG_FILE)}
     if not paths:
         raise UserError(f"{directory} contains neither prepared data nor a model")
     for path in sorted(paths):
@@ -188,22 +196,49 @@ def from_disk(config: LMConfig, disk: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
+def weight_files(directory: Path) -> list[Path]:
+    """model.safetensors, or the shards that the index names. UserError for one that is missing."""
+    directory = Path(directory)
+    index = directory / INDEX_FILE
+    if (directory / MODEL_FILE).exists() or not index.exists():
+        return [directory / MODEL_FILE]
+    shards = read_json(index).get("weight_map")
+    names = sorted(set(shards.values())) if isinstance(shards, dict) else []
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise UserError(f"{index} does not name the files of the weights in weight_map; {RESTORE}")
+    for name in names:
+        if not (directory / name).exists():
+            raise UserError(f"{directory / name} is missing, one of {len(names)} files of the weights: fetch it again")
+    return [directory / name for name in names]
+
+
 def weights_fingerprint(directory: Path) -> str:
-    """SHA-256 of model.safetensors. UserError for an adapter's folder."""
+    """SHA-256 of model.safetensors; of shards, of their SHA-256 sums. UserError for an adapter's folder."""
     if base_of(directory) != Path(directory):
         raise UserError(
             f"{directory} contains an adapter: merge it first with python export.py {directory} --to merged"
         )
-    return sha256(Path(directory) / MODEL_FILE)
+    files = weight_files(directory)
+    if len(files) == 1:
+        return sha256(files[0])
+    return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
+
+
+def stop_ids(content: dict) -> list[int]:
+    """The stop tokens that a generation_config.json or config.json names."""
+    ids = content.get("eos_token_id")
+    return [token_id for token_id in (ids if isinstance(ids, list) else [ids]) if type(token_id) is int]
 
 
 def load_stop_ids(directory: Path, model: CausalLM):
-    """Sets the model's stop tokens to those of generation_config.json, if there are any."""
+    """Sets the stop tokens to those of generation_config.json or else config.json, keeps the former, and sets the one
+    of its chats."""
     path = Path(directory) / GENERATION_FILE
+    if (Path(directory) / "tokenizer.json").exists():
+        model.end_of_turn = load_tokenizer(directory).end_of_turn
     if path.exists():
-        ids = read_json(path).get("eos_token_id")
-        ids = ids if isinstance(ids, list) else [ids]
-        model.stop_token_ids = [token_id for token_id in ids if type(token_id) is int] or model.stop_token_ids
+        model.generation_config = read_json(path)
+    model.stop_token_ids = stop_ids(model.generation_config) or stop_ids(model.config.hf or {}) or model.stop_token_ids
 
 
 def load_adapter(model: CausalLM, directory: Path, base_dir: Path):
@@ -284,8 +319,10 @@ def load_model(directory: Path, device: torch.device | str = "cpu", adapter: Pat
             raise UserError(f"{directory} contains an adapter: to merge {adapter} instead, give the base model {base}")
         adapter = directory
     model = load_outline(base)
-    tensors, _ = load_tensors(base / MODEL_FILE, device)
-    load_weights(model, from_disk(model.config, tensors), base / MODEL_FILE)
+    tensors = {}
+    for path in weight_files(base):
+        tensors |= load_tensors(path, device)[0]
+    load_weights(model, from_disk(model.config, without_copies(model.config, tensors, path)), path)
     _check_sums(base)
     model = model.to(device)
     if adapter:
@@ -307,6 +344,27 @@ def base_of(directory: Path) -> Path:
     if not isinstance(base, str) or not base or not base.isprintable():
         raise UserError(f"{path} does not name the folder of its base model in base_model_name_or_path")
     return Path(base)
+
+
+def without_copies(config: LMConfig, tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Without what older files repeat: the frequencies of the rotation, and a head that is tied to the embedding.
+    UserError if that is not the embedding."""
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    embedding = tensors.get("model.embed_tokens.weight")
+    head = tensors.pop("lm_head.weight", None) if config.tie_word_embeddings else None
+    if head is not None and embedding is not None and not torch.equal(head, embedding):
+        raise UserError(
+            f"{path}: lm_head.weight differs from the embedding that config.json ties it to: "
+            "if it should, set tie_word_embeddings to false there"
+        )
+    return tensors
+
+
+def find_tokenizer(directory: Path, adapter: Path | None = None) -> Path:
+    """The folder of a model's tokenizer: an adapter's own, which may have the template that it was trained with, or the
+    one of its base model."""
+    folders = [folder for folder in (adapter, Path(directory), base_of(directory)) if folder]
+    return next((folder for folder in folders if (folder / "tokenizer.json").exists()), folders[-1])
 
 
 def load_weights(model: CausalLM, tensors: dict[str, Tensor], path: Path):
@@ -349,6 +407,13 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def _instead(path: Path) -> str:
+    """What to do where a file of tensors is missing."""
+    if path.with_suffix(".bin").exists() or path.with_name("pytorch_model.bin").exists():
+        return "a .bin file may run code when it is opened, and is not read: fetch the model's safetensors files"
+    return RESTORE
+
+
 def _read_metadata(path: Path) -> dict[str, str]:
     """The metadata of a safetensors file. UserError if it is missing, damaged, or does not have its checksum."""
     if path.exists() and not path.is_file():
@@ -357,7 +422,7 @@ def _read_metadata(path: Path) -> dict[str, str]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
     except FileNotFoundError:
-        raise UserError(f"{path} is missing; {RESTORE}") from None
+        raise UserError(f"{path} is missing; {_instead(path)}") from None
     except (SafetensorError, OSError) as error:
         if lacks_memory(error):
             raise MemoryError(str(error)) from None

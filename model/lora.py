@@ -30,7 +30,7 @@ class LoRALinear(nn.Linear):
     def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float):
         super().__init__(base.in_features, base.out_features, bias=False, device="meta")
         device = base.weight.device
-        self.weight = base.weight
+        self.weight, self.bias = base.weight, base.bias
         self.lora_A = nn.Linear(base.in_features, r, bias=False, device=device)
         self.lora_B = nn.Linear(r, base.out_features, bias=False, device=device)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
@@ -39,7 +39,7 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         adapted = self.lora_B(self.lora_A(F.dropout(x, self.dropout, self.training)))
-        return F.linear(x, self.weight) + self.alpha / self.r * adapted
+        return F.linear(x, self.weight, self.bias) + self.alpha / self.r * adapted
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
@@ -47,7 +47,7 @@ class LoRALinear(nn.Linear):
         not every device has float64."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         weight, b, a = (x.cpu().double() for x in (self.weight, self.lora_B.weight, self.lora_A.weight))
-        linear.weight = nn.Parameter((weight + b @ a * (self.alpha / self.r)).to(self.weight))
+        linear.weight, linear.bias = nn.Parameter((weight + b @ a * (self.alpha / self.r)).to(self.weight)), self.bias
         return linear
 
 
@@ -90,6 +90,14 @@ def apply_lora(
     model.requires_grad_(False)
     for name, linear in found.items():
         model.set_submodule(name, LoRALinear(linear, r, alpha or 2 * r, dropout))
+
+
+def narrow_frozen(model: CausalLM, dtype: torch.dtype):
+    """Converts frozen matrices to the dtype of the products that read them, which saves memory and changes no product.
+    Norms and routers, which compute in float32, stay."""
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad and parameter.dim() > 1 and not name.endswith("mlp.gate.weight"):
+            parameter.data = parameter.data.to(dtype)
 
 
 def merge_lora(model: CausalLM):

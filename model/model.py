@@ -26,9 +26,9 @@ from model.operators import (
     exact_linear,
     product_dtype,
     rms_norm,
-    rope_tables,
     without_autocast,
 )
+from model.rope import rope_tables
 
 
 class RMSNorm(nn.Module):
@@ -53,9 +53,9 @@ class Attention(nn.Module):
         self.qk_norm = config.qk_norm
         query_size = config.num_attention_heads * config.head_dim
         key_value_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
@@ -224,8 +224,11 @@ class Decoder(nn.Module):
                 mask = torch.ones(T, past + T, dtype=torch.bool, device=input_ids.device).tril(past)[None, None]
         elif cache is None and not isinstance(mask, Tensor):
             mask = document_mask(position_ids, self.attention_kind(), mask)
-        rope = rope_tables(position_ids, self.config.head_dim, self.config.rope_theta)
+        config = self.config
+        rope = rope_tables(position_ids, config.head_dim, config.rope_theta, config.rope_scaling)
         x = self.embed_tokens(input_ids)  # (B, T, H)
+        if x.dtype == product_dtype(x.device.type) == torch.float16:  # frozen: the residual stream needs a larger range
+            x = x.float()
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
                 x, routed = checkpoint(layer, x, rope, mask, use_reentrant=False)
@@ -250,7 +253,9 @@ class CausalLM(nn.Module):
     def __init__(self, config: LMConfig):
         super().__init__()
         self.config = config
-        self.stop_token_ids = [config.eos_token_id]  # end a document; a chat model also stops at <|im_end|>
+        self.stop_token_ids = [config.eos_token_id]  # end a document; a chat model also stops at end_of_turn
+        self.end_of_turn: int | None = IM_END  # of its tokenizer (model/chat.py)
+        self.generation_config: dict = {}  # of generation_config.json, as it was loaded
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -265,6 +270,8 @@ class CausalLM(nn.Module):
             if parameter.dim() > 1:
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(parameter, std=residual_std if residual else 0.02)
+            elif name.endswith(".bias"):
+                nn.init.zeros_(parameter)
 
     def forward(
         self,
@@ -285,7 +292,7 @@ class CausalLM(nn.Module):
     @property
     def is_chat(self) -> bool:
         """Whether it was trained to answer and to stop at the end of its turn."""
-        return IM_END in self.stop_token_ids
+        return self.end_of_turn in self.stop_token_ids
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())

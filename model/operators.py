@@ -104,13 +104,6 @@ ACTIVATIONS = {
 }
 
 
-def rope_tables(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position's angles (RoFormer, arXiv 2104.09864, eq. 15), each (B, T, 1, D/2) in fp32."""
-    exponents = torch.arange(0, head_dim, 2, device=position_ids.device) / head_dim  # (D/2,)
-    angles = position_ids[..., None, None] * theta**-exponents
-    return angles.cos(), angles.sin()
-
-
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates each pair (x[i], x[i + D/2]) by its angle. x: (B, T, heads, D)."""
     if use_manual(x):

@@ -11,12 +11,13 @@ from engine.decoding import pack_for_decoding
 from model.chat import load_tokenizer
 from model.checkpoint import (
     ADAPTER_FILE,
-    MODEL_FILE,
     base_of,
     find_checkpoints,
+    find_tokenizer,
     load_model,
     load_outline,
     load_stop_ids,
+    weight_files,
 )
 from server.batcher import Batcher
 
@@ -32,11 +33,13 @@ class Served:
         if not self.name.isprintable():  # a request could not name it
             raise UserError(f"the name {self.name!r} has characters that cannot be shown: rename the folder")
         self.base = base_of(directory)
-        weights = directory / (MODEL_FILE if self.base == directory else ADAPTER_FILE)
+        weights = weight_files(directory)[0] if self.base == directory else directory / ADAPTER_FILE
         outline = load_outline(self.base)
         load_stop_ids(directory, outline)
         if not weights.exists():
             raise UserError(f"no model in {directory}: {weights.name} is missing")
+        self.tokenizer = load_tokenizer(find_tokenizer(directory))
+        self.tokenizer.check_vocabulary(outline.config.vocab_size)
         self.created = int(weights.stat().st_mtime)
         self.is_chat, self.parameters = outline.is_chat, outline.num_parameters()
         self.context = outline.config.max_position_embeddings
@@ -44,18 +47,18 @@ class Served:
         self.batcher: Batcher | None = None
         self.opening = asyncio.Lock()
 
-    async def open(self, device: torch.device, half_weights: bool, max_rows: int):
+    async def open(self, device: torch.device, weight_dtype: str, max_rows: int):
         """Loads it, once. UserError if it cannot be loaded."""
         async with self.opening:
             if self.batcher is None:
-                model, self.tokenizer = await asyncio.to_thread(self._load, device, half_weights)
+                model = await asyncio.to_thread(self._load, device, weight_dtype)
                 self.batcher = Batcher(model, max_rows)
 
-    def _load(self, device: torch.device, half_weights: bool):
+    def _load(self, device: torch.device, weight_dtype: str):
         model = load_model(self.directory, device).eval()
         if device.type == "cpu":
-            model = pack_for_decoding(model, half_weights)
-        return model, load_tokenizer(self.base)
+            model = pack_for_decoding(model, weight_dtype)
+        return model
 
 
 def find_models(directories: list[Path]) -> dict[str, Served]:

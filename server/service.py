@@ -12,7 +12,6 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from base.cli import UserError
 from engine.session import Session
 from engine.tools import Tool
-from model.chat import BOS, encode, encode_chat
 from server.answer import Answer
 from server.guard import Refusal
 from server.models import Served
@@ -25,7 +24,7 @@ class ServerConfig:
 
     host: str
     api_key: str | None
-    half_weights: bool
+    weight_dtype: str  # of the matrices, on a CPU
     max_rows: int  # of each model, as are the next three
     max_queue: int
     max_new_tokens: int
@@ -78,7 +77,7 @@ class Service:
         if wanted > self.capacity:
             raise Refusal(400, f"one request may have {self.capacity} answers, not {wanted}", param="n")
         try:
-            await served.open(self.device, self.config.half_weights, self.config.max_rows)
+            await served.open(self.device, self.config.weight_dtype, self.config.max_rows)
         except UserError as error:
             raise Refusal(500, str(error)) from None
         return served, await asyncio.to_thread(self._prepare, served, request)
@@ -89,15 +88,14 @@ class Service:
         tools = {}
         if isinstance(request, CompletionRequest):
             texts = request.prompt
-            given = [[BOS, *encode(served.tokenizer, text)] if isinstance(text, str) else text for text in texts]
+            given = [served.tokenizer.text_prompt(text) if isinstance(text, str) else text for text in texts]
         else:
             tools = {} if request.tools or request.tool_choice == "none" else self.tools
             schemas = request.offered_tools or [tool.schema for tool in tools.values()]
             try:
-                messages = request.chat()
+                given = [served.tokenizer.prompt(request.chat(), schemas, think=request.think != "off")]
             except ValueError as error:
                 raise Refusal(400, str(error), param="messages") from None
-            given = [encode_chat(served.tokenizer, messages, schemas, add_generation_prompt=True)[0]]
         param = "messages" if isinstance(request, ChatRequest) else "prompt"
         for ids in given:
             if not ids or max(ids) >= served.tokenizer.get_vocab_size():

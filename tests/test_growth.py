@@ -14,6 +14,7 @@ from helpers import ROOT
 from base.cli import UserError
 from bench import card, contest, estimate, growth
 from model.LMConfig import PRESETS, LMConfig
+from model.lora import apply_lora, narrow_frozen
 from model.model import CausalLM
 from training import cost, optimizer
 from training.cost import CONTEXT, StepSettings, fit_batch, largest_divisor, memory_estimate
@@ -176,3 +177,40 @@ def test_the_estimate_is_what_a_step_takes():
     assert len(lines) == 8
     for line in lines:
         assert abs(int(line.split()[-1].rstrip("%"))) <= 15, line
+
+
+QWEN3 = dict(vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16)
+QWEN3 |= dict(num_key_value_heads=8, head_dim=128, max_position_embeddings=40960)  # Qwen3-0.6B
+
+
+def test_lora_on_an_open_model_fits_in_a_card_of_4_gb_by_estimate():
+    with torch.device("meta"):
+        model = CausalLM(LMConfig(**QWEN3))
+        apply_lora(model, r=8)
+    step = settings(batch_size=1, max_seq_len=1024, grad_checkpointing=True)
+    wide = memory_estimate(model, step, 2, "flash")
+    narrow_frozen(model, torch.bfloat16)
+    narrow = memory_estimate(model, step, 2, "flash")
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad and p.dim() > 1)
+    assert wide - narrow == 4 * frozen  # 4 bytes and a copy of 2 become 2
+    assert narrow < 3.6 * 2**30 < memory_estimate(model, replace(step, grad_checkpointing=False), 2, "flash")
+
+
+def test_gradient_checkpointing_is_used_where_a_step_does_not_fit_without(monkeypatch):
+    machine, model = Machine(0, 1, torch.device("cpu"), torch.float32), make_model("small")
+    plain, saved = (memory_estimate(model, settings(grad_checkpointing=used)) for used in (False, True))
+    one_row = memory_estimate(model, settings(batch_size=1))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    step = settings(grad_checkpointing=None)
+    for room, any_batch_size, used in (
+        (1.01 * plain, False, False),
+        (0.99 * plain, False, True),
+        (saved / 2, False, True),
+        (1.01 * one_row, True, False),
+        (0.99 * one_row, True, True),
+    ):
+        monkeypatch.setattr(cost, "memory_of_machine", lambda room=room: room / cost.ROOM)
+        assert cost.decide_checkpointing(step, any_batch_size, machine, model) == settings(grad_checkpointing=used)
+    for used in (False, True):  # a flag decides
+        step = settings(grad_checkpointing=used)
+        assert cost.decide_checkpointing(step, False, machine, model) == step

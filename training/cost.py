@@ -12,7 +12,8 @@ import torch
 
 from model.LMConfig import LMConfig
 from model.model import CausalLM
-from training.loss import CARD_CHUNK, LOSS_CHUNK, next_token_loss
+from model.operators import attention_here
+from training.loss import LOSS_CHUNK, loss_chunk, next_token_loss
 from training.machine import Machine
 from training.optimizer import MUON_BATCH
 from training.packing import Batch
@@ -34,7 +35,7 @@ class StepSettings:
     batch_size: int  # rows per process in a forward and backward pass
     accumulation_steps: int  # such passes per optimizer step
     max_seq_len: int  # tokens per row
-    grad_checkpointing: bool
+    grad_checkpointing: bool | None  # None: where it takes too much memory without (decide_checkpointing)
     optimizer: str
 
 
@@ -58,26 +59,27 @@ def memory_estimate(
 ) -> int:
     """Bytes at the peak of a training step; bench/memory.py measures the same.
 
-    bytes_per_number: of the inputs of matrix products. Weights, gradients and optimizer are float32; autocast also
-    keeps cast weights. attention: Decoder.attention_kind; all but "manual" run on a GPU.
+    bytes_per_number: of the inputs of matrix products. Weights are what they are, gradients and optimizer float32;
+    autocast also keeps cast weights. attention: Decoder.attention_kind; all but "manual" run on a GPU.
     processes: over which --shard shards weights, gradients and optimizer.
     """
     config = model.config
     on_gpu = attention != "manual"
     tokens = step.batch_size * step.max_seq_len
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    weights = model.num_parameters()
-    state = weights + 3 * sum(parameter.numel() for parameter in trained)  # weights, gradients, Adam's two moments
+    state = 3 * sum(parameter.numel() for parameter in trained)  # gradients, Adam's two moments
     if step.optimizer == "muon":  # one moment of a matrix; four copies of those that are updated at a time
         sizes = Counter()
         for parameter in model.model.layers.parameters():
             if parameter.requires_grad and parameter.dim() > 1:
                 sizes[parameter.shape] += parameter.numel()
         state -= sizes.total()
+    parameters = list(model.parameters())
+    state = 4 * state + sum(parameter.numel() * parameter.element_size() for parameter in parameters)  # bytes
     if processes > 1:
-        state = state // processes + _gathered_at_a_time(model)
+        state = state // processes + 4 * _gathered_at_a_time(model)
     if step.optimizer == "muon":
-        state += 4 * min(max(sizes.values(), default=0), MUON_BATCH)
+        state += 16 * min(max(sizes.values(), default=0), MUON_BATCH)
 
     # With gradient checkpointing a layer keeps its input. On a CPU twice as much is lost around it to fragmentation.
     inside = 3 * config.intermediate_size  # gradients in a layer, in the backward pass
@@ -89,10 +91,11 @@ def memory_estimate(
         if config.use_moe:  # three copies of the experts' inputs and outputs, and five of what is inside
             visit = 3 * config.hidden_size + 5 * config.moe_intermediate_size
             inside = max(inside, config.num_experts_per_tok * visit)
-        fragmentation, kept_input, chunk = CARD_FRAGMENTATION, 4 * config.hidden_size, CARD_CHUNK
+        fragmentation, kept_input = CARD_FRAGMENTATION, 4 * config.hidden_size
         # Of the logits: the product, its float32 copy, probabilities, and the gradient in the precision of the product.
-        loss = min(tokens, chunk) * config.vocab_size * (8 + 2 * bytes_per_number)
-        loss += 4 * config.vocab_size * config.hidden_size
+        chunk = min(tokens, loss_chunk(torch.device("cuda"), config.vocab_size))
+        loss = chunk * config.vocab_size * (8 + 2 * bytes_per_number)
+        loss += 4 * config.vocab_size * config.hidden_size if model.lm_head.weight.requires_grad else 0
     else:
         layers = [bytes_per_number * _kept_on_cpu(config, layer) for layer in range(config.num_hidden_layers)]
         fragmentation, kept_input = FRAGMENTATION, 3 * bytes_per_number * config.hidden_size
@@ -105,8 +108,8 @@ def memory_estimate(
     # weight; or, in the backward pass, the gradients inside one layer, and what is recomputed.
     backward = bytes_per_number * inside + (max(layers) if step.grad_checkpointing else 0)
     activations = tokens * round(fragmentation * kept) + max(loss, tokens * round(fragmentation * backward))
-    copy = bytes_per_number * weights if bytes_per_number < 4 else 0
-    return 4 * state + copy + activations + (CONTEXT if on_gpu else 0)
+    copied = sum(parameter.numel() for parameter in parameters if parameter.element_size() > bytes_per_number)
+    return state + bytes_per_number * copied + activations + (CONTEXT if on_gpu else 0)
 
 
 def _gathered_at_a_time(model: CausalLM) -> int:
@@ -157,6 +160,18 @@ def _kept_on_gpu(config: LMConfig, layer: int, size: int, attention: str, max_se
     return kept + 4 * H + size * (experts + shared)
 
 
+def decide_checkpointing(step: StepSettings, any_batch_size: bool, machine: Machine, model: CausalLM) -> StepSettings:
+    """A step with gradient checkpointing if one without does not fit by the estimate; as it is where a flag decides.
+
+    any_batch_size: whether fit_batch will find one, so that one row has to fit. All processes decide alike.
+    """
+    if step.grad_checkpointing is not None:
+        return step
+    plain = replace(step, grad_checkpointing=False)
+    fits = fits_by_estimate(replace(plain, batch_size=1) if any_batch_size else plain, machine, model)
+    return replace(step, grad_checkpointing=not all(machine.gather(fits)))
+
+
 def fit_batch(step: StepSettings, machine: Machine, model: CausalLM) -> StepSettings:
     """A step of as many rows, with as many at a time as fit: on a GPU by trying, on a CPU by the estimate. All
     processes take what fits in the smallest of them."""
@@ -173,9 +188,13 @@ def largest_divisor(rows: int, fits: Callable[[int], bool]) -> int:
 
 
 def fits_by_estimate(step: StepSettings, machine: Machine, model: CausalLM) -> bool:
-    """Whether there is memory for this step in all processes of this machine."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return processes * memory_estimate(model, step, machine.dtype.itemsize) <= ROOM * memory_of_machine()
+    """Whether there is memory for this step: on the GPU, or for all processes that compute on this machine's CPU."""
+    shards = machine.world_size if machine.shards else 1
+    attention = attention_here(machine.device, machine.dtype, model.config.head_dim)
+    needed = memory_estimate(model, step, machine.dtype.itemsize, attention, shards)
+    if machine.device.type == "cuda":
+        return needed <= ROOM * torch.cuda.get_device_properties(machine.device).total_memory
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * needed <= ROOM * memory_of_machine()
 
 
 def memory_of_machine() -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from base.cli import HelpFormatter, above_zero, fraction, natural, not_negative, positive, positive_or_auto
+from corpus.hub import model_folder
 from model.LMConfig import PRESETS
 from training.cost import StepSettings
 from training.log import LogSettings
@@ -52,7 +53,7 @@ def parse_flags(description: str, stage_flags: dict[str, dict] | None = None, **
         metavar="NAME=WEIGHT",
         help="weights of the folders, or a JSON file; default: each is read once per epoch",
     )
-    flag("--init_from", type=Path, help="model to start from; default: random weights")
+    flag("--init_from", type=Path, help="model to start from: a folder, or a hub's name; default: random weights")
     flag("--out_dir", type=Path, help="where the model is saved")
     flag(
         "--resume",
@@ -89,7 +90,9 @@ def parse_flags(description: str, stage_flags: dict[str, dict] | None = None, **
     flag("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="of matrix products")
     flag("--compile", action="store_true", help="torch.compile: slower start, faster steps on a GPU")
     flag(
-        "--grad_checkpointing", action="store_true", help="gradient checkpointing: much less memory, a third more work"
+        "--grad_checkpointing",
+        action=argparse.BooleanOptionalAction,
+        help="gradient checkpointing: much less memory, a third more work; default: where a step needs it to fit",
     )
     flag("--shard", action="store_true", help="FSDP: shard weights, gradients and optimizer over the processes")
     flag = parser.add_argument_group("logging and saving").add_argument
@@ -110,6 +113,8 @@ def parse_flags(description: str, stage_flags: dict[str, dict] | None = None, **
     args.fit_batch = args.batch_size == "auto"
     if args.fit_batch and args.shard:
         parser.error("--batch_size auto tries what one process can hold; with --shard give a number")
+    for name in {"init_from", "teacher"} & vars(args).keys():
+        setattr(args, name, model_folder(getattr(args, name)))
     if args.nproc_per_node > 1 and "RANK" not in os.environ:
         launch(args.nproc_per_node)
     if args.fit_batch:  # of a step of the usual size

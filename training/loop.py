@@ -19,11 +19,12 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from model.chat import EOS, IM_END
+from model.chat import load_tokenizer
 from model.device import print_notes
+from model.lora import narrow_frozen
 from model.model import CausalLM
 from training.balance import expert_metrics, move_router_bias
-from training.cost import fit_batch, step_flops
+from training.cost import decide_checkpointing, fit_batch, step_flops
 from training.flags import RunSettings
 from training.log import Log, Meter
 from training.loss import LossFunction
@@ -61,10 +62,15 @@ class Run:
         self.settings, self.machine, self.model, self.train_set = settings, machine, model, train_set
         check_compatible(settings, model.config, train_set)
         if train_set.masked:
-            model.stop_token_ids = [EOS, IM_END]  # chats teach to stop at the end of a turn
+            model.end_of_turn = load_tokenizer(train_set.tokenizer_dir).end_of_turn
+            # Chats teach to stop at the end of a turn.
+            model.stop_token_ids = [*dict.fromkeys([*model.stop_token_ids, model.end_of_turn])]
+        if machine.device.type != "cpu" and machine.dtype.itemsize == 2 and not machine.shards:
+            narrow_frozen(model, machine.dtype)
         shard_model(model, machine).train()
-        model.model.gradient_checkpointing = settings.step.grad_checkpointing
-        self.step_settings = fit_batch(settings.step, machine, model) if settings.fit_batch else settings.step
+        step = decide_checkpointing(settings.step, settings.fit_batch, machine, model)
+        model.model.gradient_checkpointing = step.grad_checkpointing
+        self.step_settings = fit_batch(step, machine, model) if settings.fit_batch else step
         self.batch_size = self.step_settings.batch_size
         self.scale = self.batch_size * settings.step.max_seq_len  # divides the loss: float16 cannot hold its sum
         self.optimizer = build_optimizer(model, settings.optimizer)

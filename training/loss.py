@@ -17,11 +17,12 @@ from training.machine import Machine
 from training.packing import IGNORE, Batch, PackedDataset
 
 LOSS_CHUNK = 512  # tokens whose logits exist at a time: in a processor's cache
-CARD_CHUNK = 2048  # the same for a GPU, which is fast at large products: 0.2 GB of logits, probabilities and gradients
+CARD_CHUNK = 2048  # the same for a GPU, which is fast at large products
+CARD_LOGITS = 2**24  # so many at a time at most: 0.2 GB of logits, probabilities and gradients
 
 
-def loss_chunk(device: torch.device) -> int:
-    return LOSS_CHUNK if device.type == "cpu" else CARD_CHUNK
+def loss_chunk(device: torch.device, vocab_size: int) -> int:
+    return LOSS_CHUNK if device.type == "cpu" else max(1, min(CARD_CHUNK, CARD_LOGITS // vocab_size))
 
 
 # (model, batch) -> sum of the loss, how many tokens or pairs it sums, sums of metrics over them ("expert_load": loads).
@@ -106,7 +107,7 @@ class TokenLosses(torch.autograd.Function):
         ctx.dtype = dtype
         weight = weight.to(dtype)
         losses = [hidden.new_zeros(0, dtype=torch.promote_types(dtype, torch.float32))]
-        chunk = loss_chunk(hidden.device)
+        chunk = loss_chunk(hidden.device, len(weight))
         for h, label in zip(hidden.split(chunk), labels.split(chunk)):
             logits = _logits(h.to(dtype), weight)
             losses.append(F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none"))
@@ -116,16 +117,18 @@ class TokenLosses(torch.autograd.Function):
     def backward(ctx, d_losses: Tensor):
         """d logits = softmax - 1 at the label."""
         hidden, weight, labels = ctx.saved_tensors
-        narrow, d_hidden, d_weight = weight.to(ctx.dtype), torch.empty_like(hidden), torch.zeros_like(weight)
+        narrow, d_hidden = weight.to(ctx.dtype), torch.empty_like(hidden)
+        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # None: frozen
         d_losses = d_losses.masked_fill(labels == IGNORE, 0)
-        parts = (x.split(loss_chunk(hidden.device)) for x in (hidden, labels, d_losses, d_hidden))
+        parts = (x.split(loss_chunk(hidden.device, len(weight))) for x in (hidden, labels, d_losses, d_hidden))
         for h, label, d_loss, d_h in zip(*parts):
             h = h.to(ctx.dtype)
             d_logits = _logits(h, narrow).softmax(-1)  # (chunk, V)
             d_logits.scatter_add_(1, label.clamp(min=0)[:, None], d_logits.new_full((len(h), 1), -1))
             d_logits = d_logits.mul_(d_loss[:, None]).to(ctx.dtype)
             d_h.copy_(d_logits @ narrow)
-            d_weight += d_logits.mT @ h
+            if d_weight is not None:
+                d_weight += d_logits.mT @ h
         return d_hidden, d_weight, None, None
 
 

@@ -16,7 +16,7 @@ import os
 import platform
 import shutil
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import filelock
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from base.cli import UserError, command_line
 from base.files import RUN_FILE, STATE_FILE, finish_replacing, replace_directory, write_json
+from model.chat import load_tokenizer
 from model.checkpoint import (
     full_tensor,
     load_config,
@@ -80,11 +81,10 @@ def should_resume(resume: str | None, out_dir: Path) -> bool:
 def resolve_out_dir(out_dir: Path) -> Path:
     """out_dir with links and "." resolved, since it is renamed when another run takes its place. UserError where that
     is impossible."""
-    try:
-        if out_dir.is_symlink() or not out_dir.name:
-            out_dir = out_dir.resolve()
-    except (OSError, RuntimeError) as error:  # links form a circle
-        raise UserError(f"--out_dir {out_dir} leads nowhere ({error})") from None
+    if out_dir.is_symlink() or not out_dir.name:
+        out_dir = Path(os.path.realpath(out_dir))  # resolve() raises in a circle, but not from Python 3.13 on
+    if out_dir.is_symlink():
+        raise UserError(f"--out_dir {out_dir} leads nowhere: its links form a circle")
     if os.path.ismount(out_dir):
         raise UserError(f"--out_dir {out_dir} is where a disk is mounted, and cannot be replaced; give a folder in it")
     return out_dir
@@ -144,6 +144,8 @@ class Checkpointer:
         self.optimizer, self.scaler = optimizer, scaler
         self.out_dir = resolve_out_dir(settings.out_dir)
         self.tokenizer_dir = settings.init_from or data.tokenizer_dir
+        if data.chat_template_sha256 and not load_tokenizer(self.tokenizer_dir).brings_template:
+            self.tokenizer_dir = data.tokenizer_dir  # it has the template that the model learns
         self.resumed = should_resume(settings.resume, self.out_dir)
         self.directory = self.out_dir if self.resumed else self.out_dir.with_name(f".{self.out_dir.name}.writing")
         self.saved_step = 0
@@ -299,7 +301,8 @@ def git_commit() -> str | None:
 
 def check_same_config(found: LMConfig, wanted: LMConfig, directory: Path):
     """UserError that names every field that differs."""
-    differing = [name for name in vars(wanted) if getattr(found, name) != getattr(wanted, name)]
+    names = [field.name for field in fields(wanted) if field.compare]
+    differing = [name for name in names if getattr(found, name) != getattr(wanted, name)]
     if differing:
         details = ", ".join(f"{name} {getattr(found, name)} there, {getattr(wanted, name)} here" for name in differing)
         raise UserError(f"{directory} contains another model ({details}); use its --preset, or another --out_dir")

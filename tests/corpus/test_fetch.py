@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import logging
+import re
 import tarfile
 import time
 import zipfile
@@ -37,6 +38,8 @@ class Hub(ThreadingHTTPServer):
         self.cuts = 0  # so many answers end in their middle
         self.busy = 0  # so many are 429
         self.gated = self.ranges = False
+        card = {"id": "some/small", "modelId": "some/small", "cardData": {"license": "apache-2.0"}}  # of a model
+        self.card = card | {"Data": {"License": "apache-2.0"}}
         self.asked: list[tuple[str, str | None]] = []  # of contents: name, range
 
     def sum_of(self, name: str) -> str:
@@ -63,14 +66,16 @@ class Handler(BaseHTTPRequestHandler):
         query = {name: values[0] for name, values in parse_qs(url.query).items()}
         if "missing" in url.path:
             self.answer(404, b"{}", X_Error_Code="RepoNotFound")
-        elif url.path.startswith("/api/datasets/"):
+        elif re.fullmatch("/api/(v1/)?models/[^/]+/[^/]+", url.path):
+            self.answer(200, json.dumps(hub.card).encode(), Content_Type="application/json")
+        elif url.path.startswith(("/api/datasets/", "/api/models/")):
             listing = [
                 {"type": "file", "path": name, "size": len(data), "oid": "0" * 40}
                 | {"lfs": {"oid": hub.sum_of(name), "size": len(data), "pointerSize": 100}}
                 for name, data in hub.files.items()
             ]
             self.answer(200, json.dumps(listing).encode(), Content_Type="application/json")
-        elif url.path.endswith("/repo/tree"):
+        elif url.path.endswith(("/datasets/some/set/repo/tree", "/models/some/small/repo/files")):
             listing = [{"Type": "tree", "Path": "deep"}] + [
                 {"Type": "blob", "Path": name, "Size": len(data), "Sha256": hub.sum_of(name)}
                 for name, data in hub.files.items()

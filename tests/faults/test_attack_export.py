@@ -265,7 +265,7 @@ NAMES = [
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
 def test_a_folders_name_says_nothing_in_a_modelfile_or_a_command(name, world, monkeypatch, capsys):
     (world / "sft").rename(world / name)
-    monkeypatch.setattr(export, "export_gguf", lambda model, source, output, _: output / f"{source.name}-f16.gguf")
+    monkeypatch.setattr(export, "export_gguf", lambda model, source, output, name, _: output / f"{name}-f16.gguf")
     monkeypatch.setattr(sys, "argv", ["export.py", str(world / name), "--to", "ollama", "--output", str(world / "out")])
     if not name.isprintable():
         with pytest.raises(UserError, match="cannot be shown"):

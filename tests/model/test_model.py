@@ -15,7 +15,8 @@ from model import cpu
 from model.checkpoint import load_config, load_model, save_model
 from model.LMConfig import CARD_PRESETS, HIDDEN_ACTS, PRESETS, LMConfig
 from model.model import CausalLM, FeedForward
-from model.operators import DocumentLengths, apply_rope, document_mask, rope_tables
+from model.operators import DocumentLengths, apply_rope, document_mask
+from model.rope import rope_tables
 
 TINY = LMConfig(**PRESETS["tiny"])
 ODD_SIZES = dict(  # head_dim is not hidden_size / heads, one key-value head, two matrices for input and output
@@ -404,8 +405,8 @@ def test_odd_sizes_survive_too():
         ({"model_type": "gpt2"}, "gpt2"),
         ({"model_type": None}, "model_type"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}}, "llama3"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "yarn"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "longrope", "factor": 2.0}}, "longrope"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"layer_types": ["sliding_attention", "full_attention"]}, "sliding-window"),

@@ -1,5 +1,6 @@
 """Training on a card, without one: number formats, the loss head in 16 bits, the scaler, what waits for the device."""
 
+import copy
 import json
 import math
 import os
@@ -28,12 +29,22 @@ from base.cli import UserError
 from bench.train_speed import made_up_batch
 from model import experts
 from model.LMConfig import PRESETS, LMConfig
+from model.lora import apply_lora, lora_layers, narrow_frozen
 from model.model import CausalLM
 from training import cost, loss
 from training import machine as machines
 from training import optimizer as optimizers
 from training.balance import count_each
-from training.loss import CARD_CHUNK, LOSS_CHUNK, TokenLosses, cross_entropy_sum, next_token_loss, token_losses
+from training.loss import (
+    CARD_CHUNK,
+    CARD_LOGITS,
+    LOSS_CHUNK,
+    TokenLosses,
+    cross_entropy_sum,
+    loss_chunk,
+    next_token_loss,
+    token_losses,
+)
 from training.machine import Machine, auto_dtype, backend, matmul_rate, start_machine
 from training.optimizer import GradientBuffer, OptimizerSettings, build_optimizer, optimizer_step, orthogonalize
 from training.packing import IGNORE, PackedDataset, to_device
@@ -103,6 +114,47 @@ def test_the_loss_by_chunks_has_the_right_gradients(monkeypatch):
     assert (chunked == 0).tolist() == (labels == IGNORE).tolist()
     assert torch.autograd.gradcheck(lambda h, w: TokenLosses.apply(h, w, labels, torch.float64), (hidden, weight))
     assert TokenLosses.apply(hidden[:0], weight, labels[:0], torch.float64).shape == (0,)
+
+
+def test_a_large_vocabulary_has_smaller_chunks_on_a_card():
+    card = torch.device("cuda")
+    assert loss_chunk(card, 6400) == CARD_CHUNK
+    for vocab_size in (49152, 128256, 151936, 2**30):
+        chunk = loss_chunk(card, vocab_size)
+        assert chunk == 1 or vocab_size * chunk <= CARD_LOGITS < vocab_size * (chunk + 1)
+
+
+def test_a_frozen_head_gets_no_gradient():
+    hidden, weight, labels = random_head(10)
+    expected = torch.autograd.grad(TokenLosses.apply(hidden, weight, labels, torch.float32).sum(), hidden)[0]
+    weight.requires_grad_(False)
+    TokenLosses.apply(hidden, weight, labels, torch.float32).sum().backward()
+    assert weight.grad is None
+    assert torch.equal(hidden.grad, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_frozen_matrices_in_16_bits_train_an_adapter_as_before(dtype):
+    torch.manual_seed(0)
+    model = CausalLM(LMConfig(**PRESETS["tiny"]))
+    apply_lora(model, r=4)
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B.weight, std=0.1)
+    narrow = copy.deepcopy(model)
+    narrow_frozen(narrow, dtype)
+    kinds = {name: parameter.dtype for name, parameter in narrow.named_parameters()}
+    assert kinds["model.embed_tokens.weight"] == kinds["model.layers.0.mlp.up_proj.weight"] == dtype
+    assert {kind for name, kind in kinds.items() if "lora_" in name or "norm" in name} == {torch.float32}
+    ids = torch.randint(6400, (2, 65))
+    labels, losses = ids[:, 1:].flatten(), []
+    for network in (model, narrow):
+        with torch.autocast("cpu", dtype):
+            losses.append(network(ids[:, :-1], head=lambda h, w: cross_entropy_sum(h.flatten(0, 1), w, labels)))
+        (losses[-1] / 128).backward()
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-3)
+    for (name, parameter), other in zip(model.named_parameters(), narrow.parameters()):
+        if parameter.requires_grad:
+            assert relative_difference(other.grad, parameter.grad) < 0.05, name
 
 
 @pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
