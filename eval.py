@@ -303,7 +303,8 @@ def main():
     tokenizer = load_tokenizer(directory)
     if tokenizer.problem:
         print(f"{directory}: {tokenizer.problem}; until then it continues texts", file=sys.stderr)
-    config = GenerationConfig(**{field.name: getattr(args, field.name) for field in fields(GenerationConfig)})
+    names = {field.name for field in fields(GenerationConfig)}
+    config = GenerationConfig(**{name: value for name, value in vars(args).items() if name in names})
     session = Session(model, tokenizer, config, load_tools(args.tools))
     system = [{"role": "system", "content": as_utf8(args.system)}] if args.system else []
     figures = {}
