@@ -106,9 +106,9 @@ def test_reasoning_is_switched_off_as_qwen_and_openai_do(client, live, monkeypat
     configs = []
     of = Service._prepare
 
-    def prepare(service, served, request):
+    def prepare(service, served, request, *rest):
         configs.append(request.generation_config(1000))
-        return of(service, served, request)
+        return of(service, served, request, *rest)
 
     monkeypatch.setattr(Service, "_prepare", prepare)
     for fields in ({}, {"chat_template_kwargs": {"enable_thinking": False}}, {"reasoning_effort": "none"}):
