@@ -129,7 +129,7 @@ def stopping(prepare, run_here, folder):
     out = folder / "out" / "teacher"
     if not out.exists():
         data = prepare("sft", name="brief", records=brief)
-        flags = "--optimizer muon --learning_rate 1e-2 --max_steps 40 --batch_size 8 --max_seq_len 128".split()
+        flags = "--optimizer muon --learning_rate 1e-2 --max_steps 60 --epochs 99 --batch_size 8 --max_seq_len 128".split()
         start = ["--init_from", write_model(folder / "random", hidden_size=64), "--data", data, "--out_dir", out]
         result = run_here("2-sft.py", *start, *flags, "--warmup_steps", 1)
         assert result.status == 0, result.err
