@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from base.cli import UserError
+from base.cli import UserError, one_line
+from engine.grammar import Grammar, compile_grammar
 from engine.session import Session
 from engine.tools import Tool
 from server.answer import Answer
@@ -17,12 +18,16 @@ from server.guard import Refusal
 from server.models import Served
 from server.schema import ChatRequest, CompletionRequest, Request
 
+MAX_COMPILING = 16  # grammars of requests that are being compiled or wait for it
+
 
 @dataclass(frozen=True)
 class ServerConfig:
     """The flags of serve.py."""
 
     host: str
+    allowed_origins: tuple[str, ...]
+    allowed_hosts: tuple[str, ...]
     api_key: str | None
     weight_dtype: str  # of the matrices, on a CPU
     max_rows: int  # of each model, as are the next three
@@ -58,6 +63,8 @@ class Service:
         self.models, self.config, self.device, self.tools = models, config, device, tools
         self.capacity = config.max_rows + config.max_queue  # of each model
         self.tool_threads = ThreadPoolExecutor(8, "tools")  # separate: a tool may take seconds
+        self.grammar_threads = ThreadPoolExecutor(2, "grammars")  # and so may a grammar
+        self.n_compiling = 0
         self.metrics = Metrics()
 
     def model(self, name: str) -> Served:
@@ -80,20 +87,47 @@ class Service:
             await served.open(self.device, self.config.weight_dtype, self.config.max_rows)
         except UserError as error:
             raise Refusal(500, str(error)) from None
-        return served, await asyncio.to_thread(self._prepare, served, request)
+        grammar = await self._grammar(served, request)
+        return served, await asyncio.to_thread(self._prepare, served, request, grammar)
 
-    def _prepare(self, served: Served, request: Request) -> list[Answer]:
+    async def _grammar(self, served: Served, request: Request) -> Grammar | None:
+        """What the answers have to fit."""
+
+        def compiled() -> Grammar | None:
+            tags = served.tokenizer.tags.get("tool_call")
+            structure = request.structure(tags)
+            if structure is None:
+                return None
+            return compile_grammar(served.tokenizer, structure[0], tags[0] if structure[1] else None)
+
+        if not request.is_structured:
+            return None
+        if self.n_compiling >= MAX_COMPILING:
+            raise Refusal(429, "too many schemas and grammars are being compiled: try again in a moment")
+        self.n_compiling += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.grammar_threads, compiled)
+        except (UserError, ValueError, RecursionError) as error:
+            raise Refusal(400, one_line(error)) from None
+        finally:
+            self.n_compiling -= 1
+
+    def _prepare(self, served: Served, request: Request, grammar: Grammar | None) -> list[Answer]:
         config = request.generation_config(min(self.config.max_new_tokens, served.context))
-        session = Session(served.batcher.model, served.tokenizer, config)
+        session = Session(served.batcher.model, served.tokenizer, config, grammar=grammar)
         tools = {}
         if isinstance(request, CompletionRequest):
             texts = request.prompt
             given = [served.tokenizer.text_prompt(text) if isinstance(text, str) else text for text in texts]
         else:
-            tools = {} if request.tools or request.tool_choice == "none" else self.tools
+            tools = {} if request.tools or request.tool_choice == "none" or grammar else self.tools
             schemas = request.offered_tools or [tool.schema for tool in tools.values()]
             try:
-                given = [served.tokenizer.prompt(request.chat(), schemas, think=request.think != "off")]
+                if request.continue_final_message:
+                    ids, _ = served.tokenizer.documents(request.chat(), schemas)[-1]
+                    given = [ids[: -1 - ids[::-1].index(served.tokenizer.end_of_turn)]]
+                else:
+                    given = [served.tokenizer.prompt(request.chat(), schemas, think=config.think != "off")]
             except ValueError as error:
                 raise Refusal(400, str(error), param="messages") from None
         param = "messages" if isinstance(request, ChatRequest) else "prompt"
@@ -101,10 +135,18 @@ class Service:
             if not ids or max(ids) >= served.tokenizer.get_vocab_size():
                 raise Refusal(400, "a prompt has at least one token, and none beyond the vocabulary", param=param)
             if len(ids) >= served.context:
-                message = f"the prompt has {len(ids)} tokens; the model's context is {served.context}: shorten it"
+                # litellm and others look for these words.
+                message = f"This model's maximum context length is {served.context} tokens"
+                message += f"; the prompt has {len(ids)}: shorten it"
                 raise Refusal(400, message, "context_length_exceeded", param)
         prompts = [ids for ids in given for _ in range(request.n)]
-        return [Answer(index, session, request, ids, tools) for index, ids in enumerate(prompts)]
+        answers = [Answer(index, session, request, ids, tools) for index, ids in enumerate(prompts)]
+        for answer in answers if grammar else []:
+            try:
+                answer.sequence.constraint.check_room(min(config.max_new_tokens, served.context - answer.n_prompt))
+            except UserError as error:
+                raise Refusal(400, str(error), param="max_tokens") from None
+        return answers
 
     async def generate(self, served: Served, answers: list[Answer]) -> AsyncGenerator[tuple[Answer, dict], None]:
         """Streams (answer, piece) pairs. The first piece is empty: it says that all answers are queued.
