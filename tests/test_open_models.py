@@ -167,13 +167,15 @@ def test_it_teaches_a_model_with_jiezis_tokenizer_by_its_answers(stopping, prepa
     data = prepare("rl", TOKENIZER, name="own-rl")
     flags = ["--teacher", stopping, "--mode", "text", "--init_from", base_dir, "--max_new_tokens", 24]
     flags += ["--generations", 4]
-    train(run_here, "6-distill.py", folder / "out" / "own", "--data", data, *flags)
-    (answers,) = (folder / "out" / "distill-text").glob("*")
-    tokenizer = load_tokenizer(TOKENIZER)
-    (ids, mask), (prompt, _) = Prepared(answers, "val").record(0)[0], Prepared(data, "val").record(0)[0]
-    assert ids[: len(prompt)].tolist() == prompt.tolist()
-    assert not mask[: len(prompt)].any()
-    assert ids[np.flatnonzero(mask)[-1]] == tokenizer.end_of_turn
+    train(run_here, "6-distill.py", folder / "own" / "student", "--data", data, *flags)
+    (answers,) = (folder / "own" / "distill-text").glob("*")
+    questions, chats = Prepared(data, "val"), Prepared(answers, "val")
+    prompts = [questions.record(i)[0][0].tolist() for i in range(len(questions))]
+    for i in range(len(chats)):
+        ((ids, mask),) = chats.record(i)
+        (prompt,) = [prompt for prompt in prompts if ids[: len(prompt)].tolist() == prompt]
+        assert not mask[: len(prompt)].any()
+        assert ids[np.flatnonzero(mask)[-1]] == load_tokenizer(TOKENIZER).end_of_turn
 
 
 def test_a_base_model_learns_the_template_that_is_given(run_here, tmp_path):
