@@ -26,6 +26,7 @@ from torch import nn
 
 from base.files import write_file
 from corpus.hub import model_folder
+from model.chat import load_tokenizer
 from model.checkpoint import base_of, load_model, replacing_model, save_model
 from model.gguf import WEIGHT_TYPES, architecture, write_gguf, write_modelfile
 from model.model import CausalLM
@@ -50,7 +51,7 @@ def export_gguf(model: CausalLM, source: Path, output: Path, name: str, weight_t
 
 def export_ollama(model: CausalLM, source: Path, output: Path, name: str, weight_type: str):
     path = export_gguf(model, source, output, name, weight_type)
-    write_modelfile(output / "Modelfile", model, path)
+    write_modelfile(output / "Modelfile", model, path, load_tokenizer(source))
     command = ["ollama", "create", name, "-f", str(output / "Modelfile")]
     print(f"{output / 'Modelfile'}\nnext: {join_words(command)}")
 
