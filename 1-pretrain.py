@@ -47,7 +47,7 @@ def main():
         model = load_model(args.init_from)
     else:
         with machine.init_device():
-            model = CausalLM(LMConfig(**PRESETS[args.preset]) if args.preset else LMConfig())
+            model = CausalLM(LMConfig(**PRESETS.get(args.preset, {}), **train_set.vocab))
 
     training = Run(run_settings(args), machine, model, train_set)
     if not args.preset and not args.init_from:

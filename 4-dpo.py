@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.checkpoint import load_model
+from model.checkpoint import load_config, load_model
 from model.lora import apply_lora
 from model.model import CausalLM
 from training.balance import expert_balance
@@ -31,6 +31,7 @@ from training.loss import evaluate, token_log_probs
 from training.machine import start_machine
 from training.packing import Batch, open_data, to_device
 from training.reference import reference_log_probs
+from training.report import check_data
 
 TIE = 1e-4  # nats: at step 0 model and reference differ by rounding alone
 METRICS = ("accuracy", "reward_margin", "reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected")
@@ -86,6 +87,7 @@ def main():
     )
     machine = start_machine(args.device, args.dtype, args.seed, args.shard, args.compile)
     train_set, val_set = open_data(args.data, args.mix, args.max_seq_len, "dpo")
+    check_data(args.init_from, load_config(args.init_from), train_set)  # before the reference computes
     # ln p_ref of every answer, (documents,), by split. It never changes, and needs the reference only now.
     references = reference_log_probs(
         args.init_from,

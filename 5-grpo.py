@@ -134,7 +134,7 @@ def main():
             groups = generator.generate(train_set, questions, args.generations, seed)
             # Score: a reward for each answer.
             generator.score(train_set, groups)
-            training.add_sums(**rollouts.sums_of(groups), sampling_seconds=time.perf_counter() - start)
+            training.add_sums(**generator.sums_of(groups), sampling_seconds=time.perf_counter() - start)
             # Select: those that are better or worse than their group.
             answers, count = select(groups)
             # Learn.

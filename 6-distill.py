@@ -44,6 +44,7 @@ from training.loop import Run
 from training.loss import LossFunction, evaluate, next_token_loss
 from training.machine import start_machine
 from training.packing import PackedDataset, open_data
+from training.report import check_data
 
 STUDENT = Path("out/sft")
 
@@ -71,13 +72,19 @@ def main():
     check_flags(args)
     machine = start_machine(args.device, args.dtype, args.seed, args.shard, args.compile)
     own_texts = args.mode == "on_policy"
-    if args.mode != "logits":
-        prompts = rollouts.open_prompts(args.data, args.mix, args.max_seq_len, args.max_new_tokens, "rl", "sft")
+    if args.mode == "logits":
+        train_set, val_set = open_data(args.data, args.mix, args.max_seq_len, "pretrain", "sft")
+    else:
+        limits = args.max_seq_len, args.max_new_tokens
+        train_set, val_set = rollouts.open_prompts(args.data, args.mix, *limits, "rl", "sft")
+    model = CausalLM(LMConfig(**PRESETS[args.preset], **train_set.vocab)) if args.preset else load_model(args.init_from)
+    if args.keep_layers:
+        model = keep_layers(model, args.keep_layers)
+    check_data(args.init_from, model.config, train_set)  # before the teacher computes
     if args.mode == "text":  # the data are the teacher's answers
         settings, cache = fill(AnswerSettings, args), args.out_dir.parent / "distill-text"
-        args.data, args.mix = generate_answers(args.teacher, *prompts, settings, machine, cache), None
-    train_set, val_set = prompts if own_texts else open_data(args.data, args.mix, args.max_seq_len, "pretrain", "sft")
-
+        args.data, args.mix = generate_answers(args.teacher, train_set, val_set, settings, machine, cache), None
+        train_set, val_set = open_data(args.data, None, args.max_seq_len, "sft")
     loss_fn, metrics = next_token_loss, ()
     if args.mode != "text":  # the divergence between student and teacher, summed over the scored tokens
         teacher = load_teacher(args.teacher, args.teacher_dtype, machine, train_set)
@@ -86,16 +93,12 @@ def main():
         loss_fn = partial(distillation_loss, teacher=teacher, how=how)
         metrics = (*rollouts.METRICS, *METRICS) if own_texts else METRICS
 
-    model = CausalLM(LMConfig(**PRESETS[args.preset])) if args.preset else load_model(args.init_from)
-    if args.keep_layers:
-        model = keep_layers(model, args.keep_layers)
     if args.keep_ffn:
         batches = map(train_set.batch, train_set.order(0, 0)[:64, None])
         importance = ffn_importance(model, ((batch.input_ids, batch.position_ids) for batch in batches))
         model = keep_neurons(model, importance, args.keep_ffn)
     if args.lora_rank:
         apply_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
-
     training = Run(run_settings(args), machine, model, train_set, metrics)
     if own_texts:
         learn_from_own_texts(training, loss_fn, val_set, fill(rollouts.RolloutSettings, args), args.questions)
@@ -133,7 +136,7 @@ def learn_from_own_texts(
             start, seed = time.perf_counter(), f"{training.settings.seed}/{training.state.step}"
             groups = generator.generate(train_set, questions, settings.generations, seed)
             generator.score(train_set, groups)
-            training.add_sums(**rollouts.sums_of(groups), sampling_seconds=time.perf_counter() - start)
+            training.add_sums(**generator.sums_of(groups), sampling_seconds=time.perf_counter() - start)
             # Learn: the teacher's distribution after each of their tokens.
             answers = [one for group in groups for one in group]
             batches = rollouts.learning_batches(answers, train_set.max_seq_len, training.batch_size)

@@ -28,6 +28,7 @@ import signal
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
+from datetime import datetime
 from itertools import groupby
 from pathlib import Path
 
@@ -53,7 +54,7 @@ from corpus.fetch import HUBS, choose_files, fetch_files, fetch_part, find_entry
 from corpus.figures import draw
 from corpus.files import SUFFIXES, ReadOptions, find_files, suffix_of
 from corpus.hub import model_folder
-from corpus.kinds import KINDS, DocumentSettings, load_encoder
+from corpus.kinds import KINDS, DocumentSettings
 from corpus.look import READINGS, SHOWN, describe, examine, first_look, show_tokens, some
 from corpus.pipeline import Report, read_documents
 from corpus.prepared import META, SPLITS, Prepared, check_prepared, writing_prepared
@@ -64,10 +65,16 @@ from model import chat
 
 def prepare(args: argparse.Namespace):
     """The commands pretrain, sft and dpo: write the folder that the stages read."""
-    kind, report = KINDS[args.command], Report(document_settings(args))
-    load_encoder(args.tokenizer)  # here first: a mistake is found before the workers start
-    tokenizer_dir = Path(args.tokenizer)
+    kind, settings = KINDS[args.command], document_settings(args)
+    tokenizer = settings.encoder().tokenizer  # here first: a mistake is found before the workers start
+    if kind.masked or kind.noted:
+        tokenizer.check_chats(args.tokenizer)
+        if tokenizer.template and tokenizer.template.uses_date:
+            settings = replace(settings, date=f"{datetime.now():%Y-%m-%d}")
+            print(f"the chat template writes the date: all of these data get {settings.date}")
+    report, tokenizer_dir = Report(settings), Path(args.tokenizer)
     layout = dict(masked=kind.masked, group=len(kind.titles), noted=kind.noted)
+    layout |= dict(chat_template=settings.chat_template, date=settings.date)
     with writing_prepared(args.output, args.command, tokenizer_dir, **layout) as writer:
         if args.val:  # first, so that its documents are dropped from the training documents
             for document in read_documents(args.val, report):
@@ -273,7 +280,8 @@ def mapping(text: str) -> dict[str, str]:
 def add_flags(name: str, command: argparse.ArgumentParser):
     """The flags of a command that reads records."""
     kind, add = KINDS[name], command.add_argument
-    command.set_defaults(add_rules=[], tokenizer="", max_tokens=0, speaker="", redact=False)  # where there is no flag
+    missing = dict(add_rules=[], tokenizer="", chat_template="", max_tokens=0, speaker="", redact=False)
+    command.set_defaults(**missing)  # where there is no flag
     add("inputs", nargs="+", metavar="INPUT", help=f"files, or folders of files: {', '.join(SUFFIXES)}, each also .gz")
     add("--skip_rules", type=lambda names: names.split(","), default=[], help=f"some of {','.join(kind.rules)}")
     if kind.optional:
@@ -295,6 +303,7 @@ def add_flags(name: str, command: argparse.ArgumentParser):
         add("--redact", action="store_true", help="of a chat export: replace names, numbers and addresses")
     if kind.masked or kind.noted:
         add("--max_tokens", type=natural, default=0, help="drop chats that are longer; 0: keep all")
+        add("--chat_template", default="", metavar="FILE", help="in place of an open model's own")
     if name == "clean":
         add("--output", type=Path, required=True, help="file")
         add("--report", type=Path, help="write the report here too, as JSON")
@@ -335,7 +344,8 @@ def document_settings(args: argparse.Namespace) -> DocumentSettings:
         exams = load_exams(exclude)
         print(f"--exclude: {len(exams.sizes):,} questions to look for; {exams.too_short:,} are too short for that")
     rules = frozenset(kind.rules) - set(args.skip_rules) - (set(kind.optional) - set(args.add_rules))
-    flags = ("command", "skip_rules", "languages", "tokenizer", "max_tokens", "max_bad_fraction", "workers")
+    flags = ("command", "skip_rules", "languages", "tokenizer", "chat_template", "max_tokens")
+    flags += ("max_bad_fraction", "workers")
     return DocumentSettings(options, names, rules, exclude, **{flag: getattr(args, flag) for flag in flags})
 
 

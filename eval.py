@@ -32,7 +32,6 @@ from pathlib import Path
 import jsonlines
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 
 from corpus.files import ReadOptions
 from corpus.hub import model_folder
@@ -41,8 +40,8 @@ from engine.decoding import pack_for_decoding
 from engine.generation import Engine
 from engine.session import GenerationConfig, ReplyStream, Session, read_tokens
 from engine.tools import load_tools
-from model.chat import BOS, EOS, encode, load_tokenizer, tokenizer_fingerprint
-from model.checkpoint import base_of, find_checkpoints, load_model
+from model.chat import ChatTokenizer, encode, load_tokenizer, tokenizer_fingerprint
+from model.checkpoint import find_checkpoints, find_tokenizer, load_model
 from model.device import choose_device, keep_freed_memory, note_unused_gpu
 from model.model import CausalLM
 from training.loss import evaluate, next_token_loss
@@ -158,7 +157,7 @@ def answer_batch(
 
 
 @torch.inference_mode()
-def perplexity(model: CausalLM, tokenizer: Tokenizer, file: str, options: ReadOptions) -> dict:
+def perplexity(model: CausalLM, tokenizer: ChatTokenizer, file: str, options: ReadOptions) -> dict:
     """Mean loss per token in nats, its exponential, and bits per UTF-8 byte, over every text of the file.
 
     A text longer than the context is split; the first tokens of a part are predicted without those before them.
@@ -167,7 +166,7 @@ def perplexity(model: CausalLM, tokenizer: Tokenizer, file: str, options: ReadOp
     loss = 0.0
     tokens = texts = size = 0
     for text in each_record(file, options, lambda record: text_of(record, options.text_field)):
-        ids = torch.tensor([BOS, *encode(tokenizer, text), EOS], device=device)
+        ids = torch.tensor(tokenizer.text(encode(tokenizer, text)), device=device)
         for start in range(0, len(ids) - 1, context):
             piece = ids[start : start + context + 1]
             logits = model(piece[None, :-1])[0]  # (T, V)
@@ -196,7 +195,7 @@ def validation(model: CausalLM, directory: Path, folders: list[str], max_seq_len
 
 
 def choice(
-    model: CausalLM, tokenizer: Tokenizer, exam: str, encoding: str, shots: int, by: str, batch_size: int
+    model: CausalLM, tokenizer: ChatTokenizer, exam: str, encoding: str, shots: int, by: str, batch_size: int
 ) -> dict:
     """Accuracy on four-choice questions with its 95% Wilson interval; for an exam also by subject and category."""
     from corpus.exams import read_exam
@@ -299,8 +298,10 @@ def main():
     n_parameters = model.num_parameters()
     if device.type == "cpu" and not args.data:  # --data computes the loss with the layers of training
         model = pack_for_decoding(model, args.half_weights)
-    directory = base_of(chosen)
+    directory = find_tokenizer(chosen, args.lora)
     tokenizer = load_tokenizer(directory)
+    if tokenizer.problem:
+        print(f"{directory}: {tokenizer.problem}; until then it continues texts", file=sys.stderr)
     config = GenerationConfig(**{field.name: getattr(args, field.name) for field in fields(GenerationConfig)})
     session = Session(model, tokenizer, config, load_tools(args.tools))
     system = [{"role": "system", "content": as_utf8(args.system)}] if args.system else []

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from base.cli import UserError
 from corpus.cleaning import CHAT_RULES, TEXT_RULES, Dropped, clean, has_tags, has_turns, is_placeholder
 from corpus.duplicates import hash64
+from corpus.errors import BadRecord
 from corpus.files import ReadOptions
 from corpus.messages import Messages, check_turns, is_trained_record
 from corpus.records import (
@@ -53,9 +53,14 @@ class DocumentSettings:
     skip_rules: list[str]
     languages: Sequence[str]
     tokenizer: str  # folder; "" where there are no tokens
+    chat_template: str  # a file in place of the folder's; ""
     max_tokens: int  # 0: any number
     max_bad_fraction: float
     workers: int
+    date: str = ""  # that a chat template writes; "": today
+
+    def encoder(self) -> "Encoder":
+        return load_encoder(self.tokenizer, self.chat_template, self.date)
 
 
 class Kind(NamedTuple):
@@ -72,24 +77,24 @@ class Kind(NamedTuple):
 
 
 class Encoder(NamedTuple):
-    tokenizer: Tokenizer
+    tokenizer: chat.ChatTokenizer
     encode: Callable[[str], list[int]]  # fast, for a lot of text
     sizes: np.ndarray  # UTF-8 bytes of each id, (V,)
     dtype: np.dtype  # of ids on disk
 
 
 @cache
-def load_encoder(directory: str) -> Encoder:
-    """The tokenizer in a folder; UserError where there is none.
+def load_encoder(directory: str, chat_template: str = "", date: str = "") -> Encoder:
+    """The tokenizer in a folder, as load_tokenizer loads it; UserError where there is none.
 
     SentencePiece gives the same ids as tokenizers in half the time or less, so it is used if the folder has its file.
     """
-    tokenizer = chat.load_tokenizer(directory)
+    tokenizer = chat.load_tokenizer(directory, chat_template, date or None)
     size = tokenizer.get_vocab_size()
     dtype = np.dtype("<u2" if size <= 2**16 else "<u4")
     sizes = chat.token_bytes(tokenizer)
     model_file = Path(directory) / "tokenizer.model"
-    if not model_file.is_file():
+    if not tokenizer.is_own or not model_file.is_file():
         return Encoder(tokenizer, partial(chat.encode, tokenizer), sizes, dtype)
     import sentencepiece
 
@@ -121,13 +126,13 @@ def read_json_record(place: int, record: dict, settings: DocumentSettings, chang
 
 
 def tokenize_texts(documents: list[Document], settings: DocumentSettings) -> list[Document]:
-    encoder = load_encoder(settings.tokenizer)
+    encoder = settings.encoder()
     tokenized = []
     for document in documents:
-        ids = [chat.BOS]
+        ids = []
         for piece in cut(document.text, 2**16):  # encoding takes some 100 bytes a character
             ids += encoder.encode(piece)
-        ids.append(chat.EOS)
+        ids = encoder.tokenizer.text(ids)
         tokenized.append(document._replace(parts=[(np.array(ids, encoder.dtype).tobytes(), b"")]))
     return tokenized
 
@@ -178,7 +183,7 @@ def _drop_bad_label(record: dict, answer: str, settings: DocumentSettings):
 def _chat_document(
     place: int, chats: list[Messages], shared: int, tools: list | None, settings: DocumentSettings, changed: Counter
 ) -> Document:
-    encoder = load_encoder(settings.tokenizer)
+    encoder = settings.encoder()
     for messages in chats:
         for message in messages:
             for field in {"content", "reasoning_content"} & message.keys():
@@ -198,15 +203,10 @@ def _chat_document(
         raise Dropped("same_answer", sample)
     # Of the content, not of its tokens: the split into train and val does not change with the tokenizer.
     key = hash64(json.dumps([chats, tools], ensure_ascii=False).encode())
-    prompt = []  # ids of what the chats share, up to the answer
-    if shared:
-        prompt, _ = chat.encode_chat(encoder.tokenizer, chats[0][:shared], tools, add_generation_prompt=True)
     parts = []
-    size = 0
-    for messages in chats:
-        ids, mask = chat.encode_chat(encoder.tokenizer, messages, tools)
-        mask[: len(prompt)] = [0] * len(prompt)
-        if not any(trained and token != chat.IM_END for token, trained in zip(ids, mask, strict=True)):
+    size, end_of_turn = 0, encoder.tokenizer.end_of_turn
+    for ids, mask in _encode_chats(encoder.tokenizer, chats, shared, tools):
+        if not any(trained and token != end_of_turn for token, trained in zip(ids, mask, strict=True)):
             raise Dropped("no_answer", sample)
         if settings.max_tokens and len(ids) > settings.max_tokens:
             raise Dropped("too_long", sample)
@@ -219,9 +219,22 @@ def _chat_document(
     return Document(place, key, parts, size, text)
 
 
+def _encode_chats(
+    tokenizer: chat.ChatTokenizer, chats: list[Messages], shared: int, tools: list | None
+) -> list[chat.Document]:
+    """Ids and mask of each document. Of a pair, which shares so many messages, only what follows them is trained."""
+    try:
+        if not shared:
+            return [document for messages in chats for document in tokenizer.documents(messages, tools)]
+        asked = [{**message, "weight": 0} for message in chats[0][:shared]]
+        return [tokenizer.documents([*asked, *messages[shared:]], tools)[-1] for messages in chats]
+    except chat.TemplateError as error:
+        raise BadRecord(f"the chat template: {error}") from None
+
+
 def read_task_record(place: int, record: dict, settings: DocumentSettings, changed: Counter) -> Document:
     """The document of a question for 5-grpo.py: the prompt, and as its note what an answer is checked against."""
-    encoder = load_encoder(settings.tokenizer)
+    encoder = settings.encoder()
     messages, answer, tools = task_of(record, settings.names, partial(_changes, settings, changed))
     is_class = type(record.get("label")) in (int, float)  # of data for classification
     _drop_bad_label(record | {"label": None} if is_class else record, answer, settings)
@@ -236,7 +249,10 @@ def read_task_record(place: int, record: dict, settings: DocumentSettings, chang
     if "empty_answer" in settings.rules and is_placeholder(answer):
         raise Dropped("empty_answer", sample)
     key = hash64(json.dumps([messages, tools, answer], ensure_ascii=False).encode())
-    ids, _ = chat.encode_chat(encoder.tokenizer, messages, tools, add_generation_prompt=True)
+    try:
+        ids = encoder.tokenizer.prompt(messages, tools)
+    except chat.TemplateError as error:
+        raise BadRecord(f"the chat template: {error}") from None
     if settings.max_tokens and len(ids) > settings.max_tokens:
         raise Dropped("too_long", sample)
     tokens = np.array(ids, encoder.dtype)

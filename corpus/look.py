@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from base.cli import UserError, printable
 from corpus.cleaning import Dropped
@@ -30,7 +29,7 @@ from corpus.records import (
     task_of,
     text_of,
 )  # fmt: skip
-from model import chat
+from model.chat import ChatTokenizer, encode
 
 # Characters per token of model/tokenizer on texts that it was not trained on, from its README.md.
 REFERENCE = {"Han": ("Chinese", 1.22), "Latin": ("English", 2.84)}
@@ -132,14 +131,12 @@ def examine(look: Look, settings: DocumentSettings) -> tuple[Report, list[Docume
     return report, documents, changed
 
 
-def show_tokens(ids: list[int], mask: Sequence[int] | None, tokenizer: Tokenizer, color: bool) -> str:
+def show_tokens(ids: list[int], mask: Sequence[int] | None, tokenizer: ChatTokenizer, color: bool) -> str:
     """The text of tokens. A control token is ⟦its name⟧, in color reversed; the same letters in a text look otherwise.
 
     mask: 1 on the tokens that are trained, which are green or in [[…]]; None: all are.
     """
-    names = {
-        i: token.content.strip("<|>") for i, token in tokenizer.get_added_tokens_decoder().items() if token.special
-    }
+    names = {i: tokenizer.id_to_token(i).strip("<|>") for i in tokenizer.control_ids}
     trained_marks, control_marks = (GREEN, REVERSED) if color else (("[[", "]]"), ("", ""))
     text = ""
     for trained, stretch in groupby(zip(ids, mask or [0] * len(ids)), key=lambda pair: pair[1]):
@@ -207,7 +204,7 @@ def characters_per_token(documents: list[Document], tokenizer_dir: str) -> dict[
     for document in documents[:: max(len(documents) // 500, 1)]:
         script = main_script(document.text)
         characters[script] += len(document.text)
-        tokens[script] += len(chat.encode(tokenizer, document.text))
+        tokens[script] += len(encode(tokenizer, document.text))
     return {script: characters[script] / tokens[script] for script in REFERENCE if tokens[script]}
 
 

@@ -28,7 +28,7 @@ from corpus.errors import BadRecord
 from corpus.exams import load_exams
 from corpus.figures import Figures, measure
 from corpus.files import RecordBatch, find_files, read_batches
-from corpus.kinds import KINDS, Document, DocumentSettings, load_encoder
+from corpus.kinds import KINDS, Document, DocumentSettings
 from corpus.records import format_of, parse
 
 tqdm.monitor_interval = 0  # no thread beside the bar, which is moved often enough
@@ -92,7 +92,7 @@ def work(
     bands = np.zeros((len(documents), 0), np.uint64)
     if documents and "near_duplicate" in settings.rules:
         bands = band_hashes([document.text for document in documents])
-    figures = measure(documents, load_encoder(settings.tokenizer).dtype.itemsize if kind.titles else 0)
+    figures = measure(documents, settings.encoder().dtype.itemsize if kind.titles else 0)
     documents = [document._replace(text=document.text[:sample]) for document in documents]
     count = len(batch.records)
     return Result(batch._replace(records=[]), count, documents, keys, bands, figures, bad, dropped, changed, formats)

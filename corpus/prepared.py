@@ -20,7 +20,7 @@ import numpy as np
 
 from base.cli import UserError
 from base.files import check_sums, finish_replacing, read_json, replacing_directory, sha256, write_json
-from model.chat import TOKENIZER_FILES, load_tokenizer, token_bytes, tokenizer_fingerprint
+from model.chat import TEMPLATE_FILE, TOKENIZER_FILES, load_tokenizer, token_bytes, tokenizer_fingerprint
 
 FORMAT_VERSION = 2
 SPLITS = ("train", "val")
@@ -40,14 +40,20 @@ class PreparedWriter:
         group: int,
         noted: bool,
         stack: contextlib.ExitStack,
+        chat_template: str = "",
+        date: str = "",
     ):
+        """chat_template: a file that replaces the tokenizer's. date: that its template writes, if it does."""
         self.folder = folder
         tokenizer = folder / TOKENIZER
         tokenizer.mkdir()
         for name in TOKENIZER_FILES:
             if (tokenizer_dir / name).exists():
                 shutil.copyfile(tokenizer_dir / name, tokenizer / name)
-        sizes = token_bytes(load_tokenizer(tokenizer))
+        used = load_tokenizer(tokenizer_dir, chat_template)
+        if used.template and (masked or noted):  # it may be in tokenizer_config.json, or in no file of the folder
+            (tokenizer / TEMPLATE_FILE).write_text(used.template.source, "utf-8")
+        sizes = token_bytes(used)
         sizes.astype("<u2").tofile(folder / TOKEN_BYTES)
         self.dtype = np.dtype("<u2" if len(sizes) <= 2**16 else "<u4")
         self.meta = {
@@ -59,6 +65,10 @@ class PreparedWriter:
             "vocab_size": len(sizes),
             "tokenizer_sha256": tokenizer_fingerprint(tokenizer),
         }
+        if used.template and (masked or noted):
+            self.meta["chat_template_sha256"] = used.template.sha256
+        if date:
+            self.meta["date"] = date
         suffixes = ["bin", "idx", *(["mask"] if masked else []), *(["jsonl"] if noted else [])]
         self.files = {}
         self.counts = {}
@@ -96,7 +106,14 @@ class PreparedWriter:
 
 @contextlib.contextmanager
 def writing_prepared(
-    folder: Path, kind: str, tokenizer_dir: Path, masked: bool = False, group: int = 1, noted: bool = False
+    folder: Path,
+    kind: str,
+    tokenizer_dir: Path,
+    masked: bool = False,
+    group: int = 1,
+    noted: bool = False,
+    chat_template: str = "",
+    date: str = "",
 ) -> Iterator[PreparedWriter]:
     """A writer whose folder takes the place of `folder` when the block ends well; what it adds to .meta is kept.
 
@@ -109,7 +126,7 @@ def writing_prepared(
         raise UserError(f"{folder} contains more than prepared data: choose another --output, or move it away")
     with replacing_directory(folder) as new:
         with contextlib.ExitStack() as stack:
-            writer = PreparedWriter(new, kind, tokenizer_dir, masked, group, noted, stack)
+            writer = PreparedWriter(new, kind, tokenizer_dir, masked, group, noted, stack, chat_template, date)
             yield writer
         writer.finish()
 

@@ -2,11 +2,10 @@
 
 import pandas as pd
 import torch
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from base.cli import UserError
-from model.chat import BOS, IM_END, encode, encode_chat
+from model.chat import ChatTokenizer, encode
 from model.model import CausalLM
 
 LETTERS = "abcd"
@@ -18,7 +17,7 @@ BLOCK = 64  # questions whose options are sorted by length together
 
 def answer_exam(
     model: CausalLM,
-    tokenizer: Tokenizer,
+    tokenizer: ChatTokenizer,
     questions: pd.DataFrame,
     examples: pd.DataFrame,
     shots: int = 0,
@@ -57,7 +56,7 @@ def answer_exam(
 
 
 def encode_options(
-    model: CausalLM, tokenizer: Tokenizer, row: dict, examples: list[dict], by: str
+    model: CausalLM, tokenizer: ChatTokenizer, row: dict, examples: list[dict], by: str
 ) -> tuple[list[tuple[list[int], list[int]]], bool]:
     """For each option the ids before it and its own; and whether the prompt was truncated. A prompt that exceeds the
     context loses examples first, then its beginning."""
@@ -76,7 +75,7 @@ def encode_options(
 
 
 def encode_question(
-    is_chat: bool, tokenizer: Tokenizer, row: dict, examples: list[dict], by: str
+    is_chat: bool, tokenizer: ChatTokenizer, row: dict, examples: list[dict], by: str
 ) -> list[tuple[list[int], list[int]]]:
     """For each option the ids before it and its own: as turns of a chat, or as plain text for a base model."""
     options = [option_of(row, letter, by) for letter in LETTERS]
@@ -86,9 +85,13 @@ def encode_question(
             messages.append({"role": "user", "content": asked(example, by)})
             messages.append({"role": "assistant", "content": option_of(example, example["answer"], by)})
         messages.append({"role": "user", "content": asked(row, by)})
-        before, _ = encode_chat(tokenizer, messages, add_generation_prompt=True)
-        stop = [IM_END] if by == "text" else []  # the answer ends where the option does
-        return [(before, [*encode(tokenizer, option), *stop]) for option in options]
+        before = tokenizer.prompt(messages)
+        pairs = []
+        for option in options:
+            ids, mask = tokenizer.documents([*messages, {"role": "assistant", "content": option}])[-1]
+            own = [token for token, trained in zip(ids[len(before) :], mask[len(before) :]) if trained]
+            pairs.append((before, own if by == "text" else own[:-1]))  # a text ends where the option does
+        return pairs
     texts = []
     for example in examples:
         before_answer, after_answer = around_answer(example, by)
@@ -101,7 +104,7 @@ def encode_question(
         # Encoded with the text before it, with which its first characters may share a token, as lm-evaluation-harness
         # does. An option that has no token of its own there is encoded alone.
         own = encode(tokenizer, text + option)[len(before) :] or encode(tokenizer, option)
-        pairs.append(([BOS, *before], own))
+        pairs.append(([*tokenizer.bos, *before], own))
     return pairs
 
 

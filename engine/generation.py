@@ -9,12 +9,11 @@ from itertools import groupby
 from typing import NamedTuple
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from base.cli import UserError
 from engine.cache import KVCache, PromptCache
-from model.chat import token_pieces
+from model.chat import ChatTokenizer
 from model.model import CausalLM
 from model.operators import document_mask
 
@@ -286,8 +285,8 @@ def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 class TextStream:
     """Streams tokens as text in whole characters: the bytes of an incomplete one wait for the rest."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        self.pieces = token_pieces(tokenizer)
+    def __init__(self, tokenizer: ChatTokenizer):
+        self.pieces = tokenizer.pieces
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def put(self, token_id: int) -> str:

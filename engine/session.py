@@ -4,15 +4,12 @@ import json
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tokenizers import Tokenizer
-
-from base.cli import UserError
 from engine.generation import Sampling, Sequence, TextStream
 from engine.tools import Tool, run_calls
-from model.chat import BOS, EOS, IM_END, IM_START, THINK, TOOL_CALL, TOOL_RESPONSE, encode, encode_chat
+from model.chat import ChatTokenizer, encode
 from model.model import CausalLM
 
-PARTS = {THINK: "reasoning", TOOL_CALL: "tool_call", TOOL_RESPONSE: "tool_response"}  # by the opening control token
+PARTS = ("reasoning", "tool_call", "tool_response")  # of an answer, beside its content
 
 
 @dataclass(frozen=True)
@@ -49,18 +46,19 @@ class ReplyStream:
     An answer that calls tools has several turns; the end of a turn and the next header give no text.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
-        self.stream = TextStream(tokenizer)
+    def __init__(self, tokenizer: ChatTokenizer):
+        self.stream, self.tokenizer = TextStream(tokenizer), tokenizer
         self.part = "content"
         self.pieces: list[tuple[str, str]] = []  # (part, text), one for each run of tokens of one part
 
     def put(self, token_id: int) -> tuple[str, str]:
-        if token_id in PARTS:
-            self._open(PARTS[token_id])
-        elif token_id - 1 in PARTS:
+        tokenizer = self.tokenizer
+        if part := tokenizer.opened_part(token_id):
+            self._open(part)
+        elif token_id in tokenizer.closing_ids:
             self._open("content")
-        elif token_id in (IM_END, IM_START):
-            self.part = "between" if token_id == IM_END else "header"
+        elif token_id in (tokenizer.end_of_turn, tokenizer.start_of_turn):
+            self.part = "between" if token_id == tokenizer.end_of_turn else "header"
         text = self.stream.put(token_id)
         if self.part == "header" and "\n" in text:
             self._open("content")
@@ -85,7 +83,7 @@ class ReplyStream:
         return self.part, text
 
     def reply(self) -> Reply:
-        texts = {part: [text for name, text in self.pieces if name == part] for part in ("content", *PARTS.values())}
+        texts = {part: [text for name, text in self.pieces if name == part] for part in ("content", *PARTS)}
         content = "".join(texts["content"])
         return Reply(
             content=content.lstrip("\n") if texts["reasoning"] else content,
@@ -95,12 +93,13 @@ class ReplyStream:
         )
 
 
-def last_turn(tokens: list[int]) -> list[int]:
+def last_turn(tokens: list[int], tokenizer: ChatTokenizer) -> list[int]:
     """The tokens from the last header on; all of them if no tool was called."""
-    return tokens[-1 - tokens[::-1].index(IM_START) :] if IM_START in tokens else tokens
+    start = tokenizer.start_of_turn
+    return tokens[-1 - tokens[::-1].index(start) :] if start in tokens else tokens
 
 
-def read_tokens(tokens: list[int], tokenizer: Tokenizer) -> Reply:
+def read_tokens(tokens: list[int], tokenizer: ChatTokenizer) -> Reply:
     stream = ReplyStream(tokenizer)
     for token in tokens:
         stream.put(token)
@@ -121,25 +120,29 @@ class Session:
     """A model, its tokenizer, and how answers are generated."""
 
     def __init__(
-        self, model: CausalLM, tokenizer: Tokenizer, config: GenerationConfig, tools: dict[str, Tool] | None = None
+        self, model: CausalLM, tokenizer: ChatTokenizer, config: GenerationConfig, tools: dict[str, Tool] | None = None
     ):
-        if tokenizer.get_vocab_size() != model.config.vocab_size:
-            raise UserError(
-                f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the model {model.config.vocab_size}: "
-                "put the tokenizer that the model was trained with into its folder"
-            )
         self.model, self.tokenizer, self.config, self.tools = model, tokenizer, config, tools or {}
-        self.end_of_thought = [*encode(tokenizer, "\n"), THINK + 1, *encode(tokenizer, "\n\n")]
+        rows = model.config.vocab_size
+        tokenizer.check_vocabulary(rows)
+        if tools:
+            tokenizer.check_tools()
+        self.think, self.end_think = tokenizer.tags.get("reasoning", (None, None))
+        # An open model may have more rows of the embedding than tokens.
+        self.suppress_tokens = frozenset(range(tokenizer.get_vocab_size(), rows))
+        if config.think == "off" and self.think:
+            self.suppress_tokens |= {self.think}
+        self.stop_ids = frozenset({tokenizer.eos, tokenizer.end_of_turn, *model.stop_token_ids} - {None})
 
     def prompt_ids(self, messages: list[dict], tools: list | None = None) -> list[int]:
         """The prompt's tokens. A chat that fills the context loses its oldest turns, except for the system prompt."""
         if not self.model.is_chat:
-            return [BOS, *encode(self.tokenizer, messages[-1]["content"])]
+            return self.tokenizer.text_prompt(messages[-1]["content"])
         context = self.model.config.max_position_embeddings
         room = max(context - self.config.max_new_tokens, context // 2)
         schemas = tools or [tool.schema for tool in self.tools.values()]
         while True:
-            ids, _ = encode_chat(self.tokenizer, messages, schemas, add_generation_prompt=True)
+            ids = self.tokenizer.prompt(messages, schemas, think=self.config.think != "off")
             oldest = next((i for i, message in enumerate(messages[:-1]) if message["role"] != "system"), None)
             if len(ids) <= room or oldest is None:
                 return ids
@@ -148,11 +151,19 @@ class Session:
     def sequence(self, prompt: list[int], seed: int | str | None = None) -> Sequence:
         """The answer to a prompt, to be submitted to an Engine."""
         config = self.config
-        suppress_tokens = frozenset([THINK] if config.think == "off" else [])
-        stop_ids = frozenset([EOS, IM_END])
         return Sequence(
-            prompt, config.max_new_tokens, stop_ids, config.sampling, seed, suppress_tokens, self._forced_tokens
+            prompt,
+            config.max_new_tokens,
+            self.stop_ids,
+            config.sampling,
+            seed,
+            self.suppress_tokens,
+            self._forced_tokens,
         )
+
+    def last_reply(self, tokens: list[int]) -> Reply:
+        """The last turn of an answer."""
+        return read_tokens(last_turn(tokens, self.tokenizer), self.tokenizer)
 
     def _forced_tokens(self, sequence: Sequence) -> list[int]:
         """Tokens that the model does not choose: the end of reasoning that is too long, the responses of tools."""
@@ -160,18 +171,10 @@ class Session:
         if sequence.forced:
             return []
         limit = self.config.max_think_tokens
-        thinks = limit and THINK in tokens and THINK + 1 not in tokens
-        if thinks and len(tokens) - tokens.index(THINK) > limit:
-            return self.end_of_thought
-        if self.tools and tokens[-1] == IM_END:
-            calls = read_tokens(last_turn(tokens), self.tokenizer).tool_calls
-            return self.tool_response_ids(run_calls(self.tools, calls)) if calls else []
+        thinks = limit and self.think in tokens and self.end_think not in tokens
+        if thinks and len(tokens) - tokens.index(self.think) > limit:
+            return [*encode(self.tokenizer, "\n"), self.end_think, *encode(self.tokenizer, "\n\n")]
+        if self.tools and tokens[-1] == self.tokenizer.end_of_turn:
+            calls = self.last_reply(tokens).tool_calls
+            return self.tokenizer.tool_responses(run_calls(self.tools, calls)) if calls else []
         return []
-
-    def tool_response_ids(self, answers: list[str]) -> list[int]:
-        """The tokens between a turn that ended with calls and the next turn of the model, as encode_chat has them."""
-        ids = [*encode(self.tokenizer, "\n"), IM_START, *encode(self.tokenizer, "user")]
-        for answer in answers:
-            ids += encode(self.tokenizer, "\n")
-            ids += [TOOL_RESPONSE, *encode(self.tokenizer, f"\n{answer}\n"), TOOL_RESPONSE + 1]
-        return [*ids, IM_END, *encode(self.tokenizer, "\n"), IM_START, *encode(self.tokenizer, "assistant\n")]

@@ -37,7 +37,7 @@ from base.files import (
     write_file,
     write_json,
 )
-from model.chat import TOKENIZER_FILES
+from model.chat import TOKENIZER_FILES, load_tokenizer
 from model.LMConfig import LMConfig
 from model.lora import from_peft, has_lora, merge_lora, to_peft
 from model.model import CausalLM
@@ -231,8 +231,11 @@ def stop_ids(content: dict) -> list[int]:
 
 
 def load_stop_ids(directory: Path, model: CausalLM):
-    """Sets the model's stop tokens to those of generation_config.json or else config.json, and keeps the former."""
+    """Sets the model's stop tokens to those of generation_config.json or else config.json, keeps the former, and sets the
+    one of its chats."""
     path = Path(directory) / GENERATION_FILE
+    if (Path(directory) / "tokenizer.json").exists():
+        model.end_of_turn = load_tokenizer(directory).end_of_turn
     if path.exists():
         model.generation_config = read_json(path)
     model.stop_token_ids = stop_ids(model.generation_config) or stop_ids(model.config.hf or {}) or model.stop_token_ids
@@ -355,6 +358,13 @@ def without_copies(config: LMConfig, tensors: dict[str, Tensor], path: Path) -> 
             "if it should, set tie_word_embeddings to false there"
         )
     return tensors
+
+
+def find_tokenizer(directory: Path, adapter: Path | None = None) -> Path:
+    """The folder of a model's tokenizer: an adapter's own, which may have the template that it was trained with, or the
+    one of its base model."""
+    folders = [folder for folder in (adapter, Path(directory), base_of(directory)) if folder]
+    return next((folder for folder in folders if (folder / "tokenizer.json").exists()), folders[-1])
 
 
 def load_weights(model: CausalLM, tensors: dict[str, Tensor], path: Path):

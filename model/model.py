@@ -251,7 +251,8 @@ class CausalLM(nn.Module):
     def __init__(self, config: LMConfig):
         super().__init__()
         self.config = config
-        self.stop_token_ids = [config.eos_token_id]  # end a document; a chat model also stops at <|im_end|>
+        self.stop_token_ids = [config.eos_token_id]  # end a document; a chat model also stops at end_of_turn
+        self.end_of_turn: int | None = IM_END  # of its tokenizer (model/chat.py)
         self.generation_config: dict = {}  # of generation_config.json, as it was loaded
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -289,7 +290,7 @@ class CausalLM(nn.Module):
     @property
     def is_chat(self) -> bool:
         """Whether it was trained to answer and to stop at the end of its turn."""
-        return IM_END in self.stop_token_ids
+        return self.end_of_turn in self.stop_token_ids
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())

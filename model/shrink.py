@@ -80,5 +80,5 @@ def _rebuilt(model: CausalLM, tensors: dict[str, Tensor], **sizes: int) -> Causa
     """A model with other sizes and copies of these tensors."""
     new = CausalLM(LMConfig(**dataclasses.asdict(model.config) | sizes))
     new.load_state_dict(tensors)
-    new.stop_token_ids = model.stop_token_ids
+    new.stop_token_ids, new.end_of_turn = model.stop_token_ids, model.end_of_turn
     return new

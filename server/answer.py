@@ -5,9 +5,8 @@ import json
 import uuid
 
 from engine.generation import TextStream
-from engine.session import ReplyStream, Session, call_of, last_turn, read_tokens
+from engine.session import ReplyStream, Session, call_of
 from engine.tools import Tool, run_calls
-from model.chat import IM_END, SPECIAL_TOKENS, THINK, TOOL_CALL, token_pieces
 from server.schema import ChatRequest, Request
 
 
@@ -63,9 +62,9 @@ class Answer:
         self.sequence.n_top = request.n_top
         self.is_chat = isinstance(request, ChatRequest)  # else the answer is one text without parts
         if self.is_chat and not (self.tools or request.offered_tools):
-            self.sequence.suppress_tokens |= {TOOL_CALL}  # nobody would answer the call
+            self.sequence.suppress_tokens |= set(session.tokenizer.tags.get("tool_call", ())[:1])  # nobody would answer
         self.stream = ReplyStream(session.tokenizer) if self.is_chat else TextStream(session.tokenizer)
-        self.pieces = token_pieces(session.tokenizer)
+        self.pieces = session.tokenizer.pieces
         self.stops, self.content, self.reasoning = StopStrings(request.stop), Newlines(), Newlines()
         self.n_prompt = len(prompt)
         self.n_tokens = 0  # generated in all turns
@@ -91,12 +90,13 @@ class Answer:
             if self.request.n_top is not None and self.pieces[token]:
                 self.log_probs.append((start, self._log_probs_of(token, start)))
         elif part == "reasoning":
-            text = "\n" + text if token == THINK else text  # between two blocks, as in ReplyStream.reply
+            text = "\n" + text if token == self.session.think else text  # between two blocks, as in ReplyStream.reply
             append(piece, "reasoning_content", self.reasoning.put(text, drop_first=True))
         if self.is_chat:
             self._find_calls(piece, is_open=part == "tool_call")
-        if self.tools and finish_reason == "stop" and token == IM_END and not self.stops.found:
-            self.to_run = read_tokens(last_turn(self.sequence.tokens), self.session.tokenizer).tool_calls
+        ended = finish_reason == "stop" and token == self.session.tokenizer.end_of_turn
+        if self.tools and ended and not self.stops.found:
+            self.to_run = self.session.last_reply(self.sequence.tokens).tool_calls
         is_enough = self.called and not self.request.parallel_tool_calls
         if self.stops.found or is_enough or (finish_reason and not self.to_run):
             self._end(piece, finish_reason or "stop")
@@ -110,7 +110,7 @@ class Answer:
         or ends if no tokens are left."""
         calls, self.to_run = self.to_run, []
         results = run_calls(self.tools, calls)
-        ids = self.session.tool_response_ids(results)
+        ids = self.session.tokenizer.tool_responses(results)
         for token in ids:
             self.stream.put(token)
         old = self.sequence
@@ -173,7 +173,7 @@ class Answer:
         """The token's entry in the chat endpoint's format, and where it starts in the content."""
 
         def entry(token: int, log_prob: float) -> dict:
-            piece = self.pieces[token] or SPECIAL_TOKENS[token].encode()
+            piece = self.pieces[token] or self.session.tokenizer.id_to_token(token).encode()
             return {"token": piece.decode("utf-8", "replace"), "logprob": max(log_prob, -9999.0), "bytes": [*piece]}
 
         top = self.sequence.top_log_probs[self.position] if self.request.n_top else []

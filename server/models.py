@@ -13,6 +13,7 @@ from model.checkpoint import (
     ADAPTER_FILE,
     base_of,
     find_checkpoints,
+    find_tokenizer,
     load_model,
     load_outline,
     load_stop_ids,
@@ -37,6 +38,8 @@ class Served:
         load_stop_ids(directory, outline)
         if not weights.exists():
             raise UserError(f"no model in {directory}: {weights.name} is missing")
+        self.tokenizer = load_tokenizer(find_tokenizer(directory))
+        self.tokenizer.check_vocabulary(outline.config.vocab_size)
         self.created = int(weights.stat().st_mtime)
         self.is_chat, self.parameters = outline.is_chat, outline.num_parameters()
         self.context = outline.config.max_position_embeddings
@@ -48,14 +51,14 @@ class Served:
         """Loads it, once. UserError if it cannot be loaded."""
         async with self.opening:
             if self.batcher is None:
-                model, self.tokenizer = await asyncio.to_thread(self._load, device, half_weights)
+                model = await asyncio.to_thread(self._load, device, half_weights)
                 self.batcher = Batcher(model, max_rows)
 
     def _load(self, device: torch.device, half_weights: bool):
         model = load_model(self.directory, device).eval()
         if device.type == "cpu":
             model = pack_for_decoding(model, half_weights)
-        return model, load_tokenizer(self.base)
+        return model
 
 
 def find_models(directories: list[Path]) -> dict[str, Served]:

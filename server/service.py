@@ -12,7 +12,6 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from base.cli import UserError
 from engine.session import Session
 from engine.tools import Tool
-from model.chat import BOS, encode, encode_chat
 from server.answer import Answer
 from server.guard import Refusal
 from server.models import Served
@@ -89,15 +88,14 @@ class Service:
         tools = {}
         if isinstance(request, CompletionRequest):
             texts = request.prompt
-            given = [[BOS, *encode(served.tokenizer, text)] if isinstance(text, str) else text for text in texts]
+            given = [served.tokenizer.text_prompt(text) if isinstance(text, str) else text for text in texts]
         else:
             tools = {} if request.tools or request.tool_choice == "none" else self.tools
             schemas = request.offered_tools or [tool.schema for tool in tools.values()]
             try:
-                messages = request.chat()
+                given = [served.tokenizer.prompt(request.chat(), schemas, think=request.think != "off")]
             except ValueError as error:
                 raise Refusal(400, str(error), param="messages") from None
-            given = [encode_chat(served.tokenizer, messages, schemas, add_generation_prompt=True)[0]]
         param = "messages" if isinstance(request, ChatRequest) else "prompt"
         for ids in given:
             if not ids or max(ids) >= served.tokenizer.get_vocab_size():

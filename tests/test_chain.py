@@ -9,7 +9,7 @@ import sys
 import pytest
 from helpers import ROOT, TOKENIZER, make_pairs, write_data
 
-from model.chat import IM_END, load_tokenizer
+from model.chat import IM_END, encode, load_tokenizer
 from model.checkpoint import load_model
 from training import loop
 from training.packing import IGNORE, PackedDataset
@@ -61,7 +61,7 @@ def test_sft_scores_the_assistants_words_and_stop_tokens_and_nothing_else(chat_d
     data, tokenizer = PackedDataset(chat_data, "train", 256), load_tokenizer(TOKENIZER)
     im_start, assistant = (
         tokenizer.token_to_id("<|im_start|>"),
-        tokenizer.encode("assistant\n", add_special_tokens=False).ids,
+        encode(tokenizer, "assistant\n"),
     )
     for row in range(len(data)):
         batch = data.batch([row])

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from model.chat import EOS, IM_END
+from model.chat import load_tokenizer
 from model.device import note_unused_gpu
 from model.lora import narrow_frozen
 from model.model import CausalLM
@@ -62,7 +62,9 @@ class Run:
         self.settings, self.machine, self.model, self.train_set = settings, machine, model, train_set
         check_compatible(settings, model.config, train_set)
         if train_set.masked:
-            model.stop_token_ids = [EOS, IM_END]  # chats teach to stop at the end of a turn
+            model.end_of_turn = load_tokenizer(train_set.tokenizer_dir).end_of_turn
+            # Chats teach to stop at the end of a turn.
+            model.stop_token_ids = [*dict.fromkeys([*model.stop_token_ids, model.end_of_turn])]
         if machine.device.type != "cpu" and machine.dtype.itemsize == 2 and not machine.shards:
             narrow_frozen(model, machine.dtype)
         shard_model(model, machine).train()

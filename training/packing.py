@@ -14,6 +14,7 @@ from base.cli import UserError, above_zero
 from base.files import read_json
 from corpus.kinds import KINDS
 from corpus.prepared import Prepared
+from model.chat import load_tokenizer
 from model.operators import CuSeqlens
 
 IGNORE = -100  # the label of a token that is not scored
@@ -203,6 +204,10 @@ class PackedDataset:
         self.token_bytes, self.tokenizer_dir = first.token_bytes, first.tokenizer_dir
         self.vocab_size, self.tokenizer_sha256 = first.meta["vocab_size"], first.meta["tokenizer_sha256"]
         self.masked = any(one.meta["masked"] for one in self.folders.values())
+        templates = {one.meta.get("chat_template_sha256") for one in self.folders.values()} - {None}
+        if len(templates) > 1:
+            raise UserError(f"{self.paths} were made with different chat templates; prepare them with the same one")
+        self.chat_template_sha256 = next(iter(templates), None)  # of an open model's chats
         for other in self.folders.values():
             if other.kind not in kinds:
                 raise UserError(
@@ -240,6 +245,15 @@ class PackedDataset:
         self.row_ends = np.cumsum(np.bincount(row_of))
         self.folder_tokens = np.array([int(pieces.length.sum()) for pieces in found])  # pairs in each folder
         self.truncated, self.dropped = (sum(getattr(one, name) for one in found) for name in ("truncated", "dropped"))
+
+    @functools.cached_property
+    def vocab(self) -> dict[str, int]:
+        """Fields of LMConfig for a new model with the tokenizer of an open one. Of ours LMConfig has the size."""
+        tokenizer = load_tokenizer(self.tokenizer_dir)
+        if tokenizer.is_own:
+            return {}
+        eos = self.vocab_size - 1 if tokenizer.eos is None else tokenizer.eos
+        return {"vocab_size": self.vocab_size, "bos_token_id": [*tokenizer.bos, eos][0], "eos_token_id": eos}
 
     @functools.cached_property
     def epoch_rows(self) -> np.ndarray:

@@ -2,10 +2,11 @@
 
 import math
 import os
+from pathlib import Path
 
 from base.cli import LESS_MEMORY, UserError, command_line, next_step
 from corpus.prepared import META
-from model.chat import tokenizer_fingerprint
+from model.chat import load_tokenizer, tokenizer_fingerprint
 from model.LMConfig import LMConfig
 from model.model import CausalLM
 from training.cost import StepSettings, memory_estimate, memory_of_machine, step_flops
@@ -20,26 +21,39 @@ USUAL_MFU = 0.6  # of the rate of plain matrix products, for the estimate of the
 
 def check_compatible(settings: RunSettings, config: LMConfig, data: PackedDataset):
     """UserError where data, model and flags do not fit together."""
-    init_from, max_seq_len = settings.saving.init_from, settings.step.max_seq_len
-    if config.vocab_size != data.vocab_size:
+    if settings.preset and settings.saving.init_from:
+        raise UserError(f"--preset is the size of a new model; this one has that of {settings.saving.init_from}")
+    check_data(settings.saving.init_from, config, data)
+
+
+def check_data(init_from: Path | None, config: LMConfig, data: PackedDataset):
+    """UserError where a model, new or from a folder, cannot be trained on the data."""
+    if init_from:
+        check_tokenizer(init_from, data)
+    fits = config.vocab_size == data.vocab_size or (init_from and config.vocab_size > data.vocab_size)
+    if not fits:
         raise UserError(
             f"{data.paths} was made with a vocabulary of {data.vocab_size}, the model has vocab_size "
             f"{config.vocab_size}; prepare the data again, or set vocab_size in model/LMConfig.py"
         )
-    if max_seq_len > config.max_position_embeddings:
+    if data.max_seq_len > config.max_position_embeddings:
         raise UserError(
-            f"--max_seq_len {max_seq_len} is above the model's max_position_embeddings "
+            f"--max_seq_len {data.max_seq_len} is above the model's max_position_embeddings "
             f"({config.max_position_embeddings})"
         )
-    if settings.preset and init_from:
-        raise UserError(f"--preset is the size of a new model; this one has that of {init_from}")
-    if init_from and tokenizer_fingerprint(init_from) != data.tokenizer_sha256:
-        first = next(iter(data.folders.values()))
-        raise UserError(
-            f"{data.paths} was made with another tokenizer than the one in {init_from}; prepare the data again "
-            f"with: python data_process.py {first.kind} YOUR_FILES --tokenizer {init_from} "
-            f"--output {first.folder}"
-        )
+
+
+def check_tokenizer(init_from: Path, data: PackedDataset):
+    """UserError where the data have another tokenizer or chat template than the model."""
+    first = next(iter(data.folders.values()))
+    again = f"prepare the data again with: python data_process.py {first.kind} YOUR_FILES --tokenizer {init_from} "
+    again += f"--output {first.folder}"
+    if tokenizer_fingerprint(init_from) != data.tokenizer_sha256:
+        raise UserError(f"{data.paths} was made with another tokenizer than the one in {init_from}; {again}")
+    tokenizer = load_tokenizer(init_from)
+    is_other = tokenizer.template and tokenizer.template.sha256 != data.chat_template_sha256
+    if data.chat_template_sha256 and is_other and tokenizer.brings_template:
+        raise UserError(f"{data.paths} was made with another chat template than the one in {init_from}; {again}")
 
 
 def check_first_loss(log: Log, vocab_size: int):

@@ -9,14 +9,12 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
 from base.cli import UserError
 from base.files import load_module
 from engine.generation import Sequence
-from engine.session import PARTS, Reply, last_turn, read_tokens
+from engine.session import Reply, last_turn, read_tokens
 from engine.tools import calculate
-from model.chat import IM_END, IM_START, SPECIAL_TOKENS, THINK
+from model.chat import ChatTokenizer
 
 RewardFunction = Callable[[Reply, dict], float]  # (the answer, the task's note) -> from 0 to 1
 
@@ -114,21 +112,21 @@ def load_reward(name: str) -> RewardFunction:
     return getattr(module, function)
 
 
-def read_reply(sequence: Sequence, tokenizer: Tokenizer) -> Reply | None:
+def read_reply(sequence: Sequence, tokenizer: ChatTokenizer) -> Reply | None:
     """The answer, if it keeps the rules above; else None, which has no reward."""
     tokens = sequence.tokens
-    if sequence.finish_reason != "stop" or tokens[-1] != IM_END:
+    if sequence.finish_reason != "stop" or tokens[-1] != tokenizer.end_of_turn:
         return None
-    opened = None  # the control token of the part that is open
+    opened = None  # the part that is open
     thoughts = 0
-    turn = last_turn(tokens)
-    for token in turn[turn[0] == IM_START : -1]:  # without its header and its end
-        if opened is None and token in PARTS:
-            opened = token
-            thoughts += token == THINK
-        elif opened is not None and token == opened + 1:
+    turn = last_turn(tokens, tokenizer)
+    for token in turn[turn[0] == tokenizer.start_of_turn : -1]:  # without its header and its end
+        if opened is None and (part := tokenizer.opened_part(token)):
+            opened = part
+            thoughts += part == "reasoning"
+        elif opened is not None and token == tokenizer.tags[opened][1]:
             opened = None
-        elif token < len(SPECIAL_TOKENS):
+        elif token in tokenizer.control_ids:
             return None
     if opened is not None or thoughts > 1:
         return None

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import jsonlines
 import numpy as np
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from base.cli import UserError, one_line, positive
@@ -20,7 +19,7 @@ from engine.decoding import pack_for_decoding, shared_copy
 from engine.generation import Engine, Sequence
 from engine.session import GenerationConfig, Reply, Session
 from engine.tools import load_tools
-from model.chat import THINK, TOOL_CALL, load_tokenizer, tokenizer_fingerprint, translate
+from model.chat import ChatTokenizer, load_tokenizer, tokenizer_fingerprint, translate
 from model.lora import has_lora, merge_lora
 from model.model import CausalLM
 from training.machine import Machine
@@ -95,7 +94,7 @@ class PromptDataset(PackedDataset):
         return [note for one in folders for note in (one.notes() if one.kind == "rl" else [{}] * len(one))]
 
     @cached_property
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> ChatTokenizer:
         return load_tokenizer(self.tokenizer_dir)
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
@@ -156,6 +155,13 @@ class RolloutBatch(Batch):
     EXTRA = 2
 
 
+# The sums of a step over its answers, which rollout_metrics() turns into means.
+METRICS = (
+    *("answers", "reward", "tokens", "ended", "thinks", "surprise", "groups", "solved", "all_right", "all_wrong"),
+    *("calls", "steps", "sampling_seconds", "gap", "scored"),
+)
+
+
 class RolloutGenerator:
     """Generates answers with the model as it is now; each process answers its part of the questions."""
 
@@ -213,6 +219,21 @@ class RolloutGenerator:
                     f"--reward {self.settings.reward} cannot judge an answer to {note!r:.200} ({what})"
                 ) from None
 
+    def sums_of(self, groups: list[list[Rollout]]) -> dict[str, float]:
+        """METRICS of a step's answers, without those that the loss function adds."""
+        sums = Counter(steps=1)  # one in each process
+        think, call = (self.tokenizer.tags.get(part, (None,))[0] for part in ("reasoning", "tool_call"))
+        for group in groups:
+            rewards = [one.reward for one in group]
+            sums.update(groups=1, solved=max(rewards) > 0, all_right=min(rewards) == 1, all_wrong=max(rewards) == 0)
+            for one in group:
+                sequence = one.sequence
+                chosen = [log_prob for log_prob, own in zip(sequence.log_probs, sequence.chosen) if own]
+                sums.update(answers=1, reward=one.reward, tokens=len(chosen), surprise=-sum(chosen))
+                sums.update(ended=sequence.finish_reason == "stop", thinks=think in sequence.tokens)
+                sums.update(calls=sequence.tokens.count(call))
+        return dict(sums)
+
     def validate(self, data: PromptDataset, limit: int | None) -> dict[str, float]:
         """Mean rewards over the first `limit` questions of each folder, or all.
 
@@ -251,28 +272,6 @@ def decoding_copy(model: CausalLM) -> CausalLM:
     if has_lora(copy):
         merge_lora(copy)  # its layers get matrices of their own
     return pack_for_decoding(copy) if model.lm_head.weight.device.type == "cpu" else copy
-
-
-# The sums of a step over its answers, which rollout_metrics() turns into means.
-METRICS = (
-    *("answers", "reward", "tokens", "ended", "thinks", "surprise", "groups", "solved", "all_right", "all_wrong"),
-    *("calls", "steps", "sampling_seconds", "gap", "scored"),
-)
-
-
-def sums_of(groups: list[list[Rollout]]) -> dict[str, float]:
-    """METRICS of a step's answers, without those that the loss function adds."""
-    sums = Counter(steps=1)  # one in each process
-    for group in groups:
-        rewards = [one.reward for one in group]
-        sums.update(groups=1, solved=max(rewards) > 0, all_right=min(rewards) == 1, all_wrong=max(rewards) == 0)
-        for one in group:
-            sequence = one.sequence
-            chosen = [log_prob for log_prob, own in zip(sequence.log_probs, sequence.chosen) if own]
-            sums.update(answers=1, reward=one.reward, tokens=len(chosen), surprise=-sum(chosen))
-            sums.update(ended=sequence.finish_reason == "stop", thinks=THINK in sequence.tokens)
-            sums.update(calls=sequence.tokens.count(TOOL_CALL))
-    return dict(sums)
 
 
 def rollout_metrics(window: Counter) -> dict[str, float]:

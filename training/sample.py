@@ -2,7 +2,7 @@
 
 from engine.decoding import shared_copy
 from engine.generation import generate
-from model.chat import BOS, EOS, encode, load_tokenizer
+from model.chat import load_tokenizer
 from model.model import CausalLM
 from training.machine import Machine
 from training.packing import PackedDataset
@@ -20,6 +20,6 @@ def sample_text(model: CausalLM, machine: Machine, data: PackedDataset, prompt: 
         return {}
     tokenizer = load_tokenizer(data.tokenizer_dir)
     folder = next(iter(data.folders.values()))
-    ids = folder.tokens[: PROMPT_TOKENS + 1].tolist() if prompt is None else [BOS, *encode(tokenizer, prompt)]
-    steps = generate(shared_copy(model).eval(), [ids], NEW_TOKENS, {EOS}, seed=0, temperature=0.8)
+    ids = folder.tokens[: PROMPT_TOKENS + 1].tolist() if prompt is None else tokenizer.text_prompt(prompt)
+    steps = generate(shared_copy(model).eval(), [ids], NEW_TOKENS, {tokenizer.eos}, seed=0, temperature=0.8)
     return {"sample": tokenizer.decode([*ids, *(token for (token,) in steps)])}

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from base.cli import UserError, command_line
 from base.files import RUN_FILE, STATE_FILE, finish_replacing, replace_directory, write_json
+from model.chat import load_tokenizer
 from model.checkpoint import (
     full_tensor,
     load_config,
@@ -144,6 +145,8 @@ class Checkpointer:
         self.optimizer, self.scaler = optimizer, scaler
         self.out_dir = resolve_out_dir(settings.out_dir)
         self.tokenizer_dir = settings.init_from or data.tokenizer_dir
+        if data.chat_template_sha256 and not load_tokenizer(self.tokenizer_dir).brings_template:
+            self.tokenizer_dir = data.tokenizer_dir  # it has the template that the model learns
         self.resumed = should_resume(settings.resume, self.out_dir)
         self.directory = self.out_dir if self.resumed else self.out_dir.with_name(f".{self.out_dir.name}.writing")
         self.saved_step = 0

@@ -49,7 +49,7 @@ from corpus.pipeline import work
 from corpus.prepared import read_meta
 from corpus.records import CHAT_FIELDS, PAIR_FIELDS, TASK_FIELDS, BadRecord, each_record, parse, prompt_of
 from engine.generation import Sequence, TextStream
-from engine.session import Session, call_of, last_turn, read_tokens
+from engine.session import call_of, last_turn, read_tokens
 from engine.tools import MAX_CHARACTERS, calculate, calculator, run_calls
 from model.chat import BOS, IM_END, IM_START, SPECIAL_TOKENS, encode, encode_chat, token_pieces
 from model.checkpoint import load_config
@@ -581,9 +581,9 @@ def test_whatever_a_model_writes_is_read_and_its_calls_are_answered(relatives, n
         for part in parts:
             tokens += [part % len(PIECES)] if isinstance(part, int) else encode(ENCODER.tokenizer, str(part))
         for sequence in (tokens, [*tokens, IM_END], [IM_START, *tokens, IM_END]):
-            reply = read_tokens(last_turn(sequence), ENCODER.tokenizer)
+            reply = read_tokens(last_turn(sequence, ENCODER.tokenizer), ENCODER.tokenizer)
             answers = run_calls(tools, reply.tool_calls)
-            ids = Session.tool_response_ids(SimpleNamespace(tokenizer=ENCODER.tokenizer), answers)
+            ids = ENCODER.tokenizer.tool_responses(answers)
             assert control(ids) == [IM_START, *[9, 10] * len(answers), IM_END, IM_START]
             if sequence:
                 read_reply(Sequence([BOS], 9, tokens=sequence, finish_reason="stop"), ENCODER.tokenizer)

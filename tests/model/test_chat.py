@@ -196,18 +196,15 @@ def test_an_unknown_role_is_refused():
         chat.encode_chat(TOKENIZER, [{"role": "user", "content": ""}, {"role": "narrator", "content": ""}])
 
 
-def test_a_missing_a_broken_and_a_foreign_tokenizer_are_refused_in_one_line(tmp_path):
+def test_a_missing_and_a_broken_tokenizer_are_refused_in_one_line(tmp_path):
     with pytest.raises(UserError, match="data_process.py tokenizer") as error:
         chat.load_tokenizer(tmp_path)
     assert "\n" not in str(error.value)
     path = tmp_path / "tokenizer.json"
-    path.write_text(TOKENIZER.to_str()[:1000])
+    path.write_text(TOKENIZER.backend.to_str()[:1000])
     with pytest.raises(UserError, match="cannot be read") as error:
         chat.load_tokenizer(tmp_path)
     assert "\n" not in str(error.value)
-    path.write_text(TOKENIZER.to_str().replace("<|im_start|>", "<|im_begin|>"))
-    with pytest.raises(UserError, match="should have the id 3"):
-        chat.load_tokenizer(tmp_path)
 
 
 def test_the_fingerprint_tells_tokenizers_apart(tmp_path):
