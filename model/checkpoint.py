@@ -231,7 +231,7 @@ def stop_ids(content: dict) -> list[int]:
 
 
 def load_stop_ids(directory: Path, model: CausalLM):
-    """Sets the model's stop tokens to those of generation_config.json or else config.json, keeps the former, and sets the
+    """Sets the stop tokens to those of generation_config.json or else config.json, keeps the former, and sets the
     one of its chats."""
     path = Path(directory) / GENERATION_FILE
     if (Path(directory) / "tokenizer.json").exists():

@@ -58,6 +58,13 @@ def architecture(config: LMConfig) -> str:
     return name
 
 
+def check_exportable(config: LMConfig, directory: Path):
+    """UserError for a model or a tokenizer that llama.cpp does not have."""
+    architecture(config)
+    if not load_tokenizer(directory).is_own:
+        pre_tokenizer(read_json(directory / "tokenizer.json"))
+
+
 def matrix_type(name: str, tensor: Tensor, weight_type: str) -> str:
     """The type of a tensor in the file; its name is ours or llama.cpp's."""
     if tensor.dim() == 1 or name.endswith(("mlp.gate.weight", "ffn_gate_inp.weight")):  # a norm, a router
@@ -268,19 +275,20 @@ def interleave_halves(weight: Tensor, head_dim: int) -> Tensor:
     return heads.transpose(1, 2).flatten(0, 2)  # (heads * D, H)
 
 
-def write_modelfile(path: Path, model: CausalLM, gguf_file: Path, tokenizer: ChatTokenizer):
+def write_modelfile(path: Path, model: CausalLM, gguf_file: Path, tokenizer: ChatTokenizer, sampling: dict):
     """The Modelfile for `ollama create`: the file, a Go template, stop tokens, and eval.py's sampling parameters.
 
-    Ollama has a template for each family of open models, which it finds by the one in the file.
+    Ollama has a template for each family of open models, which it finds by the one in the file. sampling: temperature,
+    top_p and repetition_penalty.
     """
     template = "{{ .Prompt }}"  # a base model continues a text
     if model.is_chat:
         template = Path(__file__).with_name("ollama.gotmpl").read_text("utf-8").rstrip("\n")
     parameters = {
         "num_ctx": model.config.max_position_embeddings,
-        "temperature": 0.7,
-        "top_p": 0.9,
-        "repeat_penalty": 1.1,
+        "temperature": sampling["temperature"],
+        "top_p": sampling["top_p"],
+        "repeat_penalty": sampling["repetition_penalty"],
     }
     lines = [f"FROM ./{gguf_file.name}"]
     if tokenizer.is_own or not model.is_chat:

@@ -135,10 +135,11 @@ class Request(NullsLeftOut):
             raise ValueError("the request contains half a surrogate pair, which is not text") from None
         return data
 
-    def generation_config(self, limit: int) -> GenerationConfig:
-        """limit: of max_new_tokens."""
-        given = {field.name: getattr(self, field.name) for field in fields(GenerationConfig)}
-        return GenerationConfig(**given | {"max_new_tokens": min(self.max_new_tokens or limit, limit)})
+    def generation_config(self, limit: int, defaults: dict) -> GenerationConfig:
+        """limit: of max_new_tokens. defaults: the model's, for what the request leaves open."""
+        names = {field.name for field in fields(GenerationConfig)}
+        given = {name: getattr(self, name) for name in names if name in self.model_fields_set or name not in defaults}
+        return GenerationConfig(**defaults | given | {"max_new_tokens": min(self.max_new_tokens or limit, limit)})
 
     @model_validator(mode="after")
     def options_of_a_stream(self):

@@ -83,7 +83,7 @@ class Service:
         return served, await asyncio.to_thread(self._prepare, served, request)
 
     def _prepare(self, served: Served, request: Request) -> list[Answer]:
-        config = request.generation_config(min(self.config.max_new_tokens, served.context))
+        config = request.generation_config(min(self.config.max_new_tokens, served.context), served.sampling)
         session = Session(served.batcher.model, served.tokenizer, config)
         tools = {}
         if isinstance(request, CompletionRequest):
