@@ -227,6 +227,8 @@ class Decoder(nn.Module):
         config = self.config
         rope = rope_tables(position_ids, config.head_dim, config.rope_theta, config.rope_scaling)
         x = self.embed_tokens(input_ids)  # (B, T, H)
+        if x.dtype == product_dtype(x.device.type) == torch.float16:  # frozen: the residual stream needs a larger range
+            x = x.float()
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
                 x, routed = checkpoint(layer, x, rope, mask, use_reentrant=False)
