@@ -12,6 +12,7 @@ import torch
 
 from model.LMConfig import LMConfig
 from model.model import CausalLM
+from model.operators import attention_here
 from training.loss import LOSS_CHUNK, loss_chunk, next_token_loss
 from training.machine import Machine
 from training.optimizer import MUON_BATCH
@@ -189,8 +190,7 @@ def largest_divisor(rows: int, fits: Callable[[int], bool]) -> int:
 def fits_by_estimate(step: StepSettings, machine: Machine, model: CausalLM) -> bool:
     """Whether there is memory for this step: on the GPU, or for all processes that compute on this machine's CPU."""
     shards = machine.world_size if machine.shards else 1
-    with machine.autocast():
-        attention = model.model.attention_kind()
+    attention = attention_here(machine.device, machine.dtype, model.config.head_dim)
     needed = memory_estimate(model, step, machine.dtype.itemsize, attention, shards)
     if machine.device.type == "cuda":
         return needed <= ROOM * torch.cuda.get_device_properties(machine.device).total_memory
