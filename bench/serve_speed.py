@@ -1,12 +1,13 @@
-"""Tokens a second with 1, 8 and 64 clients: serve.py, the engine as eval.py --batch drives it, llama.cpp's server.
+"""Tokens per second and time to first token with 1, 8 and 64 clients: serve.py, the engine alone, llama.cpp's server.
 
     python -m bench.serve_speed --preset mini small
     python -m bench.serve_speed --model out/sft
 
-Each client sends a prompt and reads a stream of as many tokens; all send at once, and the time is that until the last
-has ended. All have the same weights in float32 and the same prompts, write greedily, and take turns, each in a process
-of its own; medians are printed. llama.cpp takes part where its wheel is:
-pip install -r requirements/export.txt -c constraints.txt
+"The engine alone" is driven as eval.py --batch does. Each client sends a prompt and reads a stream of as many tokens;
+all send at once, and the time is that until the last has ended. The time to first token is from the request to the
+first event with text: the median over the clients, in the last round. All have the same weights in float32 and the same
+prompts, generate greedily, and take turns, each in a process of its own; medians are printed. llama.cpp takes part
+where its wheel is: pip install -r requirements/export.txt -c constraints.txt
 """
 
 import argparse
@@ -18,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -35,29 +37,34 @@ from model.gguf import write_gguf
 from model.llama_cpp import LlamaCpp
 from model.LMConfig import PRESETS
 
-Writer = Callable[[list[list[int]], int], None]  # (prompts, tokens): a client for each prompt reads so many
+# (prompts, tokens): a client for each prompt reads so many. Returns the median time to first token, in seconds.
+Writer = Callable[[list[list[int]], int], float]
 
 
-def ask(address: str, prompts: list[list[int]], n: int):
+def ask(address: str, prompts: list[list[int]], n: int) -> float:
     """A client for each prompt. RuntimeError when a stream ends before it has n tokens."""
     host, port = urlsplit(address).hostname, urlsplit(address).port
 
-    async def read(prompt: list[int]):
+    async def read(prompt: list[int]) -> float:
+        start = time.perf_counter()
         fields = dict(prompt=prompt, max_tokens=n, temperature=0, repetition_penalty=1, ignore_eos=True, stream=True)
         body = json.dumps(fields).encode()
         reader, writer = await asyncio.open_connection(host, port)
         head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}:{port}\r\nConnection: close\r\n"
         head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         writer.write(head.encode() + body)
+        await reader.readuntil(b"data: ")
+        first = time.perf_counter() - start
         said = await reader.read()
         writer.close()
         if b'"length"' not in said:
             raise RuntimeError(f"a stream ended early: {said[-300:]}")
+        return first
 
-    async def read_all():
-        await asyncio.gather(*map(read, prompts))
+    async def read_all() -> list[float]:
+        return await asyncio.gather(*map(read, prompts))
 
-    asyncio.run(read_all())
+    return statistics.median(asyncio.run(read_all()))
 
 
 def serve(directory: Path, rows: int) -> Writer:
@@ -73,10 +80,14 @@ def engine(directory: Path, rows: int) -> Writer:
     engine = Engine(pack_for_decoding(load_model(directory).eval()), rows)
 
     def write(prompts, n):
+        start = time.perf_counter()
         for prompt in prompts:
             engine.submit(Sequence(prompt, n, sampling=Sampling(temperature=0)))
+        engine.step()
+        first = time.perf_counter() - start
         while engine.busy:
             engine.step()
+        return first
 
     return write
 
@@ -104,7 +115,8 @@ def measure(name: str, directory: Path, clients_at_a_time: list[int], new_tokens
                 rate = clients * new_tokens / statistics.median(seconds)
                 share = ratio(turns.seconds, "engine alone", writer)
                 print(
-                    f"{name:10}{clients:4} clients  {writer:14}{rate:10,.0f} tok/s{share:7.2f} x the engine alone",
+                    f"{name:10}{clients:4} clients  {writer:14}{rate:10,.0f} tok/s{share:7.2f} x the engine alone"
+                    f"{1000 * turns.answers[writer]:9,.1f} ms to first token",
                     flush=True,
                 )
 

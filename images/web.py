@@ -1,5 +1,5 @@
-"""Takes web_chat.png, web_side_by_side.png and web_runs.png: the pages of server/web/ in a browser, with the models of
-the demo.
+"""Takes web_chat.png, web_side_by_side.png, web_tokens.png and web_runs.png: the pages of server/web/ in a browser, with
+the models of the demo.
 
     python quickstart.py --no-chat
     python -m images.web
@@ -49,6 +49,14 @@ def ask(page, language: str, compare: bool):
         page.locator('#turns[aria-busy="false"]').wait_for()
 
 
+def show_tokens(page, language: str, compare: bool):
+    page.locator("#probabilities").check()
+    ask(page, language, compare)
+    page.locator("[data-word=surprise]").last.click()
+    page.locator("[data-word=tokens_button]").last.click()
+    page.locator("article .token").nth(2).click()
+
+
 def compare_runs(page, language: str, compare: bool):
     page.locator("#runs input").first.wait_for()
     for box in page.locator("#runs input").all():
@@ -61,6 +69,7 @@ def compare_runs(page, language: str, compare: bool):
 SHOTS = {  # name -> page, language, light or dark, what is done there, whether several are compared
     "web_chat": ("", "en", "dark", ask, False),
     "web_side_by_side": ("", "zh", "light", ask, True),
+    "web_tokens": ("", "zh", "light", show_tokens, False),
     "web_runs": ("runs.html", "en", "light", compare_runs, True),
 }
 

@@ -1,4 +1,8 @@
-"""The thread that runs an engine: sequences are added and removed between two steps, and share the batch."""
+"""The thread that runs an engine: sequences are added and removed between two steps, and share the batch.
+
+The engine and the event loop take turns: a step starts when the tokens of the last one are sent. Side by side, they
+would wait for the interpreter's lock several times per token, and for a core that torch's threads use.
+"""
 
 import asyncio
 import queue
@@ -8,6 +12,8 @@ from collections.abc import Callable
 
 from engine.generation import Engine, Sequence
 from model.model import CausalLM
+
+MAX_WAIT = 0.1  # seconds that the engine waits for the event loop to send a step's tokens
 
 Receive = Callable[[int | Exception, str | None], None]  # a token, and with the last the finish_reason; or an error
 
@@ -20,6 +26,7 @@ class Batcher:
         self.loop = asyncio.get_running_loop()
         self.orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # run between two steps
         self.receivers: dict[Sequence, Receive] = {}  # of those that have not ended
+        self.sent = threading.Event()  # the tokens of the last step
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.thread.start()
 
@@ -61,10 +68,12 @@ class Batcher:
                 lost = [*self.engine.rows, *self.engine.waiting]
                 self.engine = Engine(self.model, self.max_rows)
                 events = [(sequence, error, "error") for sequence in lost]
+            self.sent.clear()
             try:
                 self.loop.call_soon_threadsafe(self._deliver, events)
             except RuntimeError:  # the loop has ended
                 return
+            self.sent.wait(MAX_WAIT)
 
     def _deliver(self, events: list[tuple[Sequence, int | Exception, str | None]]):
         for sequence, token, finish_reason in events:
@@ -74,3 +83,4 @@ class Batcher:
             if finish_reason:
                 del self.receivers[sequence]
             receive(token, finish_reason)
+        self.loop.call_soon(self.sent.set)  # after the tasks that were waiting for these tokens

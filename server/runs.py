@@ -27,6 +27,7 @@ DEPTH = 3  # levels below the folder where a run may stand
 BLOCK = 2**22  # bytes of metrics.jsonl in one reply, at most; who asks on gets the rest
 TAIL = 2**18  # bytes at the end of a file in which its last lines are looked for
 SAMPLES = 20
+RECORDS = 10_000  # in which the last validation is looked for
 RECENT = 120  # seconds; whether a run without a lock, say a copy from another machine, still grows
 
 
@@ -101,7 +102,10 @@ def run_name(directory: Path) -> str:
 
 
 def describe(name: str, directory: Path) -> dict:
-    last = next(iter(last_records(directory / METRICS_FILE, 1)), {})
+    records = last_records(directory / METRICS_FILE, RECORDS)
+    validated = next((record for record in reversed(records) if "val_loss" in record), {})
+    last = {"val_loss": validated["val_loss"]} if validated else {}
+    last |= records[-1] if records else {}
     updated = _updated(directory)
     return {
         "name": name,

@@ -1,8 +1,9 @@
 // A line chart in SVG: curves of several runs over one axis, with values under the pointer or the arrow keys, and a table.
 
-import { make, number, word } from "./page.js";
+import { locale, make, number, word } from "./page.js";
 
-const [WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM] = [400, 210, 50, 10, 8, 32]; // margins within the view box
+const [WIDTH, HEIGHT, RIGHT, TOP, BOTTOM] = [360, 220, 10, 26, 34]; // with margins, in units of the view box
+const DIGIT = 7; // units, the width of a character in a label
 const MOST = 400; // points of a curve that are drawn
 
 function svg(tag, attributes, ...children) {
@@ -44,7 +45,7 @@ export function ticks(low, high, count, log = false) {
 
 /**
  * A <figure> that draw() fills, as often as there is something new.
- * draw({title, xName, log, series: [{name, color, dash, bold, points: [[x, y]]}]}); color is a number, as in style.css.
+ * draw({title, xName, yName, log, series: [{name, color, dash, bold, points: [[x, y]]}]}); color is a number, as in style.css.
  */
 export function chart() {
   const [caption, legend, table] = [make("figcaption"), make("ul", { class: "legend" }), make("table")];
@@ -52,6 +53,7 @@ export function chart() {
   const values = make("details", {}, make("summary", { "data-word": "values" }), make("div", { class: "scroll" }, table));
   const figure = make("figure", {}, caption, picture, legend, values);
   let [series, log, xs, at] = [[], false, [], null]; // at: which of the sorted xs is read; null: the last of each curve
+  let left = 0; // margin, for the labels of the y axis
   let [x, y] = [Number, Number]; // from a value to its place
 
   function draw(what) {
@@ -63,33 +65,41 @@ export function chart() {
     picture.setAttribute("aria-label", word("chart_label", what.title));
     xs = [...new Set(series.flatMap((one) => one.points.map((point) => point[0])))].sort((a, b) => a - b);
     if (at !== null && at >= xs.length) at = null;
-    const [left, right] = points.reduce(([low, high], [value]) => [Math.min(low, value), Math.max(high, value)], [Infinity, -Infinity]);
-    let [low, high] = points.reduce(([low, high], [, value]) => [Math.min(low, value), Math.max(high, value)], [Infinity, -Infinity]);
-    const scale = log ? Math.log : Number;
-    if (low === high) [low, high] = log ? [low / 2, high * 2] : [low - (Math.abs(low) || 1) / 2, high + (Math.abs(high) || 1) / 2];
-    x = (value) => LEFT + ((value - left) / (right - left || 1)) * (WIDTH - LEFT - RIGHT);
-    y = (value) => HEIGHT - BOTTOM - ((scale(value) - scale(low)) / (scale(high) - scale(low))) * (HEIGHT - BOTTOM - TOP);
     picture.replaceChildren();
-    if (points.length) {
-      for (const mark of ticks(low, high, 5, log)) {
-        picture.append(svg("line", { class: "grid", x1: LEFT, x2: WIDTH - RIGHT, y1: y(mark), y2: y(mark) }));
-        picture.append(svg("text", { x: LEFT - 6, y: y(mark) + 4, "text-anchor": "end" }, number(mark)));
-      }
-      for (const mark of left < right ? ticks(left, right, 5) : [left]) {
-        picture.append(svg("text", { x: x(mark), y: HEIGHT - BOTTOM + 14, "text-anchor": "middle" }, number(mark)));
-      }
-      picture.append(svg("text", { x: (LEFT + WIDTH) / 2, y: HEIGHT - 3, "text-anchor": "middle" }, what.xName));
-    }
+    if (points.length) drawAxes(points, what);
     for (const one of series) picture.append(...curve(one));
     read(at);
     const rows = series.map(({ name, points }) => {
       const all = points.map((point) => point[1]);
-      const [least, most] = all.reduce(([a, b], value) => [Math.min(a, value), Math.max(b, value)], [Infinity, -Infinity]);
+      const [least, most] = range(all);
       const cells = [points.at(-1)[0], all.at(-1), least, most].map((value) => make("td", { class: "figure" }, number(value)));
       return make("tr", {}, make("th", { scope: "row" }, name), ...cells);
     });
     const head = [word("series"), what.xName, word("last"), word("lowest"), word("highest")];
     table.replaceChildren(make("tr", {}, ...head.map((text, i) => make("th", { scope: "col", class: i ? "figure" : "" }, text))), ...rows);
+  }
+
+  /** Sets the scales x and y, and draws both axes with their names. */
+  function drawAxes(points, { xName, yName }) {
+    const [from, to] = range(points.map((point) => point[0]));
+    let [low, high] = range(points.map((point) => point[1]));
+    if (low === high) [low, high] = log ? [low / 2, high * 2] : [low - (Math.abs(low) || 1) / 2, high + (Math.abs(high) || 1) / 2];
+    const scale = log ? Math.log : Number;
+    const [rows, columns] = [ticks(low, high, 5, log), from < to ? ticks(from, to, 5) : [from]];
+    left = 8 + DIGIT * Math.max(...rows.map((mark) => label(mark).length));
+    x = (value) => left + ((value - from) / (to - from || 1)) * (WIDTH - left - RIGHT);
+    y = (value) => HEIGHT - BOTTOM - ((scale(value) - scale(low)) / (scale(high) - scale(low))) * (HEIGHT - BOTTOM - TOP);
+    const text = (x, y, anchor, content) => picture.append(svg("text", { x, y, "text-anchor": anchor }, content));
+    for (const mark of rows) {
+      picture.append(svg("line", { class: "grid", x1: left, x2: WIDTH - RIGHT, y1: y(mark), y2: y(mark) }));
+      text(left - 6, y(mark) + 4, "end", label(mark));
+    }
+    for (const mark of columns) {
+      const half = (DIGIT * label(mark).length) / 2;
+      text(Math.min(x(mark), WIDTH - half), HEIGHT - BOTTOM + 14, "middle", label(mark));
+    }
+    text((left + WIDTH - RIGHT) / 2, HEIGHT - 4, "middle", xName);
+    text(2, 12, "start", yName);
   }
 
   function curve({ drawn, color, dash, bold }) {
@@ -133,6 +143,16 @@ export function chart() {
     read(Math.min(xs.length - 1, Math.max(0, (at ?? xs.length - (by < 0 ? 0 : 1)) + by)));
   });
   return { figure, draw };
+}
+
+function range(values) {
+  return values.reduce(([low, high], value) => [Math.min(low, value), Math.max(high, value)], [Infinity, -Infinity]);
+}
+
+/** The text at a mark of an axis. */
+function label(value) {
+  if (Math.abs(value) < 1e5) return number(value);
+  return value.toLocaleString(locale(), { notation: "compact", maximumSignificantDigits: 3 });
 }
 
 function nearest(points, place) {

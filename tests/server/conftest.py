@@ -8,11 +8,13 @@ import httpx
 import pytest
 import torch
 import uvicorn
+from fake_site import fake_server, write_runs
 from helpers import TIMEOUT, TOKENIZER, sharp_model
 from openai import OpenAI
 
 from engine.session import Session
 from engine.tools import load_tools
+from images.web import launch
 from model.chat import EOS, IM_END, IM_START, load_tokenizer
 from model.checkpoint import save_model
 from model.LMConfig import PRESETS, LMConfig
@@ -125,3 +127,54 @@ def say(monkeypatch, tokenizer):
 
     monkeypatch.setattr(Session, "sequence", scripted)
     return lambda asked, *turns: scripts.update({asked: turns})
+
+
+# ------------------------------------------------------------------------------------------------------ the pages
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    write_runs(out)
+    server, app, address = fake_server(out)
+    app.state.out = out
+    yield app.state, address
+    server.should_exit = True
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with pytest.importorskip("playwright.sync_api").sync_playwright() as started:
+        browser = launch(started)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(site, browser):
+    """visit(PATH, **how) opens a page. After the test: no request has left the host, and the console holds no error."""
+    state, fake = site
+    contexts, wrong = [], []
+    state.bodies.clear()
+    state.key = None
+
+    def open_page(path: str = "", allowed: str = "", address: str = fake, **how):
+        context = browser.new_context(**{"locale": "en-GB", **how})
+        context.set_default_timeout(8000)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("request", lambda request: request.url.startswith(address) or wrong.append(request.url))
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on(
+            "console",
+            lambda message: (
+                message.type == "error" and not (allowed and allowed in message.text) and wrong.append(message.text)
+            ),
+        )
+        page.goto(address + path)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not wrong

@@ -744,9 +744,16 @@ def test_a_page_allows_itself_nothing_but_its_own_files(page):
     )
 
 
+LINKS = {  # the only ones: to http, https and mailto, and to a file that the page has made itself
+    "markdown.js": 'make("a", { href: to, rel: "noopener',
+    "transfer.js": 'make("a", { href: address, download',
+}
+
+
 @pytest.mark.parametrize("script", sorted((ROOT / "server/web").glob("*.js")), ids=lambda script: script.name)
 def test_a_script_makes_nothing_of_texts_but_texts(script):
     text = re.sub(r"^\s*//.*$", "", script.read_text("utf-8"), flags=re.MULTILINE)
+    text = text.replace(LINKS.get(script.name, "\0"), "", 1)
     sinks = r"\b(?:innerHTML|outerHTML|insertAdjacentHTML|setHTML|createContextualFragment)"
     sinks += r"|\b(?:DOMParser|document\.write|eval\(|Function\()"
     sinks += r"|\bset(Timeout|Interval)\(\s*[\"'`]|javascript:|\.(href|src|srcdoc)\s*=|import\(|postMessage|https?://(?!www\.w3\.org)"

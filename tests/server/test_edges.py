@@ -1,5 +1,6 @@
 """What a server must bear: clients that leave, too many of them, strangers, floods, failures, and its own end."""
 
+import asyncio
 import concurrent.futures
 import http.client
 import os
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import httpx
@@ -19,12 +21,13 @@ import torch
 from conftest import CONTEXT, wait_until
 from helpers import ROOT, TIMEOUT, TOKENIZER
 from openai import OpenAI
+from uvicorn.protocols.http.h11_impl import RequestResponseCycle
 
 from engine.generation import Engine
-from model.chat import EOS, IM_END
+from model.chat import EOS, IM_END, encode
 from model.checkpoint import load_model, save_model
 from model.lora import apply_lora, lora_layers
-from server import api, guard
+from server import api, batcher, guard
 from server.models import find_models
 
 HELLO = [{"role": "user", "content": "你好"}]
@@ -441,3 +444,35 @@ def test_minutes_of_clients_that_come_and_leave_take_no_more_memory(models):
     assert status == 0
     assert third > 3
     assert max(sizes[-third:]) < 1.05 * max(sizes[third : 2 * third]), sizes
+
+
+def test_the_engine_and_the_event_loop_take_turns(serve, say, tokenizer, monkeypatch):
+    """A step starts when the tokens of the last one are sent: one hand-over and one chunk per token."""
+    events = []
+    step, send, wake = Engine.step, RequestResponseCycle.send, asyncio.BaseEventLoop.call_soon_threadsafe
+
+    def counted_step(engine):
+        events.append("step")
+        return step(engine)
+
+    async def counted_send(self, message):
+        await send(self, message)
+        if b'"content": "' in (body := message.get("body", b"")) and b'"content": ""' not in body:
+            events.append("chunk")
+
+    def counted_wake(self, callback, *arguments, **options):
+        if threading.current_thread().name == "engine":
+            events.append("hand over")
+        return wake(self, callback, *arguments, **options)
+
+    monkeypatch.setattr(Engine, "step", counted_step)
+    monkeypatch.setattr(RequestResponseCycle, "send", counted_send)
+    monkeypatch.setattr(asyncio.BaseEventLoop, "call_soon_threadsafe", counted_wake)
+    monkeypatch.setattr(batcher, "MAX_WAIT", TIMEOUT)
+    say("字", [*encode(tokenizer, "天地玄黄宇宙洪荒"), IM_END])
+    live = serve()
+    messages = [{"role": "user", "content": "字"}]
+    stream = live.client.chat.completions.create(model="sft", messages=messages, stream=True)
+    n_chunks = sum(bool(chunk.choices[0].delta.content) for chunk in stream)
+    first = events.index("step")
+    assert events[first : first + 3 * n_chunks] == ["step", "hand over", "chunk"] * n_chunks

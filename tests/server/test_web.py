@@ -4,179 +4,17 @@ It takes Playwright (requirements/interop.txt) and a browser: Debian's chromium,
 brings.
 """
 
-import asyncio
-import json
 import re
-import threading
-import time
-from pathlib import Path
 
 import pytest
+from fake_site import choose, open_settings, say, wait
 from helpers import ROOT
-
-from images.web import launch
 
 pytestmark = pytest.mark.extra
 playwright = pytest.importorskip("playwright.sync_api")
 expect = playwright.expect
 
-MODELS = {"pretrain": False, "sft": True, "dpo": True}  # name -> whether it chats
 KEY = "mustard"
-
-
-def fake_server(out: Path):
-    """The routes that the page uses. A model answers with its name, the system prompt and all it was told before."""
-    import uvicorn
-    from fastapi import FastAPI, Request
-    from fastapi.responses import JSONResponse, StreamingResponse
-    from fastapi.staticfiles import StaticFiles
-
-    from server.runs import router
-
-    app = FastAPI()
-    app.state.bodies, app.state.key = [], None
-    app.include_router(router(out))
-
-    @app.middleware("http")
-    async def guard(request: Request, call_next):
-        locked = app.state.key and request.headers.get("authorization") != f"Bearer {app.state.key}"
-        if locked and request.url.path.startswith(("/v1/", "/api/")):
-            return JSONResponse({"error": {"message": "a key is needed", "code": "invalid_api_key"}}, 401)
-        return await call_next(request)
-
-    @app.get("/v1/models")
-    def models():
-        facts = {"created": 1.79e9, "max_position_embeddings": 512, "parameters": 1_009_792}
-        return {"data": [{"id": name, "is_chat": is_chat, **facts} for name, is_chat in MODELS.items()]}
-
-    async def events(body: dict, deltas: list[dict]):
-        for delta in deltas:
-            choice = {"index": 0, "delta": delta, **delta, "finish_reason": None}
-            yield f"data: {json.dumps({'choices': [choice]})}\n\n"
-            await asyncio.sleep(0.2 if "slow" in str(body) else 0.005)
-        if "break off" in str(body):
-            return
-        last = {"choices": [{"index": 0, "delta": {}, "text": "", "finish_reason": "stop"}]}
-        usage = {"choices": [], "usage": {"completion_tokens": len(deltas)}}
-        yield f"data: {json.dumps(last)}\n\ndata: {json.dumps(usage)}\n\ndata: [DONE]\n\n"
-
-    @app.post("/v1/chat/completions")
-    def chat(body: dict):
-        app.state.bodies.append(body)
-        asked = body["messages"][-1]["content"]
-        if "refuse" in asked:
-            return JSONResponse({"error": {"message": "seed: must be at least 0"}}, 400)
-        if "long" in asked and len(body["messages"]) > 3:
-            return JSONResponse({"error": {"message": "too long", "code": "context_length_exceeded"}}, 400)
-        words = f"{body['model']} says: " + " | ".join(message["content"] for message in body["messages"])
-        pieces = re.findall(r"\S+\s*", words + (" and on" * 100 if "slow" in asked else ""))
-        deltas = [{"content": piece} for piece in pieces]
-        if "think" in asked:
-            deltas = [{"reasoning_content": "first I "}, {"reasoning_content": "think"}, *deltas]
-        if "tool" in asked:
-            runs = [{"name": "calculator", "arguments": {"expression": "6 * 7"}, "result": "42"}]
-            deltas = [{"tool_runs": runs}, *deltas]
-        if "code" in asked:
-            deltas = [{"content": "So:\n```python\n"}, {"content": "print('<b>')\n``"}, {"content": "`\nThat is all."}]
-        return StreamingResponse(events(body, deltas), media_type="text/event-stream")
-
-    @app.post("/v1/completions")
-    def complete(body: dict):
-        app.state.bodies.append(body)
-        deltas = [{"text": " and"}, {"text": " so on"}]
-        return StreamingResponse(events(body, deltas), media_type="text/event-stream")
-
-    app.mount("/", StaticFiles(directory=ROOT / "server/web", html=True))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
-    threading.Thread(target=server.run, daemon=True).start()
-    while not server.started:
-        time.sleep(0.01)
-    return server, app, f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
-
-
-def write_runs(out: Path):
-    """Two runs to compare, one with experts, one with samples."""
-    for name, shift in (("pretrain", 0.0), ("more/grpo", 0.5)):
-        directory = out / name
-        directory.mkdir(parents=True)
-        lines = []
-        for step in range(0, 500, 10):
-            record = {"step": step, "tokens": 100 * step, "minutes": step / 60, "loss": shift + 8 / (1 + step / 50)}
-            if step % 100 == 0:
-                record |= {f"val_loss{source}": record["loss"] + 0.1 for source in ("", "_zh", "_en")}
-            if name == "pretrain":
-                record |= {"expert_load": [[0.25, 0.25, 0.5, 0.0]] * 2, "load_max": 2.0, "tokens_per_s": None}
-            lines.append(json.dumps(record) + "\n")
-        (directory / "metrics.jsonl").write_text("".join(lines))
-        (directory / "run.json").write_text(json.dumps({"arguments": {"seed": 0, "learning_rate": 1 + shift}}))
-    sample = {"step": 10, "question": "1加1等于多少？", "answer": "2", "written": "<b>2</b><|im_end|>", "reward": 1.0}
-    (directory / "rollouts.jsonl").write_text(json.dumps(sample) + "\n")
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    out = tmp_path_factory.mktemp("out")
-    write_runs(out)
-    server, app, address = fake_server(out)
-    app.state.out = out
-    yield app.state, address
-    server.should_exit = True
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as started:
-        browser = launch(started)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def visit(site, browser):
-    """visit(PATH, **how) opens a page. After the test: no request has left the host, and the console holds no error."""
-    state, fake = site
-    contexts, wrong = [], []
-    state.bodies.clear()
-    state.key = None
-
-    def open_page(path: str = "", allowed: str = "", address: str = fake, **how):
-        context = browser.new_context(**{"locale": "en-GB", **how})
-        context.set_default_timeout(8000)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("request", lambda request: request.url.startswith(address) or wrong.append(request.url))
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on(
-            "console",
-            lambda message: (
-                message.type == "error" and not (allowed and allowed in message.text) and wrong.append(message.text)
-            ),
-        )
-        page.goto(address + path)
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert not wrong
-
-
-def say(page, text: str):
-    page.get_by_label("Message").fill(text)
-    page.get_by_role("button", name="Send").click()
-
-
-def wait(page):
-    expect(page.locator("#turns")).to_have_attribute("aria-busy", "false")
-
-
-def choose(page, *models: str):
-    page.get_by_label("Side by side").set_checked(len(models) > 1)
-    for model in models:
-        page.locator("#models").get_by_label(model).check()
-    for box in page.locator("#models input:checked").all():
-        if box.get_attribute("value") not in models:
-            box.uncheck()
 
 
 def test_an_answer_streams_and_stays_after_a_reload(visit, site):
@@ -222,7 +60,7 @@ def test_edit_and_resend_and_regenerate(visit, site):
     wait(page)
     say(page, "second")
     wait(page)
-    page.get_by_role("button", name="Regenerate").click()
+    page.get_by_role("button", name="Regenerate").last.click()
     wait(page)
     assert [len(body["messages"]) for body in site[0].bodies] == [1, 3, 3]
     page.get_by_role("button", name="Edit").first.click()
@@ -264,7 +102,7 @@ def test_thinking_is_folded_tools_and_code_are_shown(visit):
     wait(page)
     thought = page.get_by_text("first I think")
     expect(thought).to_be_hidden()
-    page.get_by_text("Thinking", exact=True).click()
+    page.locator("article").get_by_text("Thinking", exact=True).click()
     expect(thought).to_be_visible()
     expect(page.locator("article")).to_contain_text("Tool calculator")
     expect(page.locator("article")).to_contain_text('{"expression":"6 * 7"} → 42')
@@ -286,7 +124,7 @@ def test_what_is_typed_is_text(visit):
 def test_settings_are_sent_and_kept(visit, site):
     page = visit()
     choose(page, "sft")
-    page.get_by_text("Settings").click()
+    open_settings(page)
     page.get_by_label("System prompt").fill("Be brief.")
     for name, value in (("Temperature", "0"), ("top_p", "0.5"), ("Tokens at most", "7"), ("Seed", "3")):
         page.get_by_label(name).fill(value)
@@ -299,7 +137,7 @@ def test_settings_are_sent_and_kept(visit, site):
     }  # fmt: skip
     page.reload()
     expect(page.locator("[name=seed]")).to_have_value("3")
-    page.get_by_text("Settings").click()
+    open_settings(page)
     page.get_by_label("Temperature").fill("9")
     say(page, "too hot")
     assert len(site[0].bodies) == 1
@@ -353,6 +191,12 @@ def test_without_a_key_the_runs_are_not_asked_for_again(visit, site):
     expect(page.get_by_role("dialog")).to_have_count(0)
 
 
+def delete(page, chat: str):
+    item = page.locator("#conversations li", has=page.get_by_role("button", name=chat, exact=True))
+    item.locator("summary").click()
+    item.get_by_role("button", name="Delete").click()
+
+
 def test_history_can_be_deleted(visit):
     page = visit()
     page.on("dialog", lambda dialog: dialog.accept())
@@ -361,15 +205,15 @@ def test_history_can_be_deleted(visit):
         page.get_by_role("button", name="New chat").click()
         say(page, text)
         wait(page)
-    page.get_by_role("button", name="Delete: two").click()
-    expect(page.locator("#conversations li")).to_have_text(["three×", "one×"])
+    delete(page, "two")
+    expect(page.locator("#conversations [type=button]:first-child")).to_have_text(["three", "one"])
     page.get_by_role("button", name="Delete all").click()
     expect(page.locator("#conversations li")).to_have_count(0)
     page.reload()
     expect(page.get_by_role("article")).to_have_count(0)
     say(page, "slow")
     expect(page.get_by_role("article")).to_contain_text("sft says")
-    page.get_by_role("button", name="Delete: slow").click()
+    delete(page, "slow")
     wait(page)
     expect(page.locator("#conversations li")).to_have_count(0)
 
@@ -401,8 +245,7 @@ def test_two_languages_and_dark(visit):
 
 
 def test_every_word_is_known_in_both_languages():
-    table = (ROOT / "server/web" / "page.js").read_text("utf-8").partition("const WORDS")[2].partition("\n};")[0]
-    known = set(re.findall(r"^  (\w+): \[", table, re.MULTILINE))
+    known = set(re.findall(r"^  (\w+): \[", (ROOT / "server/web/words.js").read_text("utf-8"), re.MULTILINE))
     used = {"x_step", "x_tokens", "x_minutes", "theme_auto", "theme_light", "theme_dark", "kind_chat", "kind_base"}
     for path in (ROOT / "server/web").glob("*.*"):
         if path.suffix in (".js", ".html"):
@@ -422,7 +265,7 @@ def test_a_phone_needs_no_scrolling_to_the_side(visit, path):
         expect(page.get_by_role("button", name="New chat")).to_be_visible()
         page.keyboard.press("Escape")
         expect(page.get_by_role("button", name="New chat")).to_be_hidden()
-        page.get_by_text("Settings").click()
+        open_settings(page)
     else:
         expect(page.locator("#charts figure").first).to_be_visible()
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
@@ -433,21 +276,24 @@ def test_the_keyboard_is_enough(visit):
     keyboard = page.keyboard
     expect(page.get_by_label("Message")).to_be_focused()
     expect(page.locator("#models input")).to_have_count(3)
-    keyboard.press("Shift+Tab")  # to the switch, then to the models
+    keyboard.press("Shift+Tab")  # to the files, then to the switches, then to the models
+    expect(page.get_by_role("button", name="Add a text file")).to_be_focused()
+    keyboard.press("Shift+Tab")
+    keyboard.press("Shift+Tab")
     expect(page.get_by_label("Side by side")).to_be_focused()
     outline = "getComputedStyle(document.activeElement).outlineStyle"
     assert page.evaluate(outline) == "solid"
     keyboard.press("Shift+Tab")
     keyboard.press("ArrowUp")  # from the newest
     expect(page.locator("#models").get_by_label("sft")).to_be_checked()
-    keyboard.press("Tab")
-    keyboard.press("Tab")
+    for _ in range(4):
+        keyboard.press("Tab")
     keyboard.type("slow")
     keyboard.press("Shift+Enter")
     keyboard.type("line")
     expect(page.get_by_label("Message")).to_have_value("slow\nline")
     keyboard.press("Enter")
-    expect(page.get_by_role("article")).to_contain_text("sft says: slow line", use_inner_text=False)
+    expect(page.get_by_role("article")).to_contain_text("sft says: slow\nline", use_inner_text=True)
     keyboard.press("Escape")
     expect(page.get_by_role("article")).to_contain_text("stopped")
     expect(page.get_by_label("Message")).to_have_value("")
@@ -467,7 +313,7 @@ def test_with_the_real_server(visit, serve):
     page.get_by_role("dialog").get_by_label("Key").fill(KEY)
     page.get_by_role("dialog").get_by_label("Key").press("Enter")
     expect(page.locator("#models input")).to_have_count(2)
-    page.get_by_text("Settings").click()
+    open_settings(page)
     page.get_by_label("Tokens at most").fill("5")
     choose(page, "pretrain", "sft")
     say(page, "你好")
