@@ -67,8 +67,8 @@ def print_answer(session: Session, messages: list[dict], seed: int | None) -> st
             dim = part != "content" and sys.stdout.isatty()
             print(f"\033[2m{text}\033[0m" if dim else text, end="", flush=True)
 
-    stream = ReplyStream(session.tokenizer)
     sequence = session.sequence(session.prompt_ids(messages), seed)
+    stream = ReplyStream(session.tokenizer, sequence.prompt)
     engine = Engine(session.model, max_rows=1)
     engine.submit(sequence)
     start = time.perf_counter()
@@ -148,7 +148,7 @@ def answer_batch(
         engine.step()
         while unprinted and unprinted[0][1].finish_reason:
             record, sequence = unprinted.popleft()
-            reply = read_tokens(sequence.tokens, session.tokenizer)
+            reply = read_tokens(sequence.tokens, session.tokenizer, sequence.prompt)
             parts = {"reasoning": reply.reasoning, "tool_calls": reply.tool_calls}
             parts = {name: part for name, part in parts.items() if part} | {"answer": reply.content}
             names = {

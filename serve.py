@@ -58,6 +58,9 @@ def main():
     elif args.half_weights:
         raise UserError("--half_weights is for generation on a CPU: give --device cpu")
     models = find_models([model_folder(name) for name in args.models])
+    for served in models.values():
+        if args.tools and served.is_chat:
+            served.tokenizer.check_tools(served.directory)
     config = ServerConfig(**{field.name: getattr(args, field.name) for field in fields(ServerConfig)})
     app = create_app(models, config, device, load_tools(args.tools))
     try:

@@ -229,7 +229,7 @@ def _encode_chats(
         asked = [{**message, "weight": 0} for message in chats[0][:shared]]
         return [tokenizer.documents([*asked, *messages[shared:]], tools)[-1] for messages in chats]
     except chat.TemplateError as error:
-        raise BadRecord(f"the chat template: {error}") from None
+        raise BadRecord(str(error)) from None
 
 
 def read_task_record(place: int, record: dict, settings: DocumentSettings, changed: Counter) -> Document:
@@ -252,7 +252,7 @@ def read_task_record(place: int, record: dict, settings: DocumentSettings, chang
     try:
         ids = encoder.tokenizer.prompt(messages, tools)
     except chat.TemplateError as error:
-        raise BadRecord(f"the chat template: {error}") from None
+        raise BadRecord(str(error)) from None
     if settings.max_tokens and len(ids) > settings.max_tokens:
         raise Dropped("too_long", sample)
     tokens = np.array(ids, encoder.dtype)

@@ -85,10 +85,13 @@ def encode_question(
             messages.append({"role": "user", "content": asked(example, by)})
             messages.append({"role": "assistant", "content": option_of(example, example["answer"], by)})
         messages.append({"role": "user", "content": asked(row, by)})
-        before = tokenizer.prompt(messages)
+        answered = [[*messages, {"role": "assistant", "content": option}] for option in options]
+        chats = [tokenizer.documents(chat)[-1] for chat in answered]
+        before = tokenizer.prompt(messages, think=False)
+        if any(ids[: len(before)] != before for ids, _ in chats):
+            before = tokenizer.prompt(messages)
         pairs = []
-        for option in options:
-            ids, mask = tokenizer.documents([*messages, {"role": "assistant", "content": option}])[-1]
+        for ids, mask in chats:
             own = [token for token, trained in zip(ids[len(before) :], mask[len(before) :]) if trained]
             pairs.append((before, own if by == "text" else own[:-1]))  # a text ends where the option does
         return pairs

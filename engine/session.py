@@ -63,9 +63,10 @@ class ReplyStream:
     An answer that calls tools has several turns; the end of a turn and the next header give no text.
     """
 
-    def __init__(self, tokenizer: ChatTokenizer):
+    def __init__(self, tokenizer: ChatTokenizer, prompt: list[int] | None = None):
+        """prompt: what the tokens follow; it may have opened a part."""
         self.stream, self.tokenizer = TextStream(tokenizer), tokenizer
-        self.part = "content"
+        self.part = tokenizer.open_part(prompt or []) or "content"
         self.pieces: list[tuple[str, str]] = []  # (part, text), one for each run of tokens of one part
 
     def put(self, token_id: int) -> tuple[str, str]:
@@ -116,8 +117,8 @@ def last_turn(tokens: list[int], tokenizer: ChatTokenizer) -> list[int]:
     return tokens[-1 - tokens[::-1].index(start) :] if start in tokens else tokens
 
 
-def read_tokens(tokens: list[int], tokenizer: ChatTokenizer) -> Reply:
-    stream = ReplyStream(tokenizer)
+def read_tokens(tokens: list[int], tokenizer: ChatTokenizer, prompt: list[int] | None = None) -> Reply:
+    stream = ReplyStream(tokenizer, prompt)
     for token in tokens:
         stream.put(token)
     stream.end()

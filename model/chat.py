@@ -145,6 +145,11 @@ class ChatTokenizer:
         """The part of an answer that a token opens, if it is an opening tag."""
         return self._opened.get(token_id)
 
+    def open_part(self, ids: list[int]) -> str | None:
+        """The part in which a prompt ends: some templates write the tag that opens the reasoning."""
+        last = next((token_id for token_id in reversed(ids) if token_id in self.control_ids), None)
+        return self._opened.get(last)
+
     def prompt(self, messages: list[dict], tools: list | None = None, think: bool = True) -> list[int]:
         """The ids that a model continues with its answer. think: False tells a template that knows it, as Qwen3's."""
         self._check_format(messages, tools)
@@ -162,9 +167,9 @@ class ChatTokenizer:
         if self.end_of_turn is None:
             raise TemplateError(self.problem)
         if self.template and tools and not self.template.shows_tools:
-            raise TemplateError("it does not list tools")
-        if self.template and not self.template.shows_calls and any(each.get("tool_calls") for each in messages):
-            raise TemplateError("it does not write calls of tools")
+            raise TemplateError("the chat template does not list tools")
+        if self.template and not self.template.calling and any(each.get("tool_calls") for each in messages):
+            raise TemplateError("the chat template does not write calls of tools")
 
     def tool_responses(self, responses: list[str]) -> list[int]:
         """The ids between a turn that ended with calls and the model's next turn."""
@@ -182,11 +187,12 @@ class ChatTokenizer:
                 "put the tokenizer that the model was trained with into its folder"
             )
 
-    def check_tools(self):
+    def check_tools(self, where: str | Path = "this model"):
         """UserError if its chats have no calls that could be found in an answer."""
-        shown = self.is_own or (self.template and self.template.shows_tools and self.template.shows_calls)
-        if not shown or self.start_of_turn is None or "tool_call" not in self.tags:
-            raise UserError("this model's chat format has no tokens for calls of tools: omit --tools")
+        tokens = (SPECIAL_TOKENS[IM_START], SPECIAL_TOKENS[TOOL_CALL])
+        shown = self.template and self.template.shows_tools and all(token in self.template.calling for token in tokens)
+        if not self.is_own and (not shown or "tool_call" not in self.tags):
+            raise UserError(f"{where} has a chat format without tokens for calls of tools: omit --tools")
 
     def check_chats(self, where: str | Path):
         """UserError where no chat can be trained or answered."""
@@ -248,7 +254,11 @@ def load_tokenizer(
         if not paths[2].is_file():
             raise UserError(f"--chat_template {chat_template} is missing")
     stats = [path.stat() if path.is_file() else None for path in paths]
-    return _load_tokenizer(*paths, tuple(each and (each.st_mtime_ns, each.st_size) for each in stats), date)
+    stamps = tuple(each and (each.st_mtime_ns, each.st_size) for each in stats)
+    tokenizer = _load_tokenizer(*paths, stamps, date)
+    if chat_template and tokenizer.is_own:
+        raise UserError(f"{directory} has Jiezi's tokenizer, whose chats have Jiezi's format: omit --chat_template")
+    return tokenizer
 
 
 @functools.lru_cache(maxsize=8)
@@ -303,6 +313,45 @@ def token_bytes(tokenizer: ChatTokenizer) -> np.ndarray:
 def tokenizer_fingerprint(directory: str | Path) -> str:
     """SHA-256 of the folder's tokenizer.json, in hexadecimal: equal fingerprints mean equal ids."""
     return sha256(Path(directory) / "tokenizer.json")
+
+
+def decode_chat(tokenizer: ChatTokenizer, ids: list[int]) -> tuple[list[dict], list | None]:
+    """The messages and tools of a chat in Jiezi's format, from its ids; a last turn that has not ended is left out.
+
+    UserError for another model's format, which cannot be read back.
+    """
+    if not tokenizer.is_own:
+        raise UserError("prompts in the chat format of an open model cannot be given to a model with another one")
+    messages, tools, turn = [], None, []
+    for is_text, run in itertools.groupby(ids, lambda token_id: token_id >= len(SPECIAL_TOKENS)):
+        tokens = list(run)
+        turn += [tokenizer.decode(tokens)] if is_text else tokens
+        if IM_END in tokens:
+            end = turn.index(IM_END)
+            new, listed = _decode_turn(turn[turn.index(IM_START) + 1 : end])
+            messages, tools, turn = messages + new, listed or tools, turn[end + 1 :]
+    return messages, tools
+
+
+def _decode_turn(turn: list[int | str]) -> tuple[list[dict], list | None]:
+    """The messages of a turn, from its texts and the control tokens between them; and the tools that it lists."""
+    role, _, content = turn[0].partition("\n")
+    inside = {}  # opening control token: the texts up to its closing one
+    for tag, text in zip(turn, turn[1:]):
+        if tag in (THINK, TOOL_CALL, TOOL_RESPONSE, TOOLS):
+            inside.setdefault(tag, []).append(text[1:-1])
+        elif tag == THINK + 1:
+            content = text[2:]
+    if TOOL_RESPONSE in inside:
+        return [{"role": "tool", "content": text} for text in inside[TOOL_RESPONSE]], None
+    if TOOLS in inside:
+        return [{"role": role, "content": content[:-1]}], [json.loads(tool) for tool in inside[TOOLS][0].split("\n")]
+    message = {"role": role, "content": content.removesuffix("\n") if TOOL_CALL in inside else content}
+    if THINK in inside:
+        message["reasoning_content"] = inside[THINK][0]
+    if TOOL_CALL in inside:
+        message["tool_calls"] = [json.loads(call) for call in inside[TOOL_CALL]]
+    return [message], None
 
 
 def to_json(value: object) -> str:

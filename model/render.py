@@ -8,6 +8,7 @@ Lines of JSON: first {"source", "variables", "seconds"}; then {"messages", "tool
 answered by {"compiled"} with {"texts"}, one for each view [number of messages, add_generation_prompt], or {"error"}.
 """
 
+import contextlib
 import faulthandler
 import json
 import signal
@@ -73,12 +74,10 @@ def render(template: jinja2.Template, variables: dict, request: dict) -> list[st
 
 def main():
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent process
-    try:
-        import resource  # Windows has none
+    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no such limits, macOS may refuse them
+        import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
-    except ImportError:
-        pass
     template, first = None, {}
     for line in sys.stdin:
         request = json.loads(line)

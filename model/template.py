@@ -110,7 +110,8 @@ class Template:
         self.controls = re.compile("|".join(_pattern(token) for _, token in controls) or "(?!)")  # the longest wins
         self.end_of_turn: int | None = None
         self.problem = ""
-        self.uses_date = self.shows_tools = self.shows_calls = False
+        self.uses_date = self.shows_tools = False
+        self.calling = ""  # how it writes a call of a tool
         if backend.encode("a", add_special_tokens=False).tokens[0][0] in "\u2581\u0120":  # both stand for a space
             self.problem = (
                 f"its tokenizer adds a space to each text, so a prompt cannot be encoded apart; {OTHER_MODEL}"
@@ -134,24 +135,33 @@ class Template:
         self.end_text = end[0].strip()
         self.end_of_turn = self.ids[self.end_text]
         self.uses_date = len({self._render(CHAT, None, [(1, True)], date=f"2001-0{n}-0{n}")[0] for n in (1, 2)}) == 2
-        self.shows_tools = self._shows_tool(CHAT, [{"type": "function", "function": SCHEMA}])
-        self.shows_calls = self._shows_tool(CALLING, None)
+        self.shows_tools = bool(self._with_tool(CHAT, [{"type": "function", "function": SCHEMA}]))
+        self.calling = self._with_tool(CALLING, None)
 
-    def _shows_tool(self, messages: list[dict], tools: list | None) -> bool:
+    def _with_tool(self, messages: list[dict], tools: list | None) -> str:
+        """The rendered chat, or "" where it lacks the tool."""
         try:
-            return TOOL in self._render(messages, tools, [(2, False)])[0]
+            (text,) = self._render(messages, tools, [(2, False)])
         except TemplateError:
-            return False
+            return ""
+        return text if TOOL in text else ""
 
     def _render(self, messages: list, tools: list | None, views: list, date: str | None = None, **options) -> list[str]:
         """For each (n, with_prompt) of views the text of the first n messages, maybe with the prompt of an answer."""
         request = {"messages": messages, "tools": tools, "views": views, "options": options}
         return self.renderer.render(request | {"date": date or self.date})
 
+    def _texts(self, messages: list, tools: list | None, views: list, **options) -> list[str]:
+        """As _render, for a user's chat: the reason is a sentence."""
+        try:
+            return self._render(messages, tools, views, **options)
+        except TemplateError as error:
+            raise TemplateError(f"the chat template cannot render this chat: {error}") from None
+
     def prompt(self, messages: list[dict], tools: list | None = None, **options: bool) -> list[int]:
         """The ids that the model continues. options: further variables of the template, such as enable_thinking."""
         messages, tools, mark = self._protect(messages, tools)
-        (text,) = self._render(messages, tools, [(len(messages), True)], **options)
+        (text,) = self._texts(messages, tools, [(len(messages), True)], **options)
         return self._encode(text, [], mark)[0]
 
     def documents(self, messages: list[dict], tools: list | None = None) -> list[Document]:
@@ -165,13 +175,15 @@ class Template:
         answers = [i for i, each in enumerate(messages) if each["role"] == "assistant" and each.get("weight") != 0]
         messages, tools, mark = self._protect(messages, tools)
         views = dict.fromkeys([(len(messages), False), *((i + n, n == 0) for i in answers for n in (0, 1))])
-        texts = dict(zip(views, self._render(messages, tools, list(views))))
+        texts = dict(zip(views, self._texts(messages, tools, list(views))))
         found, text, spans = [], "", []  # documents; of the last one the text and what of it is trained
         for i in answers:
             before, after = texts[i, True], texts[i + 1, False]
             end = after.rfind(self.end_text) + len(self.end_text)
             if not after.startswith(before) or end <= len(before):
-                raise TemplateError(f"it changes the prompt of answer {i}, or does not end it with {self.end_text}")
+                raise TemplateError(
+                    f"the chat template changes the prompt of message {i}, or does not end it with {self.end_text}"
+                )
             if text and not before.startswith(text):
                 found.append(self._encode(text, spans, mark))
                 spans = []
@@ -184,7 +196,7 @@ class Template:
     def tool_responses(self, messages: list[dict]) -> list[int]:
         """The ids between the end of a turn that calls tools and the model's next turn."""
         messages, _, mark = self._protect([*CALLING, *messages], None)
-        (text,) = self._render(messages, None, [(len(messages), True)])
+        (text,) = self._texts(messages, None, [(len(messages), True)])
         end = text.index(self.end_text, text.index(TOOL)) + len(self.end_text)
         return self._encode(text[end:], [], mark)[0]
 

@@ -63,7 +63,7 @@ class Answer:
         self.is_chat = isinstance(request, ChatRequest)  # else the answer is one text without parts
         if self.is_chat and not (self.tools or request.offered_tools):
             self.sequence.suppress_tokens |= set(session.tokenizer.tags.get("tool_call", ())[:1])  # nobody would answer
-        self.stream = ReplyStream(session.tokenizer) if self.is_chat else TextStream(session.tokenizer)
+        self.stream = ReplyStream(session.tokenizer, prompt) if self.is_chat else TextStream(session.tokenizer)
         self.pieces = session.tokenizer.pieces
         self.stops, self.content, self.reasoning = StopStrings(request.stop), Newlines(), Newlines()
         self.n_prompt = len(prompt)

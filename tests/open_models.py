@@ -5,9 +5,14 @@ import json
 import random
 from pathlib import Path
 
+import torch
+from helpers import SENTENCES
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from tests.helpers import SENTENCES
+from model.chat import load_tokenizer
+from model.checkpoint import save_model
+from model.LMConfig import LMConfig
+from model.model import CausalLM
 
 # A system prompt of its own, as SmolLM2's; no tools.
 PLAIN = """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system
@@ -121,3 +126,35 @@ def make_chats(
                 messages[-1]["reasoning_content"] = rng.choice(SENTENCES)
         chats.append((messages, [TOOL] if tools and i % 4 == 1 else None))
     return chats
+
+
+SPARE_ROWS = 6  # of the embedding, beyond the tokens
+
+
+def write_model(
+    folder: Path, name: str | None = "thinking", is_chat: bool = True, hidden_size: int = 32, seed: int = 0
+) -> Path:
+    """A small Llama of random weights with the tokenizer of this template."""
+    write_tokenizer(folder, name)
+    tokenizer = load_tokenizer(folder)
+    torch.manual_seed(seed)
+    sizes = dict(hidden_size=hidden_size, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    model = CausalLM(
+        LMConfig(
+            vocab_size=tokenizer.get_vocab_size() + SPARE_ROWS,
+            num_key_value_heads=1,
+            max_position_embeddings=1024,
+            bos_token_id=tokenizer.eos,
+            eos_token_id=tokenizer.eos,
+            qk_norm=False,
+            **sizes,
+        )
+    )
+    model.stop_token_ids = [tokenizer.end_of_turn, tokenizer.eos] if is_chat else [tokenizer.eos]
+    save_model(folder, model, folder)
+    return folder
+
+
+def write_records(path: Path, records: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "utf-8")
+    return path

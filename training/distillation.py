@@ -20,7 +20,7 @@ from tqdm import tqdm
 from base.cli import UserError, fraction, not_negative, positive
 from base.files import sha256
 from corpus.prepared import META, writing_prepared
-from model.chat import tokenizer_fingerprint, translate
+from model.chat import decode_chat, load_tokenizer, tokenizer_fingerprint, translate
 from model.checkpoint import load_config, load_model, weight_files
 from model.model import CausalLM
 from model.operators import product_dtype
@@ -30,6 +30,7 @@ from training.machine import Machine
 from training.packing import Batch, PackedDataset
 from training.rollouts import (
     PromptDataset,
+    Rollout,
     RolloutBatch,
     RolloutGenerator,
     RolloutSettings,
@@ -334,6 +335,8 @@ def distillation_loss(
     teacher_hidden = teacher.hidden(batch).flatten(0, 1)[positions]  # (M, H')
 
     def head(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        if len(weight) > len(teacher.weight):  # spare rows of an open model belong to no token
+            weight = weight[: len(teacher.weight)]
         return divergence_sum(hidden, weight, teacher_hidden, teacher.weight, labels, how)
 
     loss_sum, figures = apply_head(model, batch, head, routing)
@@ -376,6 +379,15 @@ def generate_answers(
             f"the teacher in {teacher} is of an architecture that the engine does not generate with; let another "
             "program generate, and give the chats to: python data_process.py sft"
         )
+    load_tokenizer(teacher).check_chats(teacher)
+    is_other = tokenizer_fingerprint(teacher) != train_set.tokenizer_sha256
+    if is_other and not train_set.tokenizer.is_own:
+        raise UserError(
+            f"{train_set.paths} has the chat format of an open model, which the teacher in {teacher} cannot read: take "
+            "a teacher with the same tokenizer, or a student with Jiezi's"
+        )
+    if is_other and settings.rollouts.tools and not load_tokenizer(teacher).is_own:
+        raise UserError(f"the teacher in {teacher} has another chat format than {train_set.paths}: omit --tools")
     if settings.only_right and not train_set.checked:
         raise UserError(f"{train_set.paths} contains chats: only rl data say which answers are right")
     folder = cache / answers_key(teacher, train_set, settings)
@@ -429,12 +441,24 @@ def chats_of(
         generator.score(data, groups)
         for one in (one for group in groups for one in group):
             if one.reply and (one.reward == 1 or not settings.only_right):
-                ids = data.prompt(one.question)
-                mask = bytes(len(ids))
-                for own, part in itertools.groupby(zip(one.sequence.tokens, one.sequence.chosen), lambda x: x[1]):
-                    new = translate([token for token, _ in part], generator.tokenizer, data.tokenizer)
-                    ids, mask = ids + new, mask + bytes([own]) * len(new)
-                yield one.question, ids, mask
+                yield one.question, *answered_chat(one, generator, data)
+
+
+def answered_chat(one: Rollout, generator: RolloutGenerator, data: PromptDataset) -> tuple[list[int], bytes]:
+    """Ids and mask of a prompt and its answer, in the prompts' tokenizer and chat format."""
+    prompt, source, target = data.prompt(one.question), generator.tokenizer, data.tokenizer
+    if target.is_own and not source.is_own:
+        messages, tools = decode_chat(target, prompt)
+        answer = {"role": "assistant", "content": one.reply.content, "reasoning_content": one.reply.reasoning}
+        ids, mask = target.documents([{**message, "weight": 0} for message in messages] + [answer], tools)[0]
+        return ids, bytes(mask)
+    mask = bytes(len(prompt))
+    for own, part in itertools.groupby(zip(one.sequence.tokens, one.sequence.chosen), lambda x: x[1]):
+        new = [token for token, _ in part]
+        if source.is_own:
+            new = translate(new, source, target)
+        prompt, mask = prompt + new, mask + bytes([own]) * len(new)
+    return prompt, mask
 
 
 # -------------------------------------------------------------------------------------------- the student's own answers

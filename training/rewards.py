@@ -117,9 +117,10 @@ def read_reply(sequence: Sequence, tokenizer: ChatTokenizer) -> Reply | None:
     tokens = sequence.tokens
     if sequence.finish_reason != "stop" or tokens[-1] != tokenizer.end_of_turn:
         return None
-    opened = None  # the part that is open
-    thoughts = 0
     turn = last_turn(tokens, tokenizer)
+    before = sequence.prompt if len(turn) == len(tokens) else []
+    opened = tokenizer.open_part(before)  # the part that is open
+    thoughts = int(opened == "reasoning")
     for token in turn[turn[0] == tokenizer.start_of_turn : -1]:  # without its header and its end
         if opened is None and (part := tokenizer.opened_part(token)):
             opened = part
@@ -130,4 +131,4 @@ def read_reply(sequence: Sequence, tokenizer: ChatTokenizer) -> Reply | None:
             return None
     if opened is not None or thoughts > 1:
         return None
-    return read_tokens(turn, tokenizer)
+    return read_tokens(turn, tokenizer, before)

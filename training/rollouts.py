@@ -19,7 +19,7 @@ from engine.decoding import pack_for_decoding, shared_copy
 from engine.generation import Engine, Sequence
 from engine.session import GenerationConfig, Reply, Session
 from engine.tools import load_tools
-from model.chat import ChatTokenizer, load_tokenizer, tokenizer_fingerprint, translate
+from model.chat import ChatTokenizer, decode_chat, load_tokenizer, tokenizer_fingerprint, translate
 from model.lora import has_lora, merge_lora
 from model.model import CausalLM
 from training.machine import Machine
@@ -189,7 +189,7 @@ class RolloutGenerator:
         for question in questions[self.machine.rank :: self.machine.world_size].tolist():
             prompt = data.prompt(question)
             if data.tokenizer_sha256 != self.tokenizer_sha256:  # a teacher may have its own
-                prompt = translate(prompt, data.tokenizer, self.tokenizer)
+                prompt = translate_prompt(prompt, data.tokenizer, self.tokenizer)
             sequences = [session.sequence(prompt, f"{seed}/{question}/{i}") for i in range(answers)]
             groups.append([Rollout(question, sequence, None) for sequence in sequences])
             for sequence in sequences:
@@ -264,6 +264,11 @@ class RolloutGenerator:
                 for one in (max(group, key=lambda one: one.reward), min(group, key=lambda one: one.reward)):
                     text = self.tokenizer.decode(one.sequence.tokens, skip_special_tokens=False)
                     lines.write({"step": step, **data.notes[one.question], "written": text, "reward": one.reward})
+
+
+def translate_prompt(prompt: list[int], source: ChatTokenizer, target: ChatTokenizer) -> list[int]:
+    """The ids of a prompt for a model with another tokenizer, and maybe another chat format."""
+    return translate(prompt, source, target) if target.is_own else target.prompt(*decode_chat(source, prompt))
 
 
 def decoding_copy(model: CausalLM) -> CausalLM:

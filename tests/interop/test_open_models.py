@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import greedy
+from open_models import write_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from model import gguf
@@ -15,7 +16,6 @@ from model.checkpoint import load_model, save_model
 from model.llama_cpp import LlamaCpp
 from model.lora import apply_lora, lora_layers
 from model.verify import verify_gguf
-from tests.open_models import write_tokenizer
 
 pytestmark = pytest.mark.extra
 

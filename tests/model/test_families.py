@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from helpers import TOKENIZER, greedy, random_ids, random_model
+from open_models import write_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -24,7 +25,6 @@ from model.checkpoint import (
 from model.LMConfig import PRESETS, LMConfig, parse_scaling
 from model.lora import apply_lora, merge_lora
 from model.shrink import keep_layers
-from tests.open_models import write_tokenizer
 from training import flags
 from training.flags import parse_flags
 

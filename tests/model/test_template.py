@@ -6,13 +6,13 @@ import time
 
 import numpy as np
 import pytest
+from helpers import TOKENIZER
+from open_models import CONTROLS, TAGS, TEMPLATES, make_chats, write_tokenizer
 from transformers import AutoTokenizer
 
 from base.cli import UserError
 from model import template
 from model.chat import encode, load_tokenizer, token_bytes
-from tests.helpers import TOKENIZER
-from tests.open_models import CONTROLS, TAGS, TEMPLATES, make_chats, write_tokenizer
 
 QUESTION = [{"role": "user", "content": "1 + 1?"}]
 ANSWER = {"role": "assistant", "content": "2"}
@@ -85,7 +85,7 @@ def test_no_text_becomes_a_control_token(name, folders):
         call = {"name": text, "arguments": {text: text}}
         chat = [{"role": "user", "content": text}, {"role": "assistant", "content": text, "reasoning_content": text}]
         tool = {"type": "function", "function": {"name": text, "description": text, "parameters": {text: [text]}}}
-        if tokenizer.template.shows_calls:
+        if tokenizer.template.calling:
             chat += [{"role": "user", "content": text}, {"role": "assistant", "content": "", "tool_calls": [call]}]
         documents = tokenizer.documents(chat, [tool] if tokenizer.template.shows_tools else None)
         return [[token for token in ids if token in tokenizer.control_ids] for ids, _ in documents]
@@ -165,7 +165,7 @@ LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% en
 GROWS = "{% set ns = namespace(text='a') %}{% for a in range(99) %}{% set ns.text = ns.text ~ ns.text %}{% endfor %}"
 BAD = {
     "the next role's token": (ROLES, "ends an answer with no token of its own"),
-    "no template": ("{% for", "unexpected end of template|Unexpected end"),
+    "no template": ("{% for", "unexpected 'end of template'"),
     "it raises": ("{{ raise_exception('not today') }}", "not today"),
     "an endless loop": (LOOPS, "takes more than 0.5 seconds"),
     "text without end": (GROWS, "too much memory|MemoryError|takes more than"),
@@ -173,11 +173,11 @@ BAD = {
         "{% for a in range(99999) %}{{ 'abcdefghij' * 99 }}{% endfor %}",
         "more than 16,777,216 characters",
     ),
-    "endless arithmetic": ("{{ 10 ** 10 ** 10 }}", "takes more than 0.5 seconds|too much memory"),
+    "endless arithmetic": ("{% set n = 10 ** 9 %}{{ 7 ** n }}", "takes more than 0.5 seconds|too much memory"),
     "a recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
     "attributes of Python": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
     "a file": ("{% include '/etc/passwd' %}", "no loader"),
-    "globals of a function": ("{{ raise_exception.__globals__ }}", "unsafe"),
+    "globals of a function": ("{{ raise_exception.__globals__['os'] }}", "unsafe"),
     "another prompt": (
         "{{ messages | length }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}",
         "changes the prompt",
