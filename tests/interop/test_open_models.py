@@ -130,13 +130,13 @@ def test_the_other_exports_open_in_transformers(kind, tmp_path, run_here):
     assert "transformers: the same most probable token" in result.out
 
 
-SMOLLM2 = os.environ.get("JIEZI_SMOLLM2")  # the folder of HuggingFaceTB/SmolLM2-135M-Instruct
+SMOLLM2 = Path(os.environ.get("JIEZI_OPEN_MODELS", "nowhere")) / "smollm2"  # see fetch_open_models.py
 
 
-@pytest.mark.skipif(not SMOLLM2, reason="JIEZI_SMOLLM2 names no folder")
+@pytest.mark.skipif(not SMOLLM2.exists(), reason="JIEZI_OPEN_MODELS names no folder of models")
 @torch.no_grad()
 def test_smollm2_is_itself(tmp_path):
-    folder, question = Path(SMOLLM2), [{"role": "user", "content": "What is the capital of France?"}]
+    folder, question = SMOLLM2, [{"role": "user", "content": "What is the capital of France?"}]
     model, tokenizer = load_model(folder).eval(), load_tokenizer(folder)
     ids, _ = encode_chat(tokenizer, question, add_generation_prompt=True)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
