@@ -200,6 +200,7 @@ def test_gradient_checkpointing_is_used_where_a_step_does_not_fit_without(monkey
     machine, model = Machine(0, 1, torch.device("cpu"), torch.float32), make_model("small")
     plain, saved = (memory_estimate(model, settings(grad_checkpointing=used)) for used in (False, True))
     one_row = memory_estimate(model, settings(batch_size=1))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     step = settings(grad_checkpointing=None)
     for room, any_batch_size, used in (
         (1.01 * plain, False, False),
