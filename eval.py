@@ -42,7 +42,7 @@ from engine.session import GenerationConfig, ReplyStream, Session, read_tokens, 
 from engine.tools import load_tools
 from model.chat import ChatTokenizer, encode, load_tokenizer, tokenizer_fingerprint
 from model.checkpoint import find_checkpoints, find_tokenizer, load_model
-from model.device import choose_device, keep_freed_memory, note_unused_gpu
+from model.device import choose_device, keep_freed_memory, print_notes
 from model.model import CausalLM
 from training.flags import ROPE_FLAGS
 from training.loss import evaluate, next_token_loss
@@ -241,7 +241,7 @@ def parse_arguments() -> argparse.Namespace:
         help="folder of a model or adapter, or a hub's name; default: the newest under out/",
     )
     parser.add_argument("--lora", type=Path, help="folder of an adapter to merge into --model")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps, or another that torch has")
     parser.add_argument(
         "--half_weights",
         action="store_true",
@@ -336,7 +336,7 @@ def main():
         print_answer(session, [*system, {"role": "user", "content": as_utf8(args.prompt)}], args.seed)
     else:
         print(f"{chosen}: {n_parameters:,} parameters")
-        note_unused_gpu()
+        print_notes()
         converse(session, system, args.seed)
     for name, value in figures.items():
         if not isinstance(value, dict):  # dicts were printed as tables

@@ -18,12 +18,13 @@ import threading
 import urllib.request
 from pathlib import Path
 
+from base.packages import TORCH_INDEX, torch_build
+
 ROOT = Path(__file__).resolve().parent
 OLDEST, NEWEST = (3, 10), (3, 13)
 CORE, TEST, CONSTRAINTS = "requirements.txt", "requirements/test.txt", "constraints.txt"
 # For the tests that are marked extra.
 EXTRA = [f"requirements/{name}.txt" for name in ("export", "track", "languages", "documents", "interop")]
-TORCH_INDEX = "https://download.pytorch.org/whl/"  # with a folder for each build: cpu, cu126, cu130
 NO_INDEX = "pip could not reach a package index: check the network, proxy or PIP_INDEX_URL, then run this again"
 FULL = "the disk is full: free some space, then run this again"
 REASONS = {  # what pip writes when it fails, and what to tell the user
@@ -158,21 +159,6 @@ def stamp(prefix, name):
     parts = [hashlib.sha256((ROOT / file).read_bytes()).hexdigest() for file in (name, CONSTRAINTS)]
     path = prefix / "jiezi-{}.sha256".format(Path(name).name)
     return path, hashlib.sha256("".join(parts).encode()).hexdigest() + "\n"
-
-
-def torch_build():
-    """The folder of TORCH_INDEX whose torch suits this machine, or None if the one that PyPI has does.
-
-    PyPI has a CUDA build for Linux and a CPU build for Windows. CUDA 13 needs version 580 of the driver.
-    """
-    if not shutil.which("nvidia-smi"):
-        return "cpu" if sys.platform == "linux" else None
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        driver = int(subprocess.check_output(query, timeout=20).partition(b".")[0])
-    except (OSError, subprocess.SubprocessError, ValueError):  # a driver that does not answer
-        return None
-    return "cu126" if driver < 580 else "cu130" if os.name == "nt" else None
 
 
 def reaches(url, seconds=3):

@@ -19,7 +19,7 @@ from pathlib import Path
 from base.cli import HelpFormatter, UserError, above_zero, import_extra, natural, positive, run
 from corpus.hub import model_folder
 from engine.tools import load_tools
-from model.device import choose_device, keep_freed_memory, note_unused_gpu
+from model.device import choose_device, keep_freed_memory, print_notes
 
 GRACE = 5  # seconds for answers to end when the server is stopped
 
@@ -31,7 +31,7 @@ def main():
     parser.add_argument("--port", type=natural, default=8000, help="0: any free port")
     parser.add_argument("--api_key", help="required of every request; default: JIEZI_API_KEY, if set")
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps, or another that torch has")
     parser.add_argument("--half_weights", action="store_true", help="on a CPU, float16 weights, as in eval.py")
     parser.add_argument("--tools", nargs="+", default=[], metavar="NAME", help="calculator, or a Python file")
     parser.add_argument("--max_rows", type=positive, default=16, help="answers generated at a time, per model")
@@ -73,7 +73,7 @@ def main():
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(args.host, args.host)
     url = f"http://{host}:{listening.getsockname()[1]}"
     print(f"{url}  {', '.join(models)}", flush=True)
-    note_unused_gpu()
+    print_notes()
     if args.open:
         threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
     options = dict(

@@ -1,4 +1,4 @@
-"""Atomic files and the command line. Standard library only; imports no other package of the project.
+"""Atomic files, versions of packages, the command line. Standard library only; imports no other package of the project.
 
 Importing it lets Ctrl-C end a script without a traceback while the script still loads its modules, which takes seconds.
 """

@@ -30,7 +30,7 @@ from base.cli import above_zero, available_cores, join_words, natural, python_co
 from base.files import STATE_FILE, read_json, write_file, write_json
 from demo.picture import plot
 from demo.questions import NAMES, NEW_NAMES, is_brief, is_right
-from model.device import choose_device, note_unused_gpu
+from model.device import choose_device, print_notes
 from training.log import read_metrics
 
 OUT = Path("out/quickstart")
@@ -112,7 +112,7 @@ class Tour:
         self.minutes, self.seed, self.file = minutes, seed, file
         self.done = read_json(self.file) if self.file.exists() else {}
         cores, device = available_cores(), choose_device("auto").type
-        note_unused_gpu()  # here, for all stages
+        print_notes()  # here, for all stages
         self.processes = {"cpu": min(cores, 2), "cuda": torch.cuda.device_count()}.get(device, 1)
         self.environment = {**os.environ, "PYTHONUTF8": "1"}  # UTF-8 also where the system's encoding is another
 

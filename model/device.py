@@ -8,40 +8,67 @@ import sys
 import torch
 
 from base.cli import UserError
+from base.packages import torch_command, untested_versions
+from model.operators import try_flash
 
-GPU_NOTE = "JIEZI_GPU_NOTE"  # in the environment, for all processes of a command: "due" or "given"
+NOTES = "JIEZI_NOTES"  # in the environment, for all processes of a command: "due" or "given"
 
 
-def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The torch device of --device. UserError if torch or this machine does not have it."""
+def choose_device(name: str, local_rank: int = 0, processes: int = 1) -> torch.device:
+    """The torch device of --device. UserError if torch or this machine does not have it, or cannot compute on it."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        has_driver = shutil.which("nvidia-smi") or os.path.exists("/proc/driver/nvidia")
-        if name == "cpu" and torch.version.cuda and has_driver:
-            os.environ.setdefault(GPU_NOTE, "due")
+        name = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+        if name == "mps" and processes > 1:
+            name = "cpu"
+        if name == "cpu" and (shutil.which("nvidia-smi") or os.path.exists("/proc/driver/nvidia")):
+            os.environ.setdefault(NOTES, "due")
     try:
-        device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
+        device = torch.device(name)
+        if device.type not in ("cpu", "mps") and device.index is None:
+            device = torch.device(name, local_rank)
         if device.type == "meta" or (device.type == "cpu" and device.index):
             raise RuntimeError("there is no such device")
-        torch.empty(1, device=device)
-        if device.type == "cuda":
-            torch.backends.cuda.enable_cudnn_sdp(False)  # its masked backward can give NaN (pytorch issue 196678)
+        if device.type == "mps" and processes > 1:
+            raise RuntimeError("only one process can use a Mac's GPU; several compute with --device cpu")
+        run_a_kernel(device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        if "no kernel image" in reason:
+            reason += f"; a build of torch that has them: {torch_command()}"
+        raise UserError(f"--device {name}: {reason}") from None
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)  # its masked backward can give NaN (pytorch issue 196678)
+        try_flash(device)
     return device
 
 
-def note_unused_gpu():
-    """Prints one line, once per command, if choose_device took the CPU although torch and a driver are for a GPU.
+def run_a_kernel(device: torch.device):
+    """A build of torch may see a GPU, and allocate on it, without having any code for it."""
+    torch.ones(2, device=device).sum().item()
+
+
+def print_notes():
+    """Prints, once per command, that a GPU is not used although there is a driver for one, and which packages are not
+    of a tested version.
 
     On standard output, and after a run's report: an error stays the first line of standard error.
     """
-    if os.environ.get(GPU_NOTE) == "due":
-        os.environ[GPU_NOTE] = "given"
+    note = os.environ.get(NOTES)
+    if note == "given":
+        return
+    os.environ[NOTES] = "given"
+    if note == "due" and torch.version.cuda:
         print(
             f"no GPU found, although torch is built for CUDA {torch.version.cuda}: computing on the CPU, which is many "
             "times slower; check `nvidia-smi` and the driver's version, or give --device cpu"
         )
+    elif note == "due":
+        print(
+            "the GPU is not used, because this torch is built for CPUs: computing on the CPU, which is many times "
+            f"slower; a torch for the GPU: {torch_command()}"
+        )
+    if versions := untested_versions():
+        print(f"not the versions that are tested: {', '.join(versions)}; constraints.txt has the tested ones")
 
 
 def keep_freed_memory():

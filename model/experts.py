@@ -13,9 +13,11 @@ from model.operators import ACTIVATIONS, card_capability
 
 
 def groups_at_once(x: Tensor, *sizes: int) -> bool:
-    """Whether grouped_mm has a kernel: bfloat16, compute capability 9.0 or higher, rows of a multiple of 16 bytes."""
+    """Whether grouped_mm, which torch has since 2.10, has a fast kernel: bfloat16, rows of a multiple of 16 bytes, and
+    NVIDIA's compute capability 9. Newer GPUs and AMD's give errors or wrong numbers (pytorch issues 172439, 174314)."""
     aligned = all(size % 8 == 0 for size in sizes)
-    return x.dtype == torch.bfloat16 and aligned and card_capability(x.device) >= (9, 0)
+    known = hasattr(F, "grouped_mm") and not torch.version.hip and card_capability(x.device)[0] == 9
+    return known and x.dtype == torch.bfloat16 and aligned
 
 
 def _groups(ends: Tensor) -> list[slice]:

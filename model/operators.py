@@ -48,15 +48,20 @@ def use_manual(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype.itemsize > 2 and not torch.compiler.is_compiling()
 
 
+# Looked up once: before torch 2.13, torch.compile cannot trace is_autocast_available.
+KINDS = ("cpu", "cuda", "mps", "xpu", torch._C._get_privateuse1_backend_name())  # the last: such as "npu"
+HAS_AUTOCAST = {kind: torch.amp.is_autocast_available(kind) for kind in KINDS}
+
+
 def product_dtype(device_type: str, otherwise: torch.dtype = torch.float32) -> torch.dtype:
     """The dtype of matrix products: autocast's if it is on."""
-    known = torch.amp.is_autocast_available(device_type)
+    known = HAS_AUTOCAST.get(device_type, False)
     return torch.get_autocast_dtype(device_type) if known and torch.is_autocast_enabled(device_type) else otherwise
 
 
 def without_autocast(device_type: str):
     """A context that disables autocast, on devices that have it ("meta" has not)."""
-    known = torch.amp.is_autocast_available(device_type)
+    known = HAS_AUTOCAST.get(device_type, False)
     return torch.autocast(device_type, enabled=False) if known else contextlib.nullcontext()
 
 
@@ -118,7 +123,7 @@ def attention_kind(device: torch.device, dtype: torch.dtype, head_dim: int, capa
 
 def attention_here(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """attention_kind of this machine."""
-    return attention_kind(device, dtype, head_dim, card_capability(device))
+    return attention_kind(device, dtype, head_dim, card_capability(device) if FLASH_WORKS else (0, 0))
 
 
 def document_mask(position_ids: Tensor, kind: str, documents: CuSeqlens | None = None) -> Mask:
@@ -172,11 +177,33 @@ def attend_flash(q: Tensor, k: Tensor, v: Tensor, mask: CuSeqlens) -> Tensor:
     B, N, T, D = q.shape
     # The heads of a token lie beside each other already: (B, T, heads, D) before attention's transpose.
     q, k, v = (x.transpose(1, 2).flatten(0, 1).to(v.dtype) for x in (q, k, v))  # (B * T, N or K, D)
-    at, longest = mask.cu_seqlens, mask.max_seqlen
-    from torch.nn.attention.varlen import varlen_attn  # two seconds, which a CPU need not wait
+    return flash_attention(q, k, v, mask.cu_seqlens, mask.max_seqlen).view(B, T, N, D).transpose(1, 2)
 
-    out = varlen_attn(q, k, v, at, at, longest, longest, window_size=(-1, 0), enable_gqa=True)  # (-1, 0): causal
-    return out.view(B, T, N, D).transpose(1, 2)
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """The kernel behind torch.nn.attention.varlen, which exists since torch 2.10, and takes fewer key heads than query
+    heads since 2.12. The kernel itself is the same in 2.6."""
+    lengths, dropout, causal = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen), 0.0, True
+    return torch.ops.aten._flash_attention_forward(q, k, v, *lengths, dropout, causal, False)[0]
+
+
+FLASH_WORKS = torch.backends.cuda.is_flash_attention_available()  # whether this torch was built with it
+
+
+def try_flash(device: torch.device):
+    """Forward and backward once: a build may lack the kernel for this GPU, as AMD's do for some, or change its
+    arguments. Where it fails, attention is masked."""
+    global FLASH_WORKS
+    if not FLASH_WORKS or card_capability(device) < (8, 0):
+        return
+    q, k, v = (
+        torch.ones(16, heads, 64, dtype=torch.bfloat16, device=device, requires_grad=True) for heads in (2, 1, 1)
+    )
+    try:
+        out = flash_attention(q, k, v, torch.tensor([0, 7, 16], dtype=torch.int32, device=device), 16)
+        FLASH_WORKS = bool(torch.autograd.grad(out.sum(), v)[0].isfinite().all())
+    except (RuntimeError, TypeError):
+        FLASH_WORKS = False
 
 
 def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

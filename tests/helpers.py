@@ -42,7 +42,7 @@ torch.set_num_threads(1)
 os.environ["LOCAL_WORLD_SIZE"] = str(os.cpu_count())  # start_machine divides the cores by it
 # The CPU's arithmetic is tested, also on a machine with a GPU.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-os.environ.setdefault("JIEZI_GPU_NOTE", "given")
+os.environ.setdefault("JIEZI_NOTES", "given")
 
 SENTENCES = [
     "春天来了，山上的花开了。",

@@ -323,13 +323,15 @@ def test_an_index_is_asked_through_the_users_proxy(torch_index, monkeypatch):
     ("platform", "driver", "build"),
     [
         ("linux", None, "cpu"),
-        ("linux", "610.43\n", None),
-        ("linux", "535.1\n", "cu126"),
+        ("linux", "610.43, 8.9\n", None),
+        ("linux", "535.1, 8.6\n", "cu126"),
         ("linux", "Failed to initialize NVML\n", None),
         ("darwin", None, None),
         ("win32", None, None),
-        ("win32", "581.10\n581.10\n", "cu130"),
-        ("win32", "566.36\n", "cu126"),
+        ("win32", "581.10, 8.9\n581.10, 8.9\n", "cu130"),
+        ("win32", "566.36, 7.5\n", "cu126"),
+        ("linux", "580.95, 6.1\n", "cu126"),  # CUDA 13 has no code for it
+        ("linux", "570.86, 12.0\n", None),  # and CUDA 12.6 none for this one
     ],
 )
 def test_the_build_of_torch_suits_the_machine(monkeypatch, platform, driver, build):

@@ -226,9 +226,7 @@ def fits_card(step: StepSettings, machine: Machine, model: CausalLM) -> bool:
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     torch.cuda.reset_peak_memory_stats(machine.device)
     try:
-        with machine.autocast():
-            loss_sum, *_ = next_token_loss(model, batch)
-        loss_sum.backward()
+        forward_backward(model, batch, machine)
         peak = torch.cuda.max_memory_reserved(machine.device)
     except torch.cuda.OutOfMemoryError:
         return False
@@ -237,3 +235,10 @@ def fits_card(step: StepSettings, machine: Machine, model: CausalLM) -> bool:
         torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(machine.device).total_memory
     return peak + 8 * trained + CONTEXT <= ROOM * total  # 8: the optimizer's moments, not allocated yet
+
+
+def forward_backward(model: CausalLM, batch: Batch, machine: Machine):
+    """In a function of its own, whose end frees the graph, also where memory runs out in the backward pass."""
+    with machine.autocast():
+        loss_sum, *_ = next_token_loss(model, batch)
+    loss_sum.backward()

@@ -99,7 +99,7 @@ def parse_flags(description: str, stage_flags: dict[str, dict] | None = None, **
     flag("--optimizer", choices=["adamw", "muon"], default="adamw", help="update rule")
     flag = parser.add_argument_group("the machine").add_argument
     flag("--nproc_per_node", type=positive, default=1, help="processes to start on this machine, as torchrun does")
-    flag("--device", default="auto", help="auto, cpu, cuda or mps")
+    flag("--device", default="auto", help="auto, cpu, cuda, mps, or another that torch has")
     flag("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="of matrix products")
     flag("--compile", action="store_true", help="torch.compile: slower start, faster steps on a GPU")
     flag(

@@ -20,7 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from model.chat import load_tokenizer
-from model.device import note_unused_gpu
+from model.device import print_notes
 from model.lora import narrow_frozen
 from model.model import CausalLM
 from training.balance import expert_metrics, move_router_bias
@@ -97,7 +97,7 @@ class Run:
         self.grad_norm = 0.0  # of its last update; NaN where a number was not finite
         self.log.info(run_report(settings, self.step_settings, machine, model, train_set, peak))
         if machine.rank == 0:
-            note_unused_gpu()
+            print_notes()
         if settings.compile:
             model.model.compile()
 

@@ -65,6 +65,8 @@ def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """
     if product_dtype(hidden.device.type, hidden.dtype).itemsize == 2:  # torch's would keep the sum in 16 bits
         return token_losses(hidden, weight, labels).sum()
+    if not hasattr(F, "linear_cross_entropy"):  # before torch 2.13
+        return TokenLosses.apply(hidden, weight, labels, hidden.dtype).sum()
     return F.linear_cross_entropy(
         hidden,
         weight.to(hidden.dtype),

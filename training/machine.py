@@ -21,11 +21,21 @@ from base.cli import LESS_MEMORY, UserError, available_cores
 from model.device import choose_device, keep_freed_memory, return_freed_memory
 from model.operators import card_capability
 
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
 
 def all_reduce(tensor: Tensor):
     """Sums the tensors of all processes, in place."""
     with _waiting_for_others():
         dist.all_reduce(tensor)
+
+
+def all_gather(mine: Tensor) -> Tensor:
+    """The tensors of all processes, which are of one size, end to end."""
+    result = mine.new_empty(dist.get_world_size(), *mine.shape)
+    with _waiting_for_others():
+        dist.all_gather([*result], mine.contiguous())
+    return result.flatten(0, 1)
 
 
 @contextlib.contextmanager
@@ -104,16 +114,16 @@ class Machine:
     def random_state(self) -> Tensor:
         """Of the CPU, then of the GPU: bytes."""
         states = [torch.get_rng_state()]
-        if self.device.type == "cuda":
-            states.append(torch.cuda.get_rng_state(self.device))
+        if self.device.type != "cpu":
+            states.append(torch.get_device_module(self.device).get_rng_state())
         return torch.cat(states)
 
     def set_random_state(self, state: Tensor):
         """Restores a random_state(), also one of a machine without a GPU."""
         size = len(torch.get_rng_state())
         torch.set_rng_state(state[:size])
-        if self.device.type == "cuda" and len(state) > size:
-            torch.cuda.set_rng_state(state[size:], self.device)
+        if self.device.type != "cpu" and len(state) > size:
+            torch.get_device_module(self.device).set_rng_state(state[size:])
 
     def rank_rows(self, rows: np.ndarray, batch_size: int) -> list[np.ndarray]:
         """This process's micro-batches of the rows.
@@ -179,9 +189,11 @@ def start_machine(device: str, dtype: str, seed: int, shard: bool = False, compi
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if shard and world_size == 1:
         raise UserError("--shard shards a model over several processes: give --nproc_per_node N too")
-    device = choose_device(device, local_rank=int(os.environ.get("LOCAL_RANK", 0)))
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    if shard and TORCH < (2, 8):
+        raise UserError(f"--shard needs torch 2.8 or newer, and this is {torch.__version__}")
+    device = choose_device(device, int(os.environ.get("LOCAL_RANK", 0)), world_size)
+    if device.index is not None:
+        torch.accelerator.set_device_index(device.index)
     elif device.type == "cpu":
         return_freed_memory() if shard else keep_freed_memory()
         torch.set_num_threads(max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
@@ -189,20 +201,28 @@ def start_machine(device: str, dtype: str, seed: int, shard: bool = False, compi
         # torch's optimizers import this anyway. Imported while there is a process group, it keeps the group alive, and
         # gloo's threads with it; one that frees a tensor while Python is shutting down aborts the process.
         importlib.import_module("torch._dynamo")
-        if device.type == "cuda" and dist.is_nccl_available():  # Python objects go over gloo, not through the GPU
-            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
-        else:  # a CPU; or Windows, which has no NCCL
-            dist.init_process_group("gloo")
+        dist.init_process_group(backend(device), device_id=device if device.index is not None else None)
         atexit.register(dist.destroy_process_group)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    capability = card_capability(device)
-    dtype = auto_dtype(name, capability) if dtype == "auto" else getattr(torch, dtype)
-    if dtype == torch.float32 and capability >= (8, 0) and not compile:
+    dtype = device_dtype(device) if dtype == "auto" else getattr(torch, dtype)
+    if dtype == torch.float32 and card_capability(device) >= (8, 0) and not compile:
         torch.set_float32_matmul_precision("high")  # TF32; a router is exempt (operators.exact_linear)
-    if compile and device.type == "cuda" and not torch.utils._triton.has_triton():
+    if compile and device.type == "cuda" and not importlib.import_module("torch.utils._triton").has_triton():
         raise UserError("--compile needs Triton, which this torch does not find (Windows has none); leave it out")
     torch.manual_seed(seed)
     return Machine(int(os.environ.get("RANK", 0)), world_size, device, dtype, shard)
+
+
+def backend(device: torch.device) -> str:
+    """Of the process group: a GPU's tensors go over its maker's library, all else, such as objects, over gloo."""
+    if device.type == "cpu" or (device.type == "cuda" and not dist.is_nccl_available()):  # as on Windows
+        return "gloo"
+    return f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
+
+
+def device_dtype(device: torch.device) -> torch.dtype:
+    """auto_dtype of a device."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return auto_dtype(name, card_capability(device))
 
 
 def auto_dtype(card: str, capability: tuple[int, int]) -> torch.dtype:
@@ -221,13 +241,15 @@ def auto_dtype(card: str, capability: tuple[int, int]) -> torch.dtype:
 def matmul_rate(machine: Machine, size: int | None = None) -> float:
     """Peak FLOP/s: floating-point operations per second of a plain square matrix product, best of at most ten.
 
-    On a GPU twenty are queued at a time, so that the latency of a call is not measured. A CPU gets a third of a second:
+    Of random numbers: ones switch fewer transistors, so that a GPU at its power limit multiplies them a fifth faster.
+    On a GPU four are queued at a time, so that the latency of a call is not measured. A CPU gets a third of a second:
     a smaller product reaches its peak.
     """
-    on_gpu = machine.device.type == "cuda"
-    size = size or (2048 if on_gpu else 1536)
-    queued, seconds = (20, 5.0) if on_gpu else (1, 0.3)
-    a = b = torch.ones(size, size, device=machine.device, dtype=machine.dtype)  # no random number is drawn
+    on_gpu = machine.device.type != "cpu"
+    size = size or (8192 if on_gpu else 1536)
+    queued, seconds = (4, 2.0) if on_gpu else (1, 0.3)
+    generator = torch.Generator(machine.device).manual_seed(0)  # its own: the run's random numbers stay as they are
+    a = b = torch.randn(size, size, generator=generator, device=machine.device, dtype=machine.dtype)
     best, end = math.inf, time.perf_counter() + seconds
     for _ in range(10):
         start = time.perf_counter()

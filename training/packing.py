@@ -99,12 +99,18 @@ class Batch:
 
     def scored_positions(self) -> Tensor:
         """The positions of labels that are not IGNORE, of B * T, (scored,)."""
-        return (self.labels != IGNORE).flatten().nonzero_static(size=self.scored)[:, 0]
+        found = (self.labels != IGNORE).flatten()
+        if found.device.type in ("cpu", "cuda", "meta"):  # Macs have it since torch 2.13
+            return found.nonzero_static(size=self.scored)[:, 0]
+        return found.nonzero()[:, 0]
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copies to a device without waiting for it: to a GPU from pinned memory."""
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+    """Copies to a device: to an NVIDIA or AMD GPU without waiting for it, from pinned memory, which torch keeps until
+    the copy is made. On a Mac, a copy that is not waited for reads memory that is freed (pytorch issue 189690)."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def pack(lengths: np.ndarray, capacity: int) -> np.ndarray:

@@ -263,7 +263,9 @@ class Checkpointer:
                 name, _, entry = name.rpartition("/")
                 entry = {"mean": "exp_avg", "square": "exp_avg_sq"}.get(entry, entry)  # as older runs named them
                 tensor = distribute_tensor(tensor, parameters[name])
-                self.optimizer.state[parameters[name]][entry] = tensor.to(self.machine.device)  # fused AdamW's step too
+                # A copy: a tensor of the mapped file would keep Windows from replacing it. On the device, also fused
+                # AdamW's step.
+                self.optimizer.state[parameters[name]][entry] = tensor.to(self.machine.device, copy=True)
             elif kind == "random" and int(name) == self.machine.rank:
                 self.machine.set_random_state(tensor.cpu())
         trained = {name for name, parameter in parameters.items() if parameter.requires_grad}

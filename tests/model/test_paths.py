@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-import torch.nn.attention.varlen as varlen
 import torch.nn.functional as F
 from helpers import random_ids, random_model, relative_difference
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.overrides import TorchFunctionMode
 
 from bench.train_speed import made_up_batch
-from model import experts
+from model import experts, operators
 from model import model as model_module
 from model.LMConfig import HIDDEN_ACTS, PRESETS, LMConfig
 from model.model import CausalLM
@@ -41,16 +40,14 @@ def test_each_machine_has_its_attention(device, capability, dtype, head_dim, kin
     assert attention_kind(device, dtype, head_dim, capability) == kind
 
 
-def plain_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa):
-    """varlen_attn in plain torch, with what its kernel wants and does not check."""
+def plain_flash(query, key, value, cu_seqlens, max_seqlen):
+    """flash_attention in plain torch, with what its kernel wants and does not check."""
     assert query.dtype == key.dtype == value.dtype
     assert query.dtype.itemsize == 2
-    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
-    assert window_size == (-1, 0), "not causal"
-    assert enable_gqa
+    assert cu_seqlens.dtype == torch.int32
     out = []
-    for start, end in zip(cu_seq_q.tolist(), cu_seq_k.tolist()[1:]):
-        assert end - start <= max_q == max_k
+    for start, end in zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:]):
+        assert end - start <= max_seqlen
         q, k, v = (x[start:end].transpose(0, 1).float() for x in (query, key, value))  # (heads, n, D)
         k, v = (x.repeat_interleave(len(q) // len(x), dim=0) for x in (k, v))
         out.append(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(0, 1))
@@ -58,7 +55,7 @@ def plain_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_
 
 
 def test_flash_attention_gets_the_documents_that_attention_by_hand_gets(monkeypatch):
-    monkeypatch.setattr(varlen, "varlen_attn", plain_varlen)
+    monkeypatch.setattr(operators, "flash_attention", plain_flash)
     torch.manual_seed(0)
     positions = torch.tensor([[*range(7), *range(5), *range(4)], [*range(16)]])
     q, k, v = (torch.randn(2, heads, 16, 8, requires_grad=True) for heads in (6, 2, 2))
@@ -71,6 +68,51 @@ def test_flash_attention_gets_the_documents_that_attention_by_hand_gets(monkeypa
     for name, *found in zip(("out", "q", "k", "v"), *results):
         assert relative_difference(found[1], found[0]) < 1e-5, name
         assert relative_difference(found[2], found[0]) < 2e-2, name
+
+
+def test_the_kernel_of_flash_attention_takes_these_arguments_in_every_torch():
+    """On tensors without values: fewer key heads than query heads, forward and backward, compiled too."""
+    with torch.device("meta"):
+        q, k, v = (torch.empty(16, heads, 64, dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2, 2))
+        cu_seqlens = torch.empty(3, dtype=torch.int32)
+    compiled = torch.compile(operators.flash_attention, backend="aot_eager", fullgraph=True)
+    for kernel in (operators.flash_attention, compiled):
+        out = kernel(q, k, v, cu_seqlens, 16)
+        gradients = torch.autograd.grad(out.sum(), (q, k, v))
+        assert [x.shape for x in (out, *gradients)] == [q.shape, q.shape, k.shape, v.shape]
+
+
+def refusing(error: Exception):
+    def kernel(*args):
+        raise error
+
+    return kernel
+
+
+@pytest.mark.parametrize(
+    ("capability", "kernel", "kind"),
+    [
+        ((9, 0), plain_flash, "flash"),
+        ((7, 5), refusing(AssertionError("is not asked")), "masked"),
+        ((9, 4), refusing(RuntimeError("FlashAttention on ROCm supports other GPUs")), "masked"),
+        ((8, 6), refusing(TypeError("_flash_attention_forward() got other arguments")), "masked"),
+        ((8, 6), lambda q, k, v, *_: (q + k + v) * torch.nan, "masked"),
+    ],
+)
+def test_flash_attention_is_tried_once_on_a_card_that_should_have_it(capability, kernel, kind, monkeypatch):
+    monkeypatch.setattr(operators, "FLASH_WORKS", True)
+    monkeypatch.setattr(operators, "card_capability", lambda device: capability)
+    monkeypatch.setattr(operators, "flash_attention", kernel)
+    operators.try_flash(CPU)
+    assert operators.attention_here(CUDA, torch.bfloat16, 64) == kind
+
+
+def test_a_torch_built_without_flash_attention_is_not_tried(monkeypatch):
+    monkeypatch.setattr(operators, "FLASH_WORKS", False)
+    monkeypatch.setattr(operators, "card_capability", lambda device: (9, 0))
+    monkeypatch.setattr(operators, "flash_attention", refusing(AssertionError("is not asked")))
+    operators.try_flash(CPU)
+    assert operators.attention_here(CUDA, torch.bfloat16, 64) == "masked"
 
 
 def test_a_batch_brings_its_offsets_and_they_are_those_of_its_positions():
@@ -122,6 +164,25 @@ def test_a_forward_and_backward_pass_asks_the_device_nothing(preset, monkeypatch
 # -------------------------------------------------------------------------------------------------------------- experts
 
 
+@pytest.mark.parametrize(
+    ("capability", "hip", "known", "at_once"),
+    [
+        ((9, 0), None, True, True),
+        ((8, 6), None, True, False),
+        ((10, 0), None, True, False),  # an expert without visitors gets a gradient there
+        ((9, 4), "7.0", True, False),
+        ((9, 0), None, False, False),  # torch 2.9
+    ],
+)
+def test_experts_are_grouped_only_where_the_kernel_is_right(capability, hip, known, at_once, monkeypatch):
+    monkeypatch.setattr(experts, "card_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(F, "grouped_mm", None, raising=False)
+    if not known:
+        monkeypatch.delattr(F, "grouped_mm")
+    assert experts.groups_at_once(torch.zeros(8, 8, dtype=torch.bfloat16), 8, 16) == at_once
+
+
 def random_visits():
     torch.manual_seed(0)
     M, k, E, H, m = 20, 3, 6, 8, 8
@@ -142,7 +203,13 @@ def test_the_operators_gradients_are_right(hidden_act):
     torch.library.opcheck(experts.visit_experts, (tokens, weights, chosen, gate_up, down, hidden_act))
 
 
-@pytest.mark.parametrize(("at_once", "hidden_act"), [(False, "silu"), (True, "silu"), (True, "relu2")])
+grouped = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="torch before 2.10")
+
+
+@pytest.mark.parametrize(
+    ("at_once", "hidden_act"),
+    [(False, "silu"), pytest.param(True, "silu", marks=grouped), pytest.param(True, "relu2", marks=grouped)],
+)
 def test_the_operator_computes_what_the_loop_does(at_once, hidden_act, monkeypatch):
     monkeypatch.setattr(experts, "groups_at_once", lambda *_: at_once)
     config = LMConfig(**PRESETS["tiny-moe"], hidden_act=hidden_act)
@@ -173,10 +240,10 @@ def test_compiled_layers_are_one_graph(preset, checkpoints):
     assert relative_difference(gradients[1], gradients[0]) < 1e-5
 
 
-def masked_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa):
-    """plain_varlen without a question to the host, to be compiled."""
+def masked_flash(query, key, value, cu_seqlens, max_seqlen):
+    """plain_flash without a question to the host, to be compiled."""
     place = torch.arange(len(query), device=query.device)
-    document = torch.bucketize(place, cu_seq_q, right=True)
+    document = torch.bucketize(place, cu_seqlens, right=True)
     mask = (document[:, None] == document) & (place[:, None] >= place)
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
@@ -184,7 +251,7 @@ def masked_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window
 
 @pytest.mark.parametrize("checkpoints", [False, True])
 def test_compiled_layers_with_flash_attention_are_one_graph_for_every_batch(checkpoints, monkeypatch):
-    monkeypatch.setattr(varlen, "varlen_attn", masked_varlen)
+    monkeypatch.setattr(operators, "flash_attention", masked_flash)
     monkeypatch.setattr(model_module, "attention_here", lambda *_: "flash")
     graphs, gradients = CompileCounterWithBackend("aot_eager"), {}
     for compiled in (False, True):

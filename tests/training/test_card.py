@@ -4,10 +4,13 @@ import copy
 import json
 import math
 import os
+import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import (
     ONCE,
     Processes,
@@ -19,30 +22,49 @@ from helpers import (
     write_data,
 )
 from safetensors import safe_open
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from base.cli import UserError
 from bench.train_speed import made_up_batch
-from model import device as devices
-from model.device import choose_device, note_unused_gpu
+from model import experts
 from model.LMConfig import PRESETS, LMConfig
 from model.lora import apply_lora, lora_layers, narrow_frozen
 from model.model import CausalLM
-from training import loss
+from training import cost, loss
+from training import machine as machines
+from training import optimizer as optimizers
 from training.balance import count_each
 from training.loss import (
     CARD_CHUNK,
     CARD_LOGITS,
+    LOSS_CHUNK,
     TokenLosses,
     cross_entropy_sum,
     loss_chunk,
     next_token_loss,
     token_losses,
 )
-from training.machine import Machine, auto_dtype
-from training.optimizer import GradientBuffer, OptimizerSettings, build_optimizer, optimizer_step
-from training.packing import IGNORE, PackedDataset
+from training.machine import Machine, auto_dtype, backend, matmul_rate, start_machine
+from training.optimizer import GradientBuffer, OptimizerSettings, build_optimizer, optimizer_step, orthogonalize
+from training.packing import IGNORE, PackedDataset, to_device
 from training.rollouts import RolloutBatch
+
+
+def test_matrix_products_are_timed_with_random_numbers_and_draw_none_of_the_runs(monkeypatch):
+    factors = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.mm.default:
+                factors.append(args[0])
+            return function(*args, **kwargs or {})
+
+    state = torch.get_rng_state()
+    with Products():
+        assert matmul_rate(Machine(0, 1, torch.device("cpu"), torch.float32), size=128) > 0
+    assert factors[0].std() == pytest.approx(1, abs=0.02)
+    assert torch.get_rng_state().equal(state)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +84,16 @@ def test_each_card_has_its_number_format(card, capability, dtype):
     assert auto_dtype(card, capability) == dtype
 
 
+def test_compiling_without_triton_is_refused_in_one_line(monkeypatch):
+    """torch does not import the module that is asked for Triton."""
+    monkeypatch.setattr(machines, "choose_device", lambda *args: torch.device("cuda:0"))
+    monkeypatch.setattr(machines, "device_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: None)
+    monkeypatch.delattr(torch.utils, "_triton", raising=False)
+    with pytest.raises(UserError, match="--compile needs Triton"):
+        start_machine("cuda", "auto", 0, compile=True)
+
+
 # ------------------------------------------------------------------------------------------------------------- the loss
 
 
@@ -75,7 +107,7 @@ def random_head(tokens: int, dtype=torch.float32):
 
 
 def test_the_loss_by_chunks_has_the_right_gradients(monkeypatch):
-    monkeypatch.setattr(loss, "CARD_CHUNK", 4)
+    monkeypatch.setattr(loss, "LOSS_CHUNK", 4)
     hidden, weight, labels = random_head(10, torch.float64)
     chunked = TokenLosses.apply(hidden, weight, labels, torch.float64)
     torch.testing.assert_close(chunked, token_losses(hidden, weight, labels))
@@ -141,7 +173,31 @@ def test_a_head_in_16_bits_sums_in_32(dtype, error):
         assert relative_difference(ours, expected) < error
 
 
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch before 2.13")
+def test_the_loss_of_an_older_torch_is_the_same(monkeypatch):
+    """By chunks of another size, so that the sums have another order."""
+    results = []
+    for known in (True, False):
+        if not known:
+            monkeypatch.delattr(F, "linear_cross_entropy")
+        hidden, weight, labels = random_head(LOSS_CHUNK * 3 + 5)
+        total = cross_entropy_sum(hidden, weight, labels)
+        results.append((total, *torch.autograd.grad(total, (hidden, weight))))
+    for ours, expected in zip(results[1], results[0]):
+        assert relative_difference(ours, expected) < 1e-6
+
+
 # ----------------------------------------------------------------------------------------------------------- no waiting
+
+
+@pytest.mark.parametrize(("kind", "blocks"), [("cuda", False), ("mps", True), ("xpu", True)])
+def test_only_copies_to_cuda_are_not_waited_for(kind, blocks, monkeypatch):
+    """On a Mac, the copy would read a source that is freed by then."""
+    calls = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, **options: calls.append(options))
+    to_device(torch.zeros(3), torch.device(kind))
+    assert calls == [{} if blocks else {"non_blocking": True}]
 
 
 class Transfers(TorchDispatchMode):
@@ -158,7 +214,6 @@ class Transfers(TorchDispatchMode):
                 self.to_host += 1
                 return torch.zeros(args[0].shape, dtype=args[0].dtype)
             self.to_device += 1
-            assert kwargs.get("non_blocking")
         return function(*args, **kwargs)
 
 
@@ -208,6 +263,129 @@ def test_counting_is_bincount():
     assert count_each(numbers, 6).equal(numbers.bincount(minlength=6))
 
 
+class OnMac(torch.Tensor):
+    """A tensor on the CPU that says it is on a Mac's GPU, which had no nonzero_static before torch 2.13."""
+
+    device = property(lambda self: torch.device("mps"))
+
+    def nonzero_static(self, **options):
+        raise NotImplementedError("aten::nonzero_static is not implemented for the MPS device")
+
+
+def test_a_mac_finds_the_scored_positions():
+    batch = made_up_batch(2, 64, 6400)
+    batch.labels[0, ::3] = IGNORE
+    batch = replace(batch, scored=int((batch.labels != IGNORE).sum()))
+    expected = batch.scored_positions()
+    found = replace(batch, labels=batch.labels.as_subclass(OnMac)).scored_positions()
+    assert found.as_subclass(torch.Tensor).equal(expected)
+
+
+class Float32Only(TorchDispatchMode):
+    """A device without float64, such as a Mac's GPU."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        for tensor in pytree.tree_leaves(result):
+            assert not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.float64 or tensor.device.type == "cpu"
+        return result
+
+
+@pytest.mark.parametrize("preset", ["tiny", "tiny-moe"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_needs_no_float64(preset, optimizer, monkeypatch):
+    monkeypatch.setattr(experts, "groups_at_once", lambda *_: True)
+    adamw, device = torch.optim.AdamW, torch.device("meta")
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, fused, **options: adamw(groups, **options))
+    with device:
+        model = CausalLM(LMConfig(**PRESETS[preset])).train()
+    with Float32Only():
+        buffer = GradientBuffer(list(model.parameters()), metrics={})
+        update = build_optimizer(model, OptimizerSettings(optimizer))
+        loss_sum, count, _ = next_token_loss(model, made_up_batch(2, 64, 6400).to(device))
+        loss_sum.backward()
+        buffer.add_sums(loss=loss_sum.detach(), count=count)
+        with Transfers():
+            buffer.all_reduce(Machine(0, 1, device, torch.float32), 1.0, lambda: None)
+        update.step()
+
+
+def test_a_trial_that_runs_out_of_memory_frees_its_graph_before_the_cache_is_emptied(monkeypatch):
+    """In the backward pass, while the loss, and with it the whole graph, is still alive."""
+    alive, freed = [], []
+    model = CausalLM(LMConfig(**PRESETS["tiny"])).train()
+
+    class Full(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dx):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    def full_loss(model, batch):
+        loss_sum = Full.apply(next_token_loss(model, batch)[0])
+        alive.append(weakref.ref(loss_sum))
+        return loss_sum, batch.scored, {}
+
+    monkeypatch.setattr(cost, "next_token_loss", full_loss)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(alive[0]() is None))
+    step = cost.StepSettings(2, 1, 64, False, "adamw")
+    assert not cost.fits_card(step, Machine(0, 1, torch.device("cpu"), torch.float32), model)
+    assert freed == [True]
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float16, 3e-3), (torch.bfloat16, 3e-2)])
+def test_updates_are_orthogonalized_in_the_16_bits_that_a_gpu_is_fast_in(dtype, error, monkeypatch):
+    """float16 on a T4, where bfloat16 is emulated; also of gradients that float16 could not hold."""
+    matrices = torch.randn(3, 64, 96, generator=torch.Generator().manual_seed(0)) * 1e-6
+    exact = orthogonalize(matrices.double())
+    monkeypatch.setattr(optimizers, "device_dtype", lambda device: dtype)
+    result = orthogonalize(matrices)
+    assert result.dtype == dtype
+    assert relative_difference(result.double(), exact) < error
+
+
+# -------------------------------------------------------------------------------------------------- several processes
+
+
+@pytest.mark.parametrize(("kind", "nccl", "name"), [("cuda", True, "cpu:gloo,cuda:nccl"), ("cuda", False, "gloo")])
+def test_objects_do_not_pass_through_the_gpu(kind, nccl, name, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: nccl)
+    assert backend(torch.device(kind)) == name
+    assert backend(torch.device("cpu")) == "gloo"
+
+
+def orthogonalize_in_processes(file: str):
+    """Five matrices in three processes: as a CPU and as a GPU would."""
+    start_machine("cpu", "float32", 0)
+    matrices = torch.randn(5, 8, 6, generator=torch.Generator().manual_seed(0))
+    gathered, all_gather = [], optimizers.all_gather
+
+    def recording(mine):
+        gathered.append(mine.dtype)
+        return all_gather(mine)
+
+    optimizers.all_gather = recording
+    exact = optimizers._orthogonalize_together(matrices)
+    optimizers.device_dtype = lambda device: torch.bfloat16
+    rounded = optimizers._orthogonalize_together(matrices)
+    torch.save([gathered, matrices, exact, rounded], file + os.environ["RANK"])
+
+
+def test_updates_are_gathered_in_the_precision_that_they_are_computed_in(tmp_path):
+    results = Processes(tmp_path / "logs", orthogonalize_in_processes, str(tmp_path / "of"), processes=3).wait()
+    assert [result.status for result in results] == [0] * 3, results
+    for rank in range(3):
+        gathered, matrices, exact, rounded = torch.load(tmp_path / f"of{rank}")
+        assert gathered == [torch.float32, torch.bfloat16]
+        assert exact.equal(orthogonalize(matrices))
+        assert rounded.dtype == torch.float32
+        assert 0 < relative_difference(rounded, exact) < 3e-2
+
+
 # ----------------------------------------------------------------------------------------------------------- the scaler
 
 
@@ -252,33 +430,6 @@ def test_an_overflow_halves_the_scale_and_is_not_taken_for_broken_data(data, tmp
 
 
 # ----------------------------------------------------------------------------------------------------------- the device
-
-
-def test_a_machine_without_a_gpu_computes_on_its_cpu(monkeypatch):
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert choose_device("auto").type == "cpu"
-    with pytest.raises(UserError, match="--device cuda"):
-        choose_device("cuda")
-
-
-@pytest.mark.parametrize(
-    ("requested", "cuda", "driver", "lines"),
-    [("auto", "13.0", True, 1), ("auto", "13.0", False, 0), ("auto", None, True, 0), ("cpu", "13.0", True, 0)],
-)
-def test_an_unused_gpu_is_reported_once_where_a_driver_is_installed(
-    requested, cuda, driver, lines, monkeypatch, capsys
-):
-    monkeypatch.setattr(os, "environ", os.environ.copy())
-    del os.environ[devices.GPU_NOTE]
-    monkeypatch.setattr(torch.version, "cuda", cuda)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    monkeypatch.setattr(devices.shutil, "which", lambda name: name if driver else None)
-    monkeypatch.setattr(devices.os.path, "exists", lambda path: False)
-    choose_device(requested)
-    assert capsys.readouterr() == ("", "")
-    for _ in range(2):
-        note_unused_gpu()
-    assert capsys.readouterr().out.count("no GPU found, although torch is built for CUDA 13.0") == lines
 
 
 def test_the_first_lines_say_how_it_attends(data, tmp_path, capsys):

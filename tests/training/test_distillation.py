@@ -13,7 +13,7 @@ from base.cli import UserError
 from model.checkpoint import load_model, save_model
 from model.LMConfig import PRESETS, LMConfig
 from model.lora import apply_lora, lora_layers
-from training import distillation
+from training import loss
 from training.distillation import Divergence, divergence_sum, load_teacher, plain_divergence_sum
 from training.machine import Machine
 from training.packing import PackedDataset
@@ -67,7 +67,7 @@ def test_the_divergence_is_the_sum_over_all_tokens_that_could_come_next(how):
 
 @pytest.mark.parametrize("how", KINDS)
 def test_its_gradient_is_that_of_finite_differences_and_of_autograd(how, monkeypatch):
-    monkeypatch.setattr(distillation, "LOSS_CHUNK", 4)  # the nine tokens are three chunks
+    monkeypatch.setattr(loss, "LOSS_CHUNK", 4)  # the nine tokens are three chunks
     hidden, weight, *rest = made_up()
     hidden.requires_grad_(), weight.requires_grad_()
     torch.autograd.gradcheck(lambda h, w: divergence_sum(h, w, *rest, how)[0], (hidden, weight))
@@ -100,7 +100,7 @@ def test_a_student_that_says_what_the_teacher_says_has_nothing_to_learn():
 
 
 def test_logits_of_all_tokens_never_exist_at_a_time(monkeypatch):
-    monkeypatch.setattr(distillation, "LOSS_CHUNK", 16)
+    monkeypatch.setattr(loss, "LOSS_CHUNK", 16)
     hidden, weight, *rest = made_up(64, 1000, torch.float32)
     hidden.requires_grad_(), weight.requires_grad_()
     largest = 0

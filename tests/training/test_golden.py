@@ -19,6 +19,7 @@ from model.chat import EOS, IM_END
 from model.checkpoint import save_model
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
+from training.machine import TORCH
 
 GOLDEN = Path(__file__).with_name("golden.json")
 COMMON = "--max_steps 50 --batch_size 2 --max_seq_len 64 --eval_rows 4 --log_interval 10 --warmup_steps 5 --seed 7"
@@ -34,6 +35,8 @@ RUNS = {  # name: script, flags of its own
 @pytest.mark.parametrize("name", RUNS)
 def test_losses_are_those_that_were_stored(name, data, chat_data, run_here, tmp_path):
     script, own = RUNS[name]
+    if "dropout" in own and TORCH < (2, 13):
+        pytest.skip("an older torch draws other numbers for dropout")
     flags = ["--out_dir", tmp_path / "out", *COMMON.split(), *own.split()]
     if script == "1-pretrain.py":
         flags += ["--data", data]

@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import signal
+import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -325,3 +326,19 @@ def test_a_run_without_one_finite_step_is_no_success(base, chat_data, run_here, 
     result = run_here("2-sft.py", *flags, "--batch_size", "2", "--max_steps", "3", "--eval_rows", "2")
     assert "no step was finite" in result.error_line(status=1)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_resumed_run_no_longer_maps_the_state_that_its_next_save_replaces(data, run_here, tmp_path, monkeypatch):
+    """Windows does not replace a file that is mapped."""
+    run = ["1-pretrain.py", "--data", data, "--out_dir", tmp_path / "out", *SHORT_RUN, "--batch_size", "2"]
+    assert run_here(*run, "--max_steps", 1).status == 0
+    mapped, save = [], state.Checkpointer.save
+
+    def looking_save(self, *args):
+        mapped.append("state.safetensors" in Path("/proc/self/maps").read_text())
+        save(self, *args)
+
+    monkeypatch.setattr(state.Checkpointer, "save", looking_save)
+    assert run_here(*run, "--max_steps", 2, "--resume").status == 0
+    assert mapped == [False]

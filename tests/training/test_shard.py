@@ -22,6 +22,7 @@ from helpers import (
     hurry,
     make_documents,
     make_pairs,
+    random_model,
     records,
     relative_difference,
     saved_progress,
@@ -31,13 +32,14 @@ from helpers import (
 from safetensors.torch import load_file
 
 from base.cli import UserError
+from bench.train_speed import made_up_batch
 from model.checkpoint import load_model
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
 from training import loop, loss, machine
 from training.cost import StepSettings, memory_estimate
 from training.rollouts import RolloutGenerator
-from training.shard import local_shard
+from training.shard import local_shard, shard_model
 
 MOE = ["--preset", "tiny-moe", "--optimizer", "muon", "--grad_checkpointing", "--batch_size", "1"]
 MOE += ["--accumulation_steps", "2", "--epochs", "2", "--max_steps", "9"]  # steps without a row for one of them
@@ -192,6 +194,45 @@ def test_every_stage_learns_the_same_in_several_processes(processes, data, chat_
         assert_equal_runs(runs, name)
 
 
+class Graphs(list):
+    """A compiler's backend that runs graphs as they are, and keeps how many attentions each has."""
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs):
+        self.append(sum("scaled_dot_product_attention" in str(node.target) for node in graph.graph.nodes))
+        return graph.forward
+
+
+def compile_sharded(folder: Path):
+    """The gradients of sharded models of two and four layers, compiled and not, and the graphs."""
+    machine_of_two, found = machine.start_machine("cpu", "float32", 0, shard=True), {}
+    for layers, checkpoints in ((2, False), (4, False), (2, True)):
+        for compiled in (False, True):
+            model = random_model(LMConfig(**PRESETS["tiny"] | dict(num_hidden_layers=layers))).train()
+            model.model.gradient_checkpointing = checkpoints
+            shard_model(model, machine_of_two)
+            graphs = Graphs()
+            if compiled:
+                torch._dynamo.reset()
+                model.model.compile(backend=graphs)
+            loss.next_token_loss(model, made_up_batch(2, 64, 6400))[0].backward()
+            gradient = torch.cat([local_shard(parameter.grad).flatten() for parameter in model.parameters()])
+            found[layers, checkpoints, compiled] = [*graphs], gradient
+    torch.save(found, folder / f"found.{machine_of_two.rank}")
+
+
+@pytest.mark.slow  # the compiler takes its time
+def test_the_layers_of_a_sharded_model_are_compiled_once_and_compute_the_same(tmp_path):
+    """Gathering a layer's weights interrupts the graph; all layers use one graph, so that no limit of graphs is met."""
+    results = Processes(tmp_path / "logs", compile_sharded, tmp_path, processes=2).wait()
+    assert [result.status for result in results] == [0, 0], results
+    for rank in range(2):
+        found = torch.load(tmp_path / f"found.{rank}")
+        for layers, checkpoints in ((2, False), (4, False), (2, True)):
+            graphs, gradient = found[layers, checkpoints, True]
+            assert relative_difference(gradient, found[layers, checkpoints, False][1]) < 1e-5
+            assert sum(graphs) == 1, graphs
+
+
 def stop_in_step_5():
     signal_in_pass(5, signal.SIGTERM)
 
@@ -238,7 +279,7 @@ def test_the_estimate_falls_by_what_is_spread():
     assert estimates == pytest.approx([18.3, 11.9, 8.3, 6.4], abs=0.051)
 
 
-def test_what_cannot_be_sharded_is_refused(data, run_here, tmp_path):
+def test_what_cannot_be_sharded_is_refused(data, run_here, tmp_path, monkeypatch):
     flags = ["--data", data, "--out_dir", tmp_path / "out", "--shard"]
     assert "give --nproc_per_node" in run_here("1-pretrain.py", *flags).error_line(status=2)
     sharded = machine.Machine(0, 2, torch.device("cpu"), torch.float32, shards=True)
@@ -247,3 +288,6 @@ def test_what_cannot_be_sharded_is_refused(data, run_here, tmp_path):
     result = run_here("1-pretrain.py", *flags, "--batch_size", "auto")
     assert result.status == 2
     assert "--shard" in result.err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(machine, "TORCH", (2, 7))
+    assert "needs torch 2.8" in run_here("1-pretrain.py", *flags).error_line(status=2)
