@@ -115,8 +115,8 @@ def _check(same: bool, what: str):
 
 
 def _chat(tokenizer: ChatTokenizer) -> tuple[list[dict], list | None]:
-    """CHAT, or a part of it that the template can write."""
-    if tokenizer.is_own or (tokenizer.template.shows_tools and tokenizer.template.shows_calls):
+    """CHAT, or a part of it where the format has no tokens for calls of tools."""
+    if "tool_call" in tokenizer.tags and (tokenizer.is_own or tokenizer.template.shows_tools):
         return CHAT, [TOOL]
     return [CHAT[1], CHAT[4], CHAT[5]], None
 
