@@ -32,7 +32,9 @@ def main():
     parser.add_argument("--api_key", help="required of every request; default: JIEZI_API_KEY, if set")
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps, or another that torch has")
-    parser.add_argument("--half_weights", action="store_true", help="on a CPU, float16 weights, as in eval.py")
+    parser.add_argument(
+        "--weight_dtype", choices=["float32", "float16", "int8"], default="float32", help="on a CPU, as in eval.py"
+    )
     parser.add_argument("--tools", nargs="+", default=[], metavar="NAME", help="calculator, or a Python file")
     parser.add_argument("--max_rows", type=positive, default=16, help="answers generated at a time, per model")
     parser.add_argument("--max_queue", type=natural, default=64, help="answers that wait, per model; more get 429")
@@ -55,8 +57,8 @@ def main():
     device = choose_device(args.device)
     if device.type == "cpu":
         keep_freed_memory()
-    elif args.half_weights:
-        raise UserError("--half_weights is for generation on a CPU: give --device cpu")
+    elif args.weight_dtype != "float32":
+        raise UserError("--weight_dtype is for generation on a CPU: give --device cpu")
     models = find_models([model_folder(name) for name in args.models])
     for served in models.values():
         if args.tools and served.is_chat:

@@ -35,10 +35,10 @@ from training.cost import step_flops
 Writer = Callable[[list[list[int]], int], list[list[int]] | None]  # (prompts, tokens) -> what it wrote to each
 
 
-def jiezi(directory: Path, half_weights: bool = False) -> Writer:
+def jiezi(directory: Path, weight_dtype: str = "float32") -> Writer:
     keep_freed_memory()  # as eval.py does
     model = load_model(directory, torch.device("cpu")).eval()
-    model = pack_for_decoding(model, half_weights)
+    model = pack_for_decoding(model, weight_dtype)
 
     def write(prompts, n):
         return [list(tokens) for tokens in zip(*generate(model, prompts, n, temperature=0))]
@@ -94,7 +94,7 @@ def measure(name: str, directory: Path, new_tokens: int, prompt_tokens: int, bat
     weights -= 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
     contestants = {"jiezi": (jiezi, directory), "transformers": (transformers, directory)}
     if "fbgemm" in torch.backends.quantized.supported_engines:
-        contestants["jiezi --half_weights"] = (jiezi, directory, True)
+        contestants |= {f"jiezi, {dtype}": (jiezi, directory, dtype) for dtype in ("float16", "int8")}
     if importlib.util.find_spec("xllamacpp"):
         contestants["llama.cpp"] = (llama_cpp, directory)
     matrix = torch.randn(8192, 8192)
@@ -128,7 +128,7 @@ def measure(name: str, directory: Path, new_tokens: int, prompt_tokens: int, bat
         n = new_tokens
         turns = take_turns(1, 8, n, limit=lambda: 2 * product_rate(1))  # in bytes: 4 for each number
         for writer in contestants:
-            size = 2 if "half" in writer else 4
+            size = 1 if "int8" in writer else 2 if "float16" in writer else 4
             report(name, turns, writer, n, weights * size * n, statistics.median(turns.limits), "GB/s")
         length = min(prompt_tokens, config.max_position_embeddings - 1)
         turns = take_turns(1, length, 1)

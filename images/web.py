@@ -1,5 +1,5 @@
-"""Takes web_chat.png, web_side_by_side.png, web_tokens.png and web_runs.png: the pages of server/web/ in a browser, with
-the models of the demo.
+"""Takes web_chat.png, web_side_by_side.png, web_tokens.png and web_runs.png: the pages of server/web/ in a browser,
+with the models of the demo.
 
     python quickstart.py --no-chat
     python -m images.web

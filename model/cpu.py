@@ -48,15 +48,15 @@ class Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin)
+        return rotate(x, cos, sin)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         cos, sin = ctx.saved_tensors
-        return _rotate(dy, cos, -sin), None, None
+        return rotate(dy, cos, -sin), None, None
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     y = torch.empty_like(x)
     (a, b), (c, d) = x.chunk(2, dim=-1), y.chunk(2, dim=-1)
     torch.mul(a, cos, out=c).addcmul_(b, sin, value=-1)

@@ -1,19 +1,22 @@
 """The thread that runs an engine: sequences are added and removed between two steps, and share the batch.
 
-The engine and the event loop take turns: a step starts when the tokens of the last one are sent. Side by side, they
-would wait for the interpreter's lock several times per token, and for a core that torch's threads use.
+The engine and the event loop take turns: after handing tokens over, the engine waits until they are sent. Side by side,
+they would wait for the interpreter's lock several times per token. Changing threads takes longer than sending a token,
+because torch's threads use all cores: the tokens of fast steps are handed over together.
 """
 
 import asyncio
 import queue
 import threading
+import time
 import traceback
 from collections.abc import Callable
 
 from engine.generation import Engine, Sequence
 from model.model import CausalLM
 
-MAX_WAIT = 0.1  # seconds that the engine waits for the event loop to send a step's tokens
+INTERVAL = 0.02  # seconds between two times that tokens are handed over; an answer's first and last are not held back
+MAX_WAIT = 0.1  # seconds that the engine waits for the event loop to send the tokens
 
 Receive = Callable[[int | Exception, str | None], None]  # a token, and with the last the finish_reason; or an error
 
@@ -26,7 +29,7 @@ class Batcher:
         self.loop = asyncio.get_running_loop()
         self.orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # run between two steps
         self.receivers: dict[Sequence, Receive] = {}  # of those that have not ended
-        self.sent = threading.Event()  # the tokens of the last step
+        self.sent = threading.Event()  # all tokens that were handed over
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.thread.start()
 
@@ -55,6 +58,7 @@ class Batcher:
 
     def _run(self):
         self.engine = Engine(self.model, self.max_rows)
+        events, handed_over = [], 0.0
         while True:
             while not self.engine.busy or not self.orders.empty():
                 order = self.orders.get()
@@ -62,18 +66,23 @@ class Batcher:
                     return
                 order()
             try:
-                events = [(sequence, sequence.tokens[-1], sequence.finish_reason) for sequence in self.engine.step()]
+                new = [(sequence, sequence.tokens[-1], sequence.finish_reason) for sequence in self.engine.step()]
             except Exception as error:  # such as out of memory: all current sequences are lost, later ones are not
                 traceback.print_exc()
                 lost = [*self.engine.rows, *self.engine.waiting]
                 self.engine = Engine(self.model, self.max_rows)
-                events = [(sequence, error, "error") for sequence in lost]
+                new = [(sequence, error, "error") for sequence in lost]
+            events += new
+            is_urgent = any(finish_reason or len(sequence.tokens) == 1 for sequence, _, finish_reason in new)
+            if not is_urgent and time.monotonic() < handed_over + INTERVAL:
+                continue
             self.sent.clear()
             try:
                 self.loop.call_soon_threadsafe(self._deliver, events)
             except RuntimeError:  # the loop has ended
                 return
             self.sent.wait(MAX_WAIT)
+            events, handed_over = [], time.monotonic()
 
     def _deliver(self, events: list[tuple[Sequence, int | Exception, str | None]]):
         for sequence, token, finish_reason in events:

@@ -49,17 +49,17 @@ class Served:
         self.batcher: Batcher | None = None
         self.opening = asyncio.Lock()
 
-    async def open(self, device: torch.device, half_weights: bool, max_rows: int):
+    async def open(self, device: torch.device, weight_dtype: str, max_rows: int):
         """Loads it, once. UserError if it cannot be loaded."""
         async with self.opening:
             if self.batcher is None:
-                model = await asyncio.to_thread(self._load, device, half_weights)
+                model = await asyncio.to_thread(self._load, device, weight_dtype)
                 self.batcher = Batcher(model, max_rows)
 
-    def _load(self, device: torch.device, half_weights: bool):
+    def _load(self, device: torch.device, weight_dtype: str):
         model = load_model(self.directory, device).eval()
         if device.type == "cpu":
-            model = pack_for_decoding(model, half_weights)
+            model = pack_for_decoding(model, weight_dtype)
         return model
 
 

@@ -24,7 +24,7 @@ class ServerConfig:
 
     host: str
     api_key: str | None
-    half_weights: bool
+    weight_dtype: str  # of the matrices, on a CPU
     max_rows: int  # of each model, as are the next three
     max_queue: int
     max_new_tokens: int
@@ -77,7 +77,7 @@ class Service:
         if wanted > self.capacity:
             raise Refusal(400, f"one request may have {self.capacity} answers, not {wanted}", param="n")
         try:
-            await served.open(self.device, self.config.half_weights, self.config.max_rows)
+            await served.open(self.device, self.config.weight_dtype, self.config.max_rows)
         except UserError as error:
             raise Refusal(500, str(error)) from None
         return served, await asyncio.to_thread(self._prepare, served, request)

@@ -1,6 +1,6 @@
 // A line chart in SVG: curves of several runs over one axis, with values under the pointer or the arrow keys, and a table.
 
-import { locale, make, number, word } from "./page.js";
+import { language, make, number, word } from "./page.js";
 
 const [WIDTH, HEIGHT, RIGHT, TOP, BOTTOM] = [360, 220, 10, 26, 34]; // with margins, in units of the view box
 const DIGIT = 7; // units, the width of a character in a label
@@ -95,7 +95,7 @@ export function chart() {
       text(left - 6, y(mark) + 4, "end", label(mark));
     }
     for (const mark of columns) {
-      const half = (DIGIT * label(mark).length) / 2;
+      const half = (DIGIT * label(mark).length) / 2 + 3;
       text(Math.min(x(mark), WIDTH - half), HEIGHT - BOTTOM + 14, "middle", label(mark));
     }
     text((left + WIDTH - RIGHT) / 2, HEIGHT - 4, "middle", xName);
@@ -152,7 +152,7 @@ function range(values) {
 /** The text at a mark of an axis. */
 function label(value) {
   if (Math.abs(value) < 1e5) return number(value);
-  return value.toLocaleString(locale(), { notation: "compact", maximumSignificantDigits: 3 });
+  return value.toLocaleString(language, { notation: "compact", maximumSignificantDigits: 3 });
 }
 
 function nearest(points, place) {

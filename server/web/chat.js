@@ -108,7 +108,7 @@ async function write(i, turn, ids) {
 
 function showWriting(now) {
   $("send").hidden = now;
-  $("stop").hidden = !now;
+  $("stop_button").hidden = !now;
   list.setAttribute("aria-busy", now); // a screen reader reads the answer when it is whole
 }
 
@@ -165,7 +165,7 @@ composer.addEventListener("submit", (event) => {
   text.value = "";
   ask(path(chat).length, message);
 });
-$("stop").addEventListener("click", () => (generating?.abort(), text.focus()));
+$("stop_button").addEventListener("click", () => (generating?.abort(), text.focus()));
 $("new").addEventListener("click", () => open(start(kept("settings", DEFAULTS))));
 $("keys").addEventListener("click", showSheet);
 $("menu").addEventListener("click", () => toggleMenu(!$("history").classList.contains("open")));

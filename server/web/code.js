@@ -18,7 +18,7 @@ import xml from "./vendor/highlight.js/xml.min.js";
 import yaml from "./vendor/highlight.js/yaml.min.js";
 
 const LANGUAGES = { bash, c, cpp, css, go, java, javascript, json, python, rust, sql, xml, yaml };
-const LONGEST = 20_000; // characters that are highlighted; longer code is shown plain
+const LONGEST = 4000; // characters that are highlighted; longer code is shown plain
 
 for (const [name, grammar] of Object.entries(LANGUAGES)) hljs.registerLanguage(name, grammar);
 
@@ -26,16 +26,20 @@ for (const [name, grammar] of Object.entries(LANGUAGES)) hljs.registerLanguage(n
 export function codeBlock(source, info) {
   const language = info.trim().split(/\s/)[0];
   const known = hljs.getLanguage(language) && source.length <= LONGEST;
-  const code = make("code", {}, ...(known ? highlight(source, language) : [source]));
+  const code = make("code", {}, ...((known && highlight(source, language)) || [source]));
   const head = make("figcaption", {}, make("span", {}, language.slice(0, 20)), copyButton(() => source));
   return make("figure", { class: "code" }, head, make("pre", {}, code));
 }
 
-/** The source as nodes, made from highlight.js's tree instead of its HTML. */
+/** The source as nodes, made from highlight.js's tree instead of its HTML; null where it is nested too deep. */
 function highlight(source, language) {
   const nodes = (children) =>
     children.map((child) => (typeof child === "string" ? child : make("span", { class: scopeClass(child.scope) }, ...nodes(child.children))));
-  return nodes(hljs.highlight(source, { language, ignoreIllegals: true })._emitter.rootNode.children);
+  try {
+    return nodes(hljs.highlight(source, { language, ignoreIllegals: true })._emitter.rootNode.children);
+  } catch {
+    return null; // the stack has overflowed
+  }
 }
 
 /** "title.function" is drawn as a title; a part in another language has a scope of its own. */

@@ -4,7 +4,7 @@ import { make, word } from "./page.js";
 
 // By the key's place (event.code): with Alt, macOS types other characters.
 const KEYS = { KeyN: "new_chat", KeyK: "search", KeyR: "regenerate", KeyC: "copy_answer", KeyT: "tokens_button", KeyE: "edit_last", KeyS: "settings", KeyU: "attach" };
-const FIXED = { Enter: "send", "Shift+Enter": "new_line", Escape: "stop", "?": "shortcuts" };
+const FIXED = { Enter: "send", "Shift+Enter": "new_line", Esc: "stop", "?": "shortcuts" };
 
 /** actions: what each of the words in KEYS does. */
 export function startShortcuts(actions) {

@@ -16,7 +16,8 @@ const UNFINISHED = ["length", "stopped"];
  */
 export function startTurns(list, actions) {
   const redrawing = new Map(); // an answer -> what shows it as it is now
-  const waiting = new Set(); // answers that the next frame shows
+  const waiting = new Set(); // answers that have grown since they were shown
+  let pause = 0; // milliseconds until they are shown, so that drawing leaves most of the time to the reader
 
   function draw(chat) {
     redrawing.clear();
@@ -89,17 +90,19 @@ export function startTurns(list, actions) {
     area.focus();
   }
 
-  /** Shows an answer again, in the next frame. */
+  /** Shows an answer again, soon. */
   function changed(answer) {
     waiting.add(answer);
-    if (waiting.size === 1) requestAnimationFrame(showChanged);
+    if (waiting.size === 1) setTimeout(() => requestAnimationFrame(showChanged), pause);
   }
 
   function showChanged() {
+    const began = performance.now();
     const atEnd = list.scrollHeight - list.scrollTop - list.clientHeight < 80;
     for (const answer of waiting) redrawing.get(answer)?.(); // none where another chat is open
     waiting.clear();
-    if (atEnd) list.scrollTop = list.scrollHeight;
+    if (atEnd) list.scrollTop = list.scrollHeight; // which also lays the page out
+    pause = 4 * (performance.now() - began);
   }
 
   return { draw, changed };

@@ -94,7 +94,7 @@ export const WORDS = {
 
   probabilities: ["记录 token 概率", "Token probabilities"],
   tokens_button: ["逐个 token", "Tokens"],
-  surprise: ["困惑之处", "Surprise"],
+  surprise: ["意外程度", "Surprise"],
   surprise_more: ["模型在哪里感到意外：每个 token 的比特/字节", "Where was the model surprised? Bits per byte of each token"],
   token_view: ["逐个 token", "Tokens"],
   answer_summary: [

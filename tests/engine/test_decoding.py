@@ -6,17 +6,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import TOKENIZER, greedy, prompt, sharp_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import decoding
 from engine.decoding import (
     FEW_ROWS,
+    MANY_ROWS,
     DecodingAttention,
     DecodingFeedForward,
     DecodingNorm,
     HalfLinear,
+    Int8Linear,
     PackedLinear,
     pack_for_decoding,
 )
+from engine.generation import Engine, Sampling, Sequence
 from model.checkpoint import save_model
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
@@ -38,14 +42,22 @@ CONFIGS |= {preset: flags | SIZES | NARROW for preset, flags in PRESETS.items()}
 needs_fbgemm = pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="needs FBGEMM")
 
 
-def models(name: str, half_weights: bool = False):
+class CountOperators(TorchDispatchMode):
+    n = 0
+
+    def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+        self.n += 1
+        return operator(*arguments, **(options or {}))
+
+
+def models(name: str, weight_dtype: str = "float32"):
     """A model, and the same laid out. Norms that are not 1, so that a forgotten weight shows."""
     model = sharp_model(LMConfig(**CONFIGS[name]))
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if "norm" in parameter_name:
                 parameter.uniform_(0.5, 1.5)
-    return model, pack_for_decoding(model, half_weights)
+    return model, pack_for_decoding(model, weight_dtype)
 
 
 @torch.no_grad()
@@ -94,7 +106,7 @@ def test_a_product_is_that_of_its_layers_side_by_side(shape, product):
 @needs_fbgemm
 @pytest.mark.parametrize("name", ["qk_norm", "sigmoid experts"])
 def test_half_weights_are_those_of_float16_and_nothing_else_is(name):
-    model, halved = models(name, half_weights=True)
+    model, halved = models(name, "float16")
     with torch.no_grad():
         untied = torch.nn.Parameter(model.lm_head.weight.half().float())  # an embedding is looked up, not multiplied
         for parameter_name, parameter in model.named_parameters():
@@ -106,21 +118,67 @@ def test_half_weights_are_those_of_float16_and_nothing_else_is(name):
         torch.testing.assert_close(halved(ids), expected, atol=1e-4 * expected.std().item(), rtol=1e-4)
 
 
-def test_half_weights_without_the_product_for_them_are_refused(monkeypatch):
+@pytest.mark.parametrize("weight_dtype", ["float16", "int8"])
+def test_weights_without_the_product_for_them_are_refused(weight_dtype, monkeypatch):
     monkeypatch.setattr(torch.backends, "quantized", SimpleNamespace(supported_engines=["qnnpack"]))
     with pytest.raises(ValueError, match="no matrix product with float16 weights"):
-        pack_for_decoding(sharp_model(LMConfig(**CONFIGS["llama"])), half_weights=True)
+        pack_for_decoding(sharp_model(LMConfig(**CONFIGS["llama"])), weight_dtype)
 
 
 @needs_fbgemm
-def test_eval_writes_with_half_weights(tmp_path, run_here):
+@pytest.mark.parametrize("shape", [(1, 1), (2, 5), (1, MANY_ROWS), (1, MANY_ROWS + 1), (0, 1)], ids=str)
+@pytest.mark.parametrize(("n_in", "n_out"), [(64, 32), (64, 31), (254, 32), (20, 7)])
+def test_an_int8_product_is_that_of_rounded_weights(shape, n_in, n_out):
+    """A row's result depends neither on the other rows nor on which product they take."""
+    layers = [torch.nn.Linear(n_in, n_out, bias=False) for n_out in (4, n_out - 4)]
+    weight = torch.cat([layer.weight.detach() for layer in layers])
+    with torch.inference_mode():
+        product, x = Int8Linear(*layers), torch.randn(*shape, n_in)
+        rounded = product.weight * product.scales.float()[:, None]
+        assert ((rounded - weight).abs() <= 0.51 * product.scales.float()[:, None]).all()
+        exact = x.bfloat16().float() @ rounded.t()
+        torch.testing.assert_close(product(x), exact, rtol=2**-8, atol=1e-5)
+        alone = [product(row[None]) for row in x.flatten(0, 1)]
+        torch.testing.assert_close(product(x).flatten(0, 1), torch.cat([exact[:0, 0], *alone]), rtol=2**-7, atol=1e-5)
+
+
+@needs_fbgemm
+@pytest.mark.parametrize("name", ["qk_norm", "untied", "sigmoid experts"])
+def test_int8_weights_change_logits_little(name):
+    model, packed = models(name, "int8")
+    with torch.no_grad():
+        ids = torch.tensor([prompt(20)])
+        expected = model(ids)
+        assert (packed(ids) - expected).square().mean().sqrt() < 0.05 * expected.std()
+
+
+def test_a_token_takes_no_more_operators_than_it_did():
+    """Starting an operator takes longer than its arithmetic when a model is small."""
+
+    def operators(n_layers: int) -> int:
+        config = LMConfig(**CONFIGS["qk_norm"] | {"num_hidden_layers": n_layers})
+        engine = Engine(pack_for_decoding(CausalLM(config).eval()), max_rows=1)
+        engine.submit(Sequence(prompt(4), 8, sampling=Sampling(temperature=0)))
+        engine.step()
+        with CountOperators() as counted:
+            engine.step()
+        return counted.n
+
+    two, four = operators(2), operators(4)
+    assert (four - two) / 2 <= 60, "of a layer"
+    assert two <= 160
+
+
+@needs_fbgemm
+@pytest.mark.parametrize("weight_dtype", ["float16", "int8"])
+def test_eval_writes_with_smaller_weights(weight_dtype, tmp_path, run_here):
     model, _ = models("qk_norm")
     save_model(tmp_path / "model", model, TOKENIZER)
     command = ("eval.py", "--model", tmp_path / "model", "--device", "cpu", "--prompt", "天", "--temperature", 0)
     command += ("--max_new_tokens", 8)
-    assert run_here(*command, "--half_weights").out == run_here(*command).out
+    assert run_here(*command, "--weight_dtype", weight_dtype).out == run_here(*command).out
 
 
-def test_half_weights_are_for_a_cpu_and_for_writing(tmp_path, run_here):
-    result = run_here("eval.py", "--half_weights", "--model", tmp_path, "--data", tmp_path, "--device", "cpu")
-    assert "--half_weights is for generation on a CPU" in result.error_line(2)
+def test_smaller_weights_are_for_a_cpu_and_for_writing(tmp_path, run_here):
+    command = ("eval.py", "--weight_dtype", "int8", "--model", tmp_path, "--data", tmp_path, "--device", "cpu")
+    assert "--weight_dtype is for generation on a CPU" in run_here(*command).error_line(2)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from base.cli import UserError
-from engine.decoding import pack_for_decoding
+from engine.decoding import FORMATS, pack_for_decoding
 from model.checkpoint import (
     TOKENIZER_FILES,
     check_model,
@@ -77,6 +77,23 @@ def test_logits_and_greedy_texts_are_those_of_transformers(name, tmp_path):
         text = theirs.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=-1)
         expected.append(text[0, len(prompt) :].tolist())
     assert greedy(ours, prompts, 20) == greedy(pack_for_decoding(ours), prompts, 20) == expected
+
+
+@pytest.mark.parametrize("weight_dtype", FORMATS)
+@torch.no_grad()
+def test_biases_are_added_in_every_format_of_the_weights(weight_dtype, tmp_path):
+    make_folder(tmp_path, "qwen2")
+    model, ids = load_model(tmp_path).eval(), random_ids(1, 20)
+    for name, parameter in model.named_parameters():
+        if "bias" not in name and parameter.dim() > 1:
+            parameter.mul_(0.3)  # so that biases matter and rounding does not
+    logits = model(ids)
+    packed = pack_for_decoding(model, weight_dtype)
+    assert (packed(ids) - logits).abs().mean() < 0.05 * logits.std()
+    for name, parameter in model.named_parameters():
+        if "bias" in name:
+            parameter.zero_()
+    assert (model(ids) - logits).abs().mean() > 0.1 * logits.std()
 
 
 @pytest.mark.parametrize("name", FAMILIES)

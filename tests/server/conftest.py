@@ -24,7 +24,7 @@ from server.models import Served
 from server.service import ServerConfig
 
 CONTEXT = 384
-FLAGS = dict(host="127.0.0.1", api_key=None, half_weights=False, max_rows=16, max_queue=64, max_new_tokens=1024)
+FLAGS = dict(host="127.0.0.1", api_key=None, weight_dtype="float32", max_rows=16, max_queue=64, max_new_tokens=1024)
 FLAGS |= dict(request_timeout=TIMEOUT)
 
 

@@ -53,7 +53,7 @@ ATTACKS = {
     "brackets": "[" * 20_000 + "](" * 10_000 + "![" * 10_000 + "<" * 10_000,
     "backticks": "".join("`" * i + " " for i in range(400)),
     "entities": "&#x41;&amp;&nosuch;" * 4000,
-    "code": "".join(f"```{name}\n{text * (9000 // len(text))}\n```\n" for name, text in UNFINISHED),
+    "code": "".join(f"```{name}\n{text * (3900 // len(text))}\n```\n" for name, text in UNFINISHED),
     "a megabyte": "word " * 200_000,
 }
 

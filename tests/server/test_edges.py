@@ -446,8 +446,9 @@ def test_minutes_of_clients_that_come_and_leave_take_no_more_memory(models):
     assert max(sizes[-third:]) < 1.05 * max(sizes[third : 2 * third]), sizes
 
 
-def test_the_engine_and_the_event_loop_take_turns(serve, say, tokenizer, monkeypatch):
-    """A step starts when the tokens of the last one are sent: one hand-over and one chunk per token."""
+@pytest.mark.parametrize("seconds", [0, TIMEOUT])
+def test_the_engine_and_the_event_loop_take_turns(serve, say, tokenizer, monkeypatch, seconds):
+    """A step starts when the tokens of the last one are sent; those of fast steps are sent together."""
     events = []
     step, send, wake = Engine.step, RequestResponseCycle.send, asyncio.BaseEventLoop.call_soon_threadsafe
 
@@ -469,10 +470,14 @@ def test_the_engine_and_the_event_loop_take_turns(serve, say, tokenizer, monkeyp
     monkeypatch.setattr(RequestResponseCycle, "send", counted_send)
     monkeypatch.setattr(asyncio.BaseEventLoop, "call_soon_threadsafe", counted_wake)
     monkeypatch.setattr(batcher, "MAX_WAIT", TIMEOUT)
+    monkeypatch.setattr(batcher, "INTERVAL", seconds)
     say("字", [*encode(tokenizer, "天地玄黄宇宙洪荒"), IM_END])
     live = serve()
     messages = [{"role": "user", "content": "字"}]
     stream = live.client.chat.completions.create(model="sft", messages=messages, stream=True)
-    n_chunks = sum(bool(chunk.choices[0].delta.content) for chunk in stream)
-    first = events.index("step")
-    assert events[first : first + 3 * n_chunks] == ["step", "hand over", "chunk"] * n_chunks
+    n = sum(bool(chunk.choices[0].delta.content) for chunk in stream)
+    turns = events[events.index("step") :]
+    if seconds:  # the first token, the others, and the token that ends the turn
+        assert turns == ["step", "hand over", "chunk", *["step"] * n, "hand over", *["chunk"] * (n - 1)]
+    else:
+        assert turns == [*["step", "hand over", "chunk"] * n, "step", "hand over"]

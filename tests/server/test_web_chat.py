@@ -101,7 +101,7 @@ def test_an_answer_and_its_code_are_copied(chat):
 
 def test_copying_works_without_a_secure_context(chat):
     page = chat(permissions=["clipboard-read", "clipboard-write"])
-    page.evaluate("navigator.clipboard.writeText = () => Promise.reject(new Error())")
+    page.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject(new Error()) }")
     say(page, "say:by hand")
     wait(page)
     page.locator("article footer").get_by_role("button", name="Copy").click()
@@ -270,7 +270,8 @@ def test_the_tokens_of_an_answer(chat, site):
     expect(tokens).to_have_count(2)
     expect(page.locator(".tokens .note")).to_contain_text("2 tokens, perplexity 2.")
     expect(tokens.last).to_have_text("⏎🙂")
-    assert tokens.last.evaluate("token => token.style.getPropertyValue('--shade')") == "0.5"
+    shade = tokens.last.evaluate("token => token.style.getPropertyValue('--shade')")
+    assert float(shade) == pytest.approx(0.5, abs=1e-3)
     tokens.first.focus()
     page.keyboard.press("ArrowRight")
     page.keyboard.press("Enter")
