@@ -213,8 +213,8 @@ def test_learning_rates_follow_the_size_of_an_open_model(tmp_path, monkeypatch):
     make_folder(tmp_path / "open", "llama")
     write_tokenizer(tmp_path / "open")
     assert rates(tmp_path / "open") == (5e-4, 5e-5)  # smaller than `small`
-    monkeypatch.setattr(flags, "SMALL", load_outline(tmp_path / "open").num_parameters() / 8)
-    assert rates(tmp_path / "open") == (1.2e-4, 1.2e-5)  # 8^(2/3) = 4
+    monkeypatch.setattr(flags, "SMALL", load_outline(tmp_path / "open").num_parameters() / 27)
+    assert rates(tmp_path / "open") == (5.6e-5, 5.6e-6)  # 27^(2/3) = 9
     assert rates(tmp_path / "open", "--learning_rate", "3e-4")[0] == 3e-4
     assert rates(tmp_path / "own") == (5e-4, 5e-5)
 
