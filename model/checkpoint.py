@@ -231,8 +231,8 @@ def stop_ids(content: dict) -> list[int]:
 
 
 def load_stop_ids(directory: Path, model: CausalLM):
-    """Sets the stop tokens to those of generation_config.json or else config.json, keeps the former, and sets the
-    one of its chats."""
+    """Sets the stop tokens to those of generation_config.json or else config.json, keeps the former, and sets the one
+    of its chats."""
     path = Path(directory) / GENERATION_FILE
     if (Path(directory) / "tokenizer.json").exists():
         model.end_of_turn = load_tokenizer(directory).end_of_turn

@@ -118,7 +118,7 @@ STAGES = {
     "dpo": ("4-dpo.py", "dpo", []),
     "grpo": ("5-grpo.py", "rl", ["--questions", 2, "--generations", 2, "--max_new_tokens", 4]),
     "distill": ("6-distill.py", "sft", ["--mode", "logits"]),
-    "text": ("6-distill.py", "rl", ["--mode", "text", "--max_new_tokens", 8]),
+    "text": ("6-distill.py", "rl", ["--mode", "text", "--max_new_tokens", 24]),
     "on_policy": ("6-distill.py", "rl", ["--mode", "on_policy", "--questions", 2, "--max_new_tokens", 4]),
 }
 
@@ -156,7 +156,7 @@ def test_every_stage_trains_it_and_keeps_its_tokenizer(stage, model, stopping, p
 def test_it_teaches_a_new_model_with_its_tokenizer(mode, stopping, prepare, run_here, folder):
     data = prepare("sft" if mode == "logits" else "rl")
     flags = ["--teacher", stopping, "--mode", mode, "--preset", "tiny", "--optimizer", "adamw", "--learning_rate", 1e-3]
-    flags += [] if mode == "logits" else ["--max_new_tokens", 8]
+    flags += [] if mode == "logits" else ["--max_new_tokens", 24]
     out = train(run_here, "6-distill.py", folder / "out" / f"new-{mode}", "--data", data, *flags)
     assert load_model(out).config.vocab_size == load_tokenizer(stopping).get_vocab_size()
     assert load_tokenizer(out).template.source == TEMPLATES["thinking"]
@@ -164,7 +164,7 @@ def test_it_teaches_a_new_model_with_its_tokenizer(mode, stopping, prepare, run_
 
 def test_it_teaches_a_model_with_jiezis_tokenizer_by_its_answers(stopping, prepare, run_here, folder, base_dir):
     data = prepare("rl", TOKENIZER, name="own-rl")
-    flags = ["--teacher", stopping, "--mode", "text", "--init_from", base_dir, "--max_new_tokens", 8]
+    flags = ["--teacher", stopping, "--mode", "text", "--init_from", base_dir, "--max_new_tokens", 24]
     train(run_here, "6-distill.py", folder / "out" / "own", "--data", data, *flags)
     (answers,) = (folder / "out" / "distill-text").glob("*")
     tokenizer = load_tokenizer(TOKENIZER)
@@ -220,7 +220,7 @@ def test_what_does_not_fit_is_refused_before_any_work(model, prepare, run_here, 
     for script, data, flags in (
         ("4-dpo.py", dpo, []),
         ("6-distill.py", sft, ["--teacher", model]),
-        ("6-distill.py", prepare("rl"), ["--teacher", model, "--mode", "text", "--max_new_tokens", 8]),
+        ("6-distill.py", prepare("rl"), ["--teacher", model, "--mode", "text", "--max_new_tokens", 24]),
     ):
         flags = ["--init_from", other, "--data", data, "--out_dir", tmp_path / "out" / "x", *flags, *SHORT]
         assert "another chat template" in run_here(script, *flags).error_line(status=2)

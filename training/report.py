@@ -30,7 +30,8 @@ def check_data(init_from: Path | None, config: LMConfig, data: PackedDataset):
     """UserError where a model, new or from a folder, cannot be trained on the data."""
     if init_from:
         check_tokenizer(init_from, data)
-    fits = config.vocab_size == data.vocab_size or (init_from and config.vocab_size > data.vocab_size)
+    spare = data.vocab and init_from and config.vocab_size > data.vocab_size  # an open model may have spare rows
+    fits = config.vocab_size == data.vocab_size or spare
     if not fits:
         raise UserError(
             f"{data.paths} was made with a vocabulary of {data.vocab_size}, the model has vocab_size "
