@@ -81,11 +81,10 @@ def should_resume(resume: str | None, out_dir: Path) -> bool:
 def resolve_out_dir(out_dir: Path) -> Path:
     """out_dir with links and "." resolved, since it is renamed when another run takes its place. UserError where that
     is impossible."""
-    try:
-        if out_dir.is_symlink() or not out_dir.name:
-            out_dir = out_dir.resolve()
-    except (OSError, RuntimeError) as error:  # links form a circle
-        raise UserError(f"--out_dir {out_dir} leads nowhere ({error})") from None
+    if out_dir.is_symlink() or not out_dir.name:
+        out_dir = Path(os.path.realpath(out_dir))  # resolve() raises in a circle, but not from Python 3.13 on
+    if out_dir.is_symlink():
+        raise UserError(f"--out_dir {out_dir} leads nowhere: its links form a circle")
     if os.path.ismount(out_dir):
         raise UserError(f"--out_dir {out_dir} is where a disk is mounted, and cannot be replaced; give a folder in it")
     return out_dir
