@@ -67,7 +67,7 @@ def export_folder(
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     weight_type = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}[dtype]
     with replacing_model(output, [source], "--output") as new:
-        save_model(new, model, source, dtype=dtype)
+        save_model(new, model, source, dtype=dtype, is_export=True)
         report = verify_folder(new, model, source, weight_type)
     size = sum(path.stat().st_size for path in output.iterdir())
     print(f"{output}: {size / 1e6:,.1f} MB\nverified in {report}\n{next_step('eval.py', '--model', output)}")

@@ -29,6 +29,12 @@ def main():
     parser.add_argument("models", type=Path, nargs="*", metavar="DIR", help="folders of models or adapters")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all networks")
     parser.add_argument("--port", type=natural, default=8000, help="0: any free port")
+    parser.add_argument(
+        "--allowed_origins", nargs="+", default=(), metavar="URL", help="other sites whose pages may call; *: all"
+    )
+    parser.add_argument(
+        "--allowed_hosts", nargs="+", default=(), metavar="NAME", help="names of this server, such as a proxy's; *: any"
+    )
     parser.add_argument("--api_key", help="required of every request; default: JIEZI_API_KEY, if set")
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps, or another that torch has")

@@ -150,7 +150,7 @@ def shared_copy(model: CausalLM) -> CausalLM:
 FORMATS = {
     "float32": (PackedLinear, PackedLinear, 1e-3),
     "float16": (HalfLinear, HalfLinear, 0.05),
-    "int8": (Int8Linear, HalfLinear, 0.2),
+    "int8": (Int8Linear, HalfLinear, 1.0),
 }
 
 

@@ -18,6 +18,7 @@ from model.model import CausalLM
 from model.operators import document_mask
 
 MAX_PREFILL_TOKENS = 4096  # prompt tokens in one forward pass: limits the memory that a long queue takes
+LOG_PROB_ROWS = 256  # rows of logits (V floats each) at a time, for the log-probabilities of a prompt
 
 
 class Sampling(NamedTuple):
@@ -28,6 +29,8 @@ class Sampling(NamedTuple):
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
 
 
 @dataclass(eq=False)
@@ -40,6 +43,7 @@ class Sequence:
     sampling: Sampling = Sampling()
     seed: int | str | None = None  # the same seed gives the same text, whatever else is in the batch
     suppress_tokens: frozenset[int] = frozenset()  # tokens that are never chosen
+    min_new_tokens: int = 0  # stop_ids are not chosen before
     on_token: Callable[["Sequence"], Iterable[int]] | None = None  # called after each token; returns forced tokens
     forced: deque[int] = field(default_factory=deque)  # the next tokens, whatever the model predicts
     tokens: list[int] = field(default_factory=list)  # a stop token is the last of them
@@ -47,11 +51,18 @@ class Sequence:
     n_top: int | None = None  # not None: keep log_probs, and those of the n_top most probable tokens
     log_probs: list[float] = field(default_factory=list)  # ln p of each token at temperature 1, if kept
     top_log_probs: list[list[tuple[int, float]]] = field(default_factory=list)  # for each position: (token, ln p)
+    echo: bool = False  # keep these of the prompt's tokens too, except for the first, which nothing predicts
+    prompt_log_probs: list[float] = field(default_factory=list)
+    prompt_top_log_probs: list[list[tuple[int, float]]] = field(default_factory=list)
     seen: Tensor | None = None  # which tokens occurred, (V,) boolean; only for repetition_penalty
     finish_reason: str | None = None  # "stop", or "length": max_new_tokens or the context was reached
 
     def __post_init__(self):
         self.random = random.Random(self.seed)
+
+    def suppressed(self) -> frozenset[int]:
+        """Tokens that cannot be chosen now."""
+        return self.suppress_tokens | self.stop_ids if len(self.tokens) < self.min_new_tokens else self.suppress_tokens
 
 
 class Engine:
@@ -155,7 +166,8 @@ class Engine:
         elif rows > len(self.cache.keys[0]) or room > self.cache.max_length:
             self.cache = self.cache.grow(self.model, rows, room)
         # Packed into one row, as documents are in training: no padding, and no prompt attends to another.
-        shared = [(prompt, len(list(copies))) for prompt, copies in groupby(sequence.prompt for sequence in entering)]
+        groups = [list(group) for _, group in groupby(entering, lambda sequence: sequence.prompt)]
+        shared = [(group[0].prompt, len(group)) for group in groups]
         input_ids = torch.tensor([[token for prompt, _ in shared for token in prompt]], device=self.device)  # (1, T)
         position_ids = torch.cat([torch.arange(len(prompt)) for prompt, _ in shared]).to(self.device)[None]
         cache = PromptCache(self.cache, [(len(prompt), copies) for prompt, copies in shared])
@@ -164,6 +176,9 @@ class Engine:
         copies = torch.tensor([n for _, n in shared], device=self.device)
         ends = torch.tensor([len(prompt) for prompt, _ in shared], device=self.device).cumsum(0) - 1
         self.rows += entering
+        for group, states in zip(groups, hidden.split([len(prompt) for prompt, _ in shared])):
+            if echoed := [sequence for sequence in group if sequence.echo]:
+                self._keep_prompt_log_probs(states, echoed)
         return hidden[ends.repeat_interleave(copies)]
 
     def _choose(self, logits: Tensor) -> list[int]:
@@ -173,12 +188,15 @@ class Engine:
             part = logits if len(rows) == len(self.rows) else logits[rows]  # (·, V)
             if sampling.repetition_penalty != 1:
                 part = penalize_repetition(part, self._seen(rows), sampling.repetition_penalty)
+            if sampling.presence_penalty or sampling.frequency_penalty:
+                counts = self._counts(rows)
+                part = part - sampling.frequency_penalty * counts - sampling.presence_penalty * (counts > 0)
             for i, row in enumerate(rows):
-                if self.rows[row].suppress_tokens:
+                if suppressed := self.rows[row].suppressed():
                     part = part.clone() if part is logits else part
-                    part[i, list(self.rows[row].suppress_tokens)] = -torch.inf
+                    part[i, list(suppressed)] = -torch.inf
             uniforms = [self.rows[row].random.random() for row in rows]
-            drawn = sample(part, uniforms, *sampling[:4]).tolist()
+            drawn = sample(part, uniforms, *sampling[:4]).tolist()  # without the penalties
             for row, token in zip(rows, drawn):
                 sequence = self.rows[row]
                 sequence.chosen.append(not sequence.forced)
@@ -191,17 +209,25 @@ class Engine:
 
     def _keep_log_probs(self, logits: Tensor, sequences: list[Sequence], chosen: list[int]):
         """Stores ln p of each sequence's token, and of the most probable ones, from logits (B, V)."""
-        tokens = torch.tensor(chosen, device=self.device)[:, None]  # (B, 1)
-        normalizers = logits.logsumexp(-1)  # (B,)
-        log_probs = logits.gather(1, tokens)[:, 0] - normalizers
-        for sequence, log_prob in zip(sequences, log_probs.tolist()):
+        n = max(sequence.n_top or 0 for sequence in sequences)
+        for sequence, log_prob, top in zip(sequences, *log_probs_of(logits, chosen, n)):
             sequence.log_probs.append(log_prob)
-        if n := max(sequence.n_top or 0 for sequence in sequences):
-            values, ids = logits.topk(n)  # (B, n)
-            pairs = zip(ids.tolist(), (values - normalizers[:, None]).tolist())
-            for sequence, (row_ids, row_values) in zip(sequences, pairs):
-                if sequence.n_top:
-                    sequence.top_log_probs.append(list(zip(row_ids, row_values))[: sequence.n_top])
+            if sequence.n_top:
+                sequence.top_log_probs.append(top[: sequence.n_top])
+
+    def _keep_prompt_log_probs(self, hidden: Tensor, sequences: list[Sequence]):
+        """The same for the tokens of a prompt that the sequences share, from its hidden states (T, H)."""
+        prompt, n = sequences[0].prompt, max(sequence.n_top or 0 for sequence in sequences)
+        log_probs, top_log_probs = [], []
+        for start in range(0, len(prompt) - 1, LOG_PROB_ROWS):
+            predicted = prompt[start + 1 : start + 1 + LOG_PROB_ROWS]
+            logits = self.model.lm_head(hidden[start : start + len(predicted)]).float()  # (·, V)
+            part, top = log_probs_of(logits, predicted, n)
+            log_probs += part
+            top_log_probs += top
+        for sequence in sequences:
+            sequence.prompt_log_probs = log_probs
+            sequence.prompt_top_log_probs = [top[: sequence.n_top] for top in top_log_probs]
 
     def _rows_by_sampling(self) -> dict[Sampling, list[int]]:
         rows = {}
@@ -217,6 +243,20 @@ class Engine:
                 sequence.seen[sequence.prompt] = True
             sequence.seen[sequence.tokens[-1:]] = True
         return torch.stack([self.rows[row].seen for row in rows])
+
+    def _counts(self, rows: list[int]) -> Tensor:
+        """How often each token occurs in the generated tokens of each row, (·, V)."""
+        tokens = (torch.tensor(self.rows[row].tokens, dtype=torch.long, device=self.device) for row in rows)
+        return torch.stack([each.bincount(minlength=self.model.config.vocab_size) for each in tokens])
+
+
+def log_probs_of(logits: Tensor, tokens: list[int], n_top: int) -> tuple[list[float], list[list[tuple[int, float]]]]:
+    """ln p of a token for each row of logits (B, V), and the n_top most probable tokens with theirs."""
+    normalizers = logits.logsumexp(-1)  # (B,)
+    log_probs = logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0] - normalizers
+    values, ids = logits.topk(n_top)  # (B, n_top)
+    pairs = zip(ids.tolist(), (values - normalizers[:, None]).tolist())
+    return log_probs.tolist(), [list(zip(*row)) for row in pairs]
 
 
 def generate(

@@ -19,17 +19,20 @@ class GenerationConfig:
     serve.py."""
 
     max_new_tokens: int = 256
+    min_new_tokens: int = 0  # no stop token is chosen before
     temperature: float = 0.7  # 0: greedy
     top_k: int = 0
     top_p: float = 0.9
     min_p: float = 0.0
     repetition_penalty: float = 1.1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     think: str = "show"  # "off": the model may not reason; eval.py also has "hide"
     max_think_tokens: int = 0  # the reasoning is ended after so many tokens; 0: no limit
 
     @property
     def sampling(self) -> Sampling:
-        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
+        return Sampling(**{name: getattr(self, name) for name in Sampling._fields})
 
 
 def sampling_defaults(generation: dict) -> dict:
@@ -172,11 +175,12 @@ class Session:
         return Sequence(
             prompt,
             config.max_new_tokens,
-            self.stop_ids,
-            config.sampling,
-            seed,
-            self.suppress_tokens,
-            self._forced_tokens,
+            stop_ids=self.stop_ids,
+            sampling=config.sampling,
+            seed=seed,
+            suppress_tokens=self.suppress_tokens,
+            min_new_tokens=config.min_new_tokens,
+            on_token=self._forced_tokens,
         )
 
     def last_reply(self, tokens: list[int]) -> Reply:

@@ -55,6 +55,7 @@ STAGE_SCRIPTS = {
     "distill": "6-distill.py",
 }
 SUMS_FILE = "sums.json"
+EXPORT_FIELD = "jiezi_export"  # of config.json
 
 
 def save_model(
@@ -63,8 +64,9 @@ def save_model(
     tokenizer_dir: Path,
     base_dir: Path | None = None,
     dtype: torch.dtype = torch.float32,
+    is_export: bool = False,
 ):
-    """Writes the model and its tokenizer as a Hugging Face model.
+    """Writes the model and its tokenizer as a Hugging Face model; find_checkpoints leaves out an export.
 
     If the model has LoRA adapters, only these are written, in PEFT's format, with base_dir as their base model. dtype:
     of the weights on disk; the balancing bias of experts stays in float32, as transformers requires.
@@ -86,7 +88,7 @@ def save_model(
         return
     config = model.config.to_hf()
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
-    write_json(directory / CONFIG_FILE, config)
+    write_json(directory / CONFIG_FILE, config | ({EXPORT_FIELD: True} if is_export else {}))
     save_tensors(directory / MODEL_FILE, tensors)
     _write_sums(directory, CONFIG_FILE)
 
@@ -258,14 +260,22 @@ def load_adapter(model: CausalLM, directory: Path, base_dir: Path):
 
 def find_checkpoints(folder: Path) -> list[Path]:
     """The folders of models and adapters, at most 3 levels below `folder`, the newest first. Names with a dot at the
-    front are files that are being written."""
+    front are files that are being written. Exports are left out."""
     for unfinished in folder.rglob(".*.new"):  # a kill may have come just before its last step
         if unfinished.is_dir() and not re.search(r"\.\d+\.new$", unfinished.name):
             finish_replacing(unfinished.with_name(unfinished.name[1:].removesuffix(".new")))
     files = [file for depth in (1, 2, 3) for file in folder.glob("*/" * depth + "*model.safetensors")]
     files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
     files.sort(key=lambda file: (-file.stat().st_mtime, file))
-    return list(dict.fromkeys(file.parent for file in files if file.name in (MODEL_FILE, ADAPTER_FILE)))
+    found = dict.fromkeys(file.parent for file in files if file.name in (MODEL_FILE, ADAPTER_FILE))
+    return [directory for directory in found if not _is_export(directory)]
+
+
+def _is_export(directory: Path) -> bool:
+    try:
+        return EXPORT_FIELD in read_json(directory / CONFIG_FILE)
+    except (UserError, OSError):  # an adapter, or a damaged file: load_config says so
+        return False
 
 
 def load_config(directory: Path) -> LMConfig:

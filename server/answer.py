@@ -31,6 +31,7 @@ class StopStrings:
 
     def __init__(self, stops: list[str]):
         self.stops, self.held, self.found = stops, "", False
+        self.longest = max(map(len, stops), default=1)
 
     def put(self, text: str) -> str:
         """Returns the text that can be sent. When a stop string is `found`, this is all text before it."""
@@ -40,8 +41,9 @@ class StopStrings:
         if self.found:
             end = min(starts)
         else:
-            ends = (n for stop in self.stops for n in range(len(stop) - 1, 0, -1) if self.held.endswith(stop[:n]))
-            end = len(self.held) - max(ends, default=0)
+            end = max(len(self.held) - self.longest + 1, 0)
+            while not any(stop.startswith(self.held[end:]) for stop in self.stops) and end < len(self.held):
+                end += 1
         released, self.held = self.held[:end], self.held[end:]
         return released
 
@@ -61,6 +63,8 @@ class Answer:
         self.sequence = session.sequence(prompt, seed)
         self.sequence.n_top = request.n_top
         self.is_chat = isinstance(request, ChatRequest)  # else the answer is one text without parts
+        self.echo = not self.is_chat and request.echo
+        self.sequence.echo = self.echo and request.n_top is not None
         if self.is_chat and not (self.tools or request.offered_tools):
             self.sequence.suppress_tokens |= set(session.tokenizer.tags.get("tool_call", ())[:1])  # nobody would answer
         self.stream = ReplyStream(session.tokenizer, prompt) if self.is_chat else TextStream(session.tokenizer)
@@ -68,6 +72,7 @@ class Answer:
         self.stops, self.content, self.reasoning = StopStrings(request.stop), Newlines(), Newlines()
         self.n_prompt = len(prompt)
         self.n_tokens = 0  # generated in all turns
+        self.n_reasoning = 0  # of them in reasoning
         self.position = -1  # of the last of them in self.sequence.tokens
         self.n_calls = 0  # tool calls found so far
         self.called = False  # whether the client has to run a tool
@@ -81,15 +86,22 @@ class Answer:
 
         If to_run contains calls afterwards, the answer continues with run_tools().
         """
+        piece = self._prompt_piece() if self.echo and not self.n_tokens else {}
+        if not self.request.max_new_tokens:
+            self.finish_reason = "length"
+            return piece
         self.n_tokens += 1
         self.position += 1
-        piece, start = {}, self.length
+        start = self.length
         part, text = self._read(token)
         if part == "content":
             self._add_content(piece, text)
-            if self.request.n_top is not None and self.pieces[token]:
-                self.log_probs.append((start, self._log_probs_of(token, start)))
+            if self.request.n_top is not None and (self.pieces[token] or self.echo):
+                sequence, i = self.sequence, self.position
+                top = sequence.top_log_probs[i] if self.request.n_top else []
+                self.log_probs.append((start, self._entry(token, sequence.log_probs[i], top, start)))
         elif part == "reasoning":
+            self.n_reasoning += 1
             text = "\n" + text if token == self.session.think else text  # between two blocks, as in ReplyStream.reply
             append(piece, "reasoning_content", self.reasoning.put(text, drop_first=True))
         if self.is_chat:
@@ -101,7 +113,8 @@ class Answer:
         if self.stops.found or is_enough or (finish_reason and not self.to_run):
             self._end(piece, finish_reason or "stop")
         sent = self.length - len(self.stops.held) - len(self.content.held)
-        while self.log_probs and self.log_probs[0][0] < sent:
+        is_whole = self.echo and self.finish_reason and not self.stops.found  # then the last token may be without text
+        while self.log_probs and (self.log_probs[0][0] < sent or is_whole):
             append(piece, "logprobs", [self.log_probs.pop(0)[1]])
         return piece
 
@@ -169,16 +182,26 @@ class Answer:
         finished = "stop" if self.stops.found else finish_reason
         self.finish_reason = "tool_calls" if self.called and finished == "stop" else finished
 
-    def _log_probs_of(self, token: int, start: int) -> dict:
-        """The token's entry in the chat endpoint's format, and where it starts in the content."""
+    def _prompt_piece(self) -> dict:
+        """The prompt's text and, if wanted, its log-probabilities; the first token has none."""
+        text, entries = "", []
+        log_probs, tops = [None, *self.sequence.prompt_log_probs], [[], *self.sequence.prompt_top_log_probs]
+        for i, token in enumerate(self.sequence.prompt):
+            if self.request.n_top is not None:
+                entries.append(self._entry(token, log_probs[i], tops[i], len(text)))
+            text += self.stream.put(token)
+        self.length = len(text)
+        return {"content": text, "logprobs": entries}
 
-        def entry(token: int, log_prob: float) -> dict:
+    def _entry(self, token: int, log_prob: float | None, top: list[tuple[int, float]], start: int) -> dict:
+        """A token in the chat endpoint's format of log-probabilities, and where it starts in the content."""
+
+        def entry(token: int, log_prob: float | None) -> dict:
             piece = self.pieces[token] or self.session.tokenizer.id_to_token(token).encode()
-            return {"token": piece.decode("utf-8", "replace"), "logprob": max(log_prob, -9999.0), "bytes": [*piece]}
+            log_prob = log_prob if log_prob is None else max(log_prob, -9999.0)
+            return {"token": piece.decode("utf-8", "replace"), "logprob": log_prob, "bytes": [*piece]}
 
-        top = self.sequence.top_log_probs[self.position] if self.request.n_top else []
-        own = entry(token, self.sequence.log_probs[self.position])
-        return own | {"top_logprobs": [entry(*pair) for pair in top], "start": start}
+        return entry(token, log_prob) | {"top_logprobs": [entry(*pair) for pair in top], "start": start}
 
 
 def append(piece: dict, name: str, new: str | list):

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
@@ -13,22 +14,23 @@ HEAD_SECONDS = 30  # time limit for a request's first line and headers
 MAX_BODY, BODY_SECONDS = 2**20, 30  # of a request: bytes, and time limit for them
 UNREAD_SECONDS = 60  # how long a client may stop reading once the system's buffers are full
 CODES = {401: "invalid_api_key", 404: "not_found", 413: "request_too_large", 429: "rate_limit_exceeded"}
+HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}
 
 
 class Refusal(Exception):
     """An error response in OpenAI's format."""
 
-    def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None):
+    def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None, headers=None):
         super().__init__(message)
         self.status, self.code, self.param = status, code or CODES.get(status), param
+        self.headers: dict[str, str] | None = headers or HEADERS.get(status)
 
     def body(self) -> dict:
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}
-        return JSONResponse(self.body(), self.status, headers.get(self.status))
+        return JSONResponse(self.body(), self.status, self.headers)
 
 
 class TimeoutProtocol(H11Protocol):
@@ -67,24 +69,35 @@ class TimeoutProtocol(H11Protocol):
 
 
 class Guard:
-    """Refuses requests of other sites' pages and bodies that are too large or too slow; stops slow responses."""
+    """Refuses requests of other sites' pages, to other hosts, and bodies that are too large or too slow; stops slow
+    responses."""
 
-    def __init__(self, app: ASGIApp, seconds: float):
-        """seconds: from the request's head until the whole response is sent."""
-        self.app, self.seconds = app, seconds
+    def __init__(self, app: ASGIApp, seconds: float, origins: tuple[str, ...], hosts: tuple[str, ...]):
+        """seconds: from the request's head until the whole response is sent. origins: of pages that may call besides
+        the server's own. hosts: names that the server has, against DNS rebinding. "*" allows all of either."""
+        self.app, self.seconds, self.origins = app, seconds, {*origins}
+        self.hosts = {host.lower() for host in hosts}
+
+    def refusal(self, headers: Headers) -> Refusal | None:
+        """Of a request with these headers."""
+        host, origin, length = headers.get("host", ""), headers.get("origin"), headers.get("content-length", "0")
+        name = re.sub(r":\d+$", "", host).lower()
+        if "*" not in self.hosts and name not in self.hosts:
+            message = f"this server does not have the name {name[:100]!r}: start it with --allowed_hosts NAME"
+            return Refusal(400, message, "unknown_host")
+        if origin is not None and origin.partition("://")[2] != host and not {origin, "*"} & self.origins:
+            message = f"pages of {origin[:100]} may not call this server: start it with --allowed_origins URL"
+            return Refusal(403, message, "foreign_origin")
+        if not length.isdecimal() or int(length) > MAX_BODY:
+            return Refusal(413, f"a request may have {MAX_BODY} bytes")
+        return None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send):
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        origin, length = headers.get("origin"), headers.get("content-length", "0")
-        if origin is not None and origin.partition("://")[2] != headers.get("host"):
-            refusal = Refusal(403, f"pages of {origin[:100]} may not call this server", "foreign_origin")
+        if refusal := self.refusal(Headers(scope=scope)):
             await refusal.response()(scope, receive, send)
-            return
-        if not length.isdecimal() or int(length) > MAX_BODY:
-            await Refusal(413, f"a request may have {MAX_BODY} bytes").response()(scope, receive, send)
             return
         size, more, deadline = 0, True, asyncio.get_running_loop().time() + BODY_SECONDS
 

@@ -23,6 +23,8 @@ class ServerConfig:
     """The flags of serve.py."""
 
     host: str
+    allowed_origins: tuple[str, ...]
+    allowed_hosts: tuple[str, ...]
     api_key: str | None
     weight_dtype: str  # of the matrices, on a CPU
     max_rows: int  # of each model, as are the next three
@@ -93,7 +95,11 @@ class Service:
             tools = {} if request.tools or request.tool_choice == "none" else self.tools
             schemas = request.offered_tools or [tool.schema for tool in tools.values()]
             try:
-                given = [served.tokenizer.prompt(request.chat(), schemas, think=request.think != "off")]
+                if request.continue_final_message:
+                    ids, _ = served.tokenizer.documents(request.chat(), schemas)[-1]
+                    given = [ids[: -1 - ids[::-1].index(served.tokenizer.end_of_turn)]]
+                else:
+                    given = [served.tokenizer.prompt(request.chat(), schemas, think=config.think != "off")]
             except ValueError as error:
                 raise Refusal(400, str(error), param="messages") from None
         param = "messages" if isinstance(request, ChatRequest) else "prompt"
@@ -101,7 +107,9 @@ class Service:
             if not ids or max(ids) >= served.tokenizer.get_vocab_size():
                 raise Refusal(400, "a prompt has at least one token, and none beyond the vocabulary", param=param)
             if len(ids) >= served.context:
-                message = f"the prompt has {len(ids)} tokens; the model's context is {served.context}: shorten it"
+                # litellm and others look for these words.
+                message = f"This model's maximum context length is {served.context} tokens"
+                message += f"; the prompt has {len(ids)}: shorten it"
                 raise Refusal(400, message, "context_length_exceeded", param)
         prompts = [ids for ids in given for _ in range(request.n)]
         return [Answer(index, session, request, ids, tools) for index, ids in enumerate(prompts)]

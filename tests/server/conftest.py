@@ -25,7 +25,7 @@ from server.service import ServerConfig
 
 CONTEXT = 384
 FLAGS = dict(host="127.0.0.1", api_key=None, weight_dtype="float32", max_rows=16, max_queue=64, max_new_tokens=1024)
-FLAGS |= dict(request_timeout=TIMEOUT)
+FLAGS |= dict(request_timeout=TIMEOUT, allowed_origins=(), allowed_hosts=())
 
 
 @pytest.fixture(scope="session")

@@ -476,12 +476,12 @@ def test_a_prompt_that_does_not_fit_is_refused_and_nothing_dropped(live, length)
 BAD_FIELDS = [
     *(dict(temperature=value) for value in (-0.1, 2.1, 1e308, "hot", [1], True and "x")),
     *(dict(top_p=value) for value in (-1, 1.1)),
-    *(dict(top_k=value) for value in (-1, 2**40, 1.5)),
+    *(dict(top_k=value) for value in (-2, 2**40, 1.5)),
     *(dict(repetition_penalty=value) for value in (0, -1, 1e308, 1e-300)),
-    *(dict(max_tokens=value) for value in (0, -1, 2**80, 1.5)),
+    *(dict(max_tokens=value) for value in (0, -2, 2**80, 1.5)),
     *(dict(n=value) for value in (0, 65, 10**30)),
     *(dict(seed=value) for value in (2**64, -(2**63) - 1, "a")),
-    *(dict(stop=value) for value in ("", ["a"] * 5, ["a", ""], [3], "x" * 300, {"a": 1})),
+    *(dict(stop=value) for value in (["a"] * 65, [3], "x" * 300, {"a": 1})),
     *(dict(messages=value) for value in ([], [{}], "hi", [3], [{"role": "user"}], [{"role": "user", "content": None}])),
     dict(messages=[{"role": "root", "content": "x"}]),
     dict(messages=[{"role": "user", "content": 3}]),
@@ -494,8 +494,8 @@ BAD_FIELDS = [
     dict(stream_options={"include_usage": True}),
     dict(response_format={"type": "json_object"}),
     dict(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}),
-    dict(presence_penalty=1),
-    dict(frequency_penalty=-1.0),
+    dict(presence_penalty=2.1),
+    dict(frequency_penalty=-2.1),
     dict(logit_bias={"5": 100}),
     dict(tools=[{"type": "function"}]),
     dict(tools=[{"type": "retrieval"}]),
@@ -504,6 +504,12 @@ BAD_FIELDS = [
     dict(tool_choice={"type": "function", "function": {"name": "weather"}}, tools=[WEATHER]),
     dict(functions=[{"name": "f"}]),
     dict(think="loudly"),
+    dict(reasoning_effort="much"),
+    dict(chat_template_kwargs={"enable_thinking": False, "tone": "kind"}),
+    dict(continue_final_message=True),
+    dict(add_generation_prompt=False),
+    dict(max_token=5),
+    dict(include_stop_str_in_output=True),
 ]
 
 
@@ -520,7 +526,7 @@ def test_what_cannot_be_is_refused(live, fields):
         *(dict(prompt=value) for value in ([], [[]], {}, 3, [1, "a"], [-1], [6400], [2**70], ["a"] * 65)),
         *(
             dict(prompt="a", **extra)
-            for extra in (dict(echo=True), dict(suffix="b"), dict(best_of=2), dict(logprobs=6))
+            for extra in (dict(messages=HELLO), dict(suffix="b"), dict(best_of=2), dict(logprobs=6))
         ),
         dict(),
     ],
@@ -541,9 +547,7 @@ def test_what_is_too_deep_or_no_text_is_refused_wherever_it_stands(live):
 
 
 def test_what_does_no_harm_is_ignored(client):
-    extra = dict(
-        store=True, metadata={"a": "b"}, service_tier="auto", reasoning_effort="low", nonsense=[1, {"x": None}]
-    )
+    extra = dict(store=True, metadata={"a": "b"}, service_tier="auto", modalities=["text"], nonsense=None)
     extra |= dict(
         presence_penalty=0, frequency_penalty=0.0, logit_bias={}, response_format={"type": "text"}, top_k=None
     )

@@ -157,10 +157,10 @@ def test_a_key_opens_all_but_health(serve):
         {"Authorization": "芥子-key".encode()},
         {"Authorization": "Basic x"},
     ):
-        for path in ("/v1/models", "/metrics", "/v1/models/sft"):
+        for path in ("/v1/models", "/metrics", "/v1/models/sft", "/v1/responses/x"):
             reply = live.http.get(path, headers=headers)
             assert (reply.status_code, reply.json()["error"]["code"]) == (401, "invalid_api_key"), path
-        for path in ("/v1/chat/completions", "/v1/completions"):
+        for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses"):
             reply = live.http.post(path, headers=headers, json={"messages": HELLO, "prompt": "x"})
             assert reply.status_code == 401, path
     assert live.http.get("/health").json() == {"status": "ok"}
