@@ -175,9 +175,9 @@ class Request(Body):
     logit_bias: NotSupported = None
     response_format: NotSupported = None
 
-    def generation_config(self, limit: int, defaults: dict) -> GenerationConfig:
+    def generation_config(self, limit: int, defaults: dict | None = None) -> GenerationConfig:
         """limit: of max_new_tokens. defaults: the model's, for what the request leaves open."""
-        names = {field.name for field in fields(GenerationConfig)}
+        names, defaults = {field.name for field in fields(GenerationConfig)}, defaults or {}
         given = {name: getattr(self, name) for name in names if name in self.model_fields_set or name not in defaults}
         given = defaults | given
         given["max_new_tokens"] = most = max(min(self.max_new_tokens, limit), 1)  # 0: the token will not be shown
