@@ -38,6 +38,7 @@ from corpus.hub import model_folder
 from corpus.records import each_record, request_of, text_of
 from engine.decoding import pack_for_decoding
 from engine.generation import Engine
+from engine.grammar import compile_grammar, read_schema
 from engine.session import GenerationConfig, ReplyStream, Session, read_tokens, sampling_defaults
 from engine.tools import load_tools
 from model.chat import ChatTokenizer, encode, load_tokenizer, tokenizer_fingerprint
@@ -287,6 +288,9 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument(
         "--tools", nargs="+", default=[], metavar="NAME", help="calculator, or a Python file with functions to call"
     )
+    group.add_argument(
+        "--json_schema", type=Path, metavar="FILE", help="answers are JSON of this schema; needs requirements/serve.txt"
+    )
     group.add_argument("--seed", type=natural, help="the same seed gives the same text")
     return parser.parse_args()
 
@@ -318,7 +322,10 @@ def main():
     names = {field.name for field in fields(GenerationConfig)}
     given = {name: value for name, value in vars(args).items() if name in names}
     config = GenerationConfig(**sampling_defaults(model.generation_config) | given)
-    session = Session(model, tokenizer, config, load_tools(args.tools))
+    if args.json_schema and args.tools:
+        raise UserError("an answer that is JSON of --json_schema calls no --tools: omit one of them")
+    grammar = compile_grammar(tokenizer, read_schema(args.json_schema)) if args.json_schema else None
+    session = Session(model, tokenizer, config, load_tools(args.tools), grammar)
     system = [{"role": "system", "content": as_utf8(args.system)}] if args.system else []
     figures = {}
     if args.perplexity:

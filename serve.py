@@ -51,7 +51,7 @@ def main():
         args.api_key = os.environ.get("JIEZI_API_KEY")
     if args.api_key == "":
         raise UserError("the API key is empty and would admit everyone: check --api_key and JIEZI_API_KEY")
-    for name in ("fastapi", "uvicorn", "prometheus_client"):
+    for name in ("fastapi", "uvicorn", "prometheus_client", "llguidance"):
         import_extra(name, "requirements/serve.txt")
     import uvicorn
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from base.cli import UserError
 from engine.cache import KVCache, PromptCache
+from engine.grammar import Constraint, allowed_tokens
 from model.chat import ChatTokenizer
 from model.model import CausalLM
 from model.operators import document_mask
@@ -47,18 +48,30 @@ class Sequence:
     on_token: Callable[["Sequence"], Iterable[int]] | None = None  # called after each token; returns forced tokens
     forced: deque[int] = field(default_factory=deque)  # the next tokens, whatever the model predicts
     tokens: list[int] = field(default_factory=list)  # a stop token is the last of them
-    chosen: list[bool] = field(default_factory=list)  # for each token: True if the model chose it, False if forced
+    chosen: list[bool] = field(default_factory=list)  # for each token: False if it was forced, or the only one allowed
     n_top: int | None = None  # not None: keep log_probs, and those of the n_top most probable tokens
     log_probs: list[float] = field(default_factory=list)  # ln p of each token at temperature 1, if kept
     top_log_probs: list[list[tuple[int, float]]] = field(default_factory=list)  # for each position: (token, ln p)
+    constraint: Constraint | None = None  # which tokens may follow (grammar.py)
     echo: bool = False  # keep these of the prompt's tokens too, except for the first, which nothing predicts
     prompt_log_probs: list[float] = field(default_factory=list)
     prompt_top_log_probs: list[list[tuple[int, float]]] = field(default_factory=list)
     seen: Tensor | None = None  # which tokens occurred, (V,) boolean; only for repetition_penalty
-    finish_reason: str | None = None  # "stop", or "length": max_new_tokens or the context was reached
+    finish_reason: str | None = None  # "stop", or "length": it was cut at max_new_tokens or at the context's end
 
     def __post_init__(self):
         self.random = random.Random(self.seed)
+
+    def take(self, token: int) -> int:
+        """The next token, which is `token` unless it is forced or the constraint replaces it."""
+        is_forced = bool(self.forced)
+        token = self.forced.popleft() if is_forced else token
+        is_free = True
+        if self.constraint:
+            token = self.constraint.accept(token, self.max_new_tokens - len(self.tokens) - 1, is_forced)
+            is_free = self.constraint.free
+        self.chosen.append(not is_forced and is_free)
+        return token
 
     def suppressed(self) -> frozenset[int]:
         """Tokens that cannot be chosen now."""
@@ -98,6 +111,8 @@ class Engine:
         if length >= self.context:
             raise UserError(f"the prompt has {length} tokens; the model's context is {self.context}: shorten it")
         sequence.max_new_tokens = min(sequence.max_new_tokens, self.context - length)
+        if sequence.constraint:
+            sequence.constraint.check_room(sequence.max_new_tokens)
         self.waiting.append(sequence)
 
     @torch.inference_mode()
@@ -131,7 +146,7 @@ class Engine:
             if sequence.on_token:
                 sequence.forced.extend(sequence.on_token(sequence))
             if token in sequence.stop_ids and not sequence.forced:
-                sequence.finish_reason = "stop"
+                sequence.finish_reason = "length" if sequence.constraint and sequence.constraint.cut else "stop"
             elif len(sequence.tokens) >= sequence.max_new_tokens:
                 sequence.finish_reason = "length"
         for sequence in generated:
@@ -195,17 +210,27 @@ class Engine:
                 if suppressed := self.rows[row].suppressed():
                     part = part.clone() if part is logits else part
                     part[i, list(suppressed)] = -torch.inf
+            part = self._constrain(part, rows, logits)
             uniforms = [self.rows[row].random.random() for row in rows]
             drawn = sample(part, uniforms, *sampling[:4]).tolist()  # without the penalties
             for row, token in zip(rows, drawn):
-                sequence = self.rows[row]
-                sequence.chosen.append(not sequence.forced)
-                chosen[row] = sequence.forced.popleft() if sequence.forced else token
+                chosen[row] = self.rows[row].take(token)
         kept = [row for row, sequence in enumerate(self.rows) if self.keep_log_probs or sequence.n_top is not None]
         if kept:
             part = logits if len(kept) == len(self.rows) else logits[kept]
             self._keep_log_probs(part.float(), [self.rows[row] for row in kept], [chosen[row] for row in kept])
         return chosen
+
+    def _constrain(self, part: Tensor, rows: list[int], logits: Tensor) -> Tensor:
+        """Excludes, in `part` (·, V) of the logits, the tokens that the constraints of these rows do not allow."""
+        found = [(i, self.rows[row].constraint) for i, row in enumerate(rows)]
+        found = [(i, constraint) for i, constraint in found if constraint and constraint.active]
+        if found:
+            part = part.clone() if part is logits else part  # _keep_log_probs needs them unchanged
+            index, constraints = zip(*found)
+            allowed = allowed_tokens(constraints, part.shape[1]).to(self.device)
+            part[list(index)] = part[list(index)].masked_fill(~allowed, -torch.inf)
+        return part
 
     def _keep_log_probs(self, logits: Tensor, sequences: list[Sequence], chosen: list[int]):
         """Stores ln p of each sequence's token, and of the most probable ones, from logits (B, V)."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from engine.generation import Sampling, Sequence, TextStream
+from engine.grammar import Constraint, Grammar
 from engine.tools import Tool, run_calls
 from model.chat import ChatTokenizer, encode
 from model.model import CausalLM
@@ -141,9 +142,16 @@ class Session:
     """A model, its tokenizer, and how answers are generated."""
 
     def __init__(
-        self, model: CausalLM, tokenizer: ChatTokenizer, config: GenerationConfig, tools: dict[str, Tool] | None = None
+        self,
+        model: CausalLM,
+        tokenizer: ChatTokenizer,
+        config: GenerationConfig,
+        tools: dict[str, Tool] | None = None,
+        grammar: Grammar | None = None,
     ):
+        """grammar: what the answers have to fit, after their thoughts."""
         self.model, self.tokenizer, self.config, self.tools = model, tokenizer, config, tools or {}
+        self.grammar = grammar
         rows = model.config.vocab_size
         tokenizer.check_vocabulary(rows)
         if tools:
@@ -154,6 +162,9 @@ class Session:
         if config.think == "off" and self.think:
             self.suppress_tokens |= {self.think}
         self.stop_ids = frozenset({tokenizer.eos, tokenizer.end_of_turn, *model.stop_token_ids} - {None})
+
+    def end_of_thought(self) -> list[int]:
+        return [*encode(self.tokenizer, "\n"), self.end_think, *encode(self.tokenizer, "\n\n")]
 
     def prompt_ids(self, messages: list[dict], tools: list | None = None) -> list[int]:
         """The prompt's tokens. A chat that fills the context loses its oldest turns, except for the system prompt."""
@@ -172,7 +183,7 @@ class Session:
     def sequence(self, prompt: list[int], seed: int | str | None = None) -> Sequence:
         """The answer to a prompt, to be submitted to an Engine."""
         config = self.config
-        return Sequence(
+        sequence = Sequence(
             prompt,
             config.max_new_tokens,
             stop_ids=self.stop_ids,
@@ -182,6 +193,14 @@ class Session:
             min_new_tokens=config.min_new_tokens,
             on_token=self._forced_tokens,
         )
+        if self.grammar:
+            tags = (self.think, self.end_think) if self.think and self.model.is_chat and config.think != "off" else None
+            end_of_thought = len(self.end_of_thought()) if tags else 0
+            sequence.constraint = Constraint(self.grammar, self.stop_ids, tags, end_of_thought)
+            sequence.min_new_tokens = 0  # a document ends where it ends
+            if tags and self.tokenizer.open_part(prompt) == "reasoning":
+                sequence.constraint.thinks = sequence.constraint.began = True
+        return sequence
 
     def last_reply(self, tokens: list[int]) -> Reply:
         """The last turn of an answer."""
@@ -192,10 +211,15 @@ class Session:
         tokens = sequence.tokens
         if sequence.forced:
             return []
+        if constraint := sequence.constraint:
+            if constraint.must_answer(sequence.max_new_tokens - len(tokens)):
+                return self.end_of_thought()
+            if constraint.active and tokens[-1] == self.end_think:
+                return encode(self.tokenizer, "\n\n")
         limit = self.config.max_think_tokens
         thinks = limit and self.think in tokens and self.end_think not in tokens
         if thinks and len(tokens) - tokens.index(self.think) > limit:
-            return [*encode(self.tokenizer, "\n"), self.end_think, *encode(self.tokenizer, "\n\n")]
+            return self.end_of_thought()
         if self.tools and tokens[-1] == self.tokenizer.end_of_turn:
             calls = self.last_reply(tokens).tool_calls
             return self.tokenizer.tool_responses(run_calls(self.tools, calls)) if calls else []

@@ -69,7 +69,12 @@ class Answer:
             self.sequence.suppress_tokens |= set(session.tokenizer.tags.get("tool_call", ())[:1])  # nobody would answer
         self.stream = ReplyStream(session.tokenizer, prompt) if self.is_chat else TextStream(session.tokenizer)
         self.pieces = session.tokenizer.pieces
-        self.stops, self.content, self.reasoning = StopStrings(request.stop), Newlines(), Newlines()
+        constraint = self.sequence.constraint
+        if constraint and not self.is_chat:
+            constraint.tags = None  # the text would contain the thought
+        is_document = constraint and constraint.trigger is None
+        self.stops = StopStrings([] if is_document else request.stop)  # no stop string cuts a document
+        self.content, self.reasoning = Newlines(), Newlines()
         self.n_prompt = len(prompt)
         self.n_tokens = 0  # generated in all turns
         self.n_reasoning = 0  # of them in reasoning

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from engine.session import GenerationConfig
+from server.structured import StructuredRequest, ToolChoice, structure_of
 
 MAX_MESSAGES, MAX_PROMPTS, MAX_CHOICES, MAX_TOOLS, MAX_TOP = 1024, 64, 64, 64, 20
 MAX_STOPS, MAX_FIELDS = 64, 128
@@ -25,7 +26,7 @@ IGNORED_FIELDS = frozenset(
 
 
 def not_supported(value: Any) -> Any:
-    if value and value not in ({"type": "text"}, ["text"]):  # of response_format and modalities
+    if value and value != ["text"]:  # of modalities
         raise ValueError("is not supported by this server")
     return value
 
@@ -49,7 +50,8 @@ def deeper_than(levels: int, value: Any) -> bool:
 def tool_schema(tool: dict) -> dict:
     """Checks a tool's schema, which goes into the prompt unchanged."""
     function = tool.get("function")
-    if tool.get("type") != "function" or not isinstance(function, dict) or not isinstance(function.get("name"), str):
+    is_right = tool.get("type") == "function" and isinstance(function, dict) and isinstance(function.get("name"), str)
+    if not is_right or not isinstance(function.get("parameters") or {}, dict):
         raise ValueError('a tool is {"type": "function", "function": {"name": …, "parameters": …}}')
     return tool
 
@@ -148,7 +150,7 @@ class Body(NullsLeftOut):
         return {name: value for name, value in data.items() if name not in cls.ignored}
 
 
-class Request(Body):
+class Request(Body, StructuredRequest):
     """The fields of all endpoints. The defaults of generation are those of eval.py."""
 
     model_config = ConfigDict(allow_inf_nan=False, extra="forbid")
@@ -173,7 +175,6 @@ class Request(Body):
     stream: bool = False
     stream_options: StreamOptions | None = None
     logit_bias: NotSupported = None
-    response_format: NotSupported = None
 
     def generation_config(self, limit: int, defaults: dict | None = None) -> GenerationConfig:
         """limit: of max_new_tokens. defaults: the model's, for what the request leaves open."""
@@ -211,7 +212,7 @@ class ChatRequest(Request):
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=MAX_TOP)
     tools: list[Annotated[dict[str, Any], AfterValidator(tool_schema)]] = Field([], max_length=MAX_TOOLS)
-    tool_choice: Any = "auto"
+    tool_choice: ToolChoice = "auto"
     parallel_tool_calls: bool = True
     functions: NotSupported = None
     function_call: NotSupported = None
@@ -220,8 +221,6 @@ class ChatRequest(Request):
 
     @model_validator(mode="after")
     def can_be_done(self):
-        if self.tool_choice not in ("auto", "none"):
-            raise ValueError("tool_choice must be auto or none; this server supports no others")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs is only for logprobs: true")
         if self.max_completion_tokens is not None:
@@ -243,7 +242,10 @@ class ChatRequest(Request):
 
     @property
     def offered_tools(self) -> list[dict]:
-        return self.tools if self.tool_choice == "auto" else []
+        return self.tools if self.tool_choice != "none" else []
+
+    def structure(self, tags: tuple[int, int] | None) -> tuple[str, bool] | None:
+        return structure_of(self, self.offered_tools, self.tool_choice, self.parallel_tool_calls, tags)
 
     def chat(self) -> list[dict]:
         """The messages for encode_chat; responses of tools in the order of their calls."""
@@ -274,6 +276,9 @@ class CompletionRequest(Request):
     @property
     def n_top(self) -> int | None:
         return self.logprobs
+
+    def structure(self, tags: tuple[int, int] | None) -> tuple[str, bool] | None:
+        return self.document_structure()
 
 
 FIELDS = {info.alias or name for kind in (ChatRequest, CompletionRequest) for name, info in kind.model_fields.items()}

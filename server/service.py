@@ -9,13 +9,16 @@ from dataclasses import dataclass
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from base.cli import UserError
+from base.cli import UserError, one_line
+from engine.grammar import Grammar, compile_grammar
 from engine.session import Session
 from engine.tools import Tool
 from server.answer import Answer
 from server.guard import Refusal
 from server.models import Served
 from server.schema import ChatRequest, CompletionRequest, Request
+
+MAX_COMPILING = 16  # grammars of requests that are being compiled or wait for it
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class Service:
         self.models, self.config, self.device, self.tools = models, config, device, tools
         self.capacity = config.max_rows + config.max_queue  # of each model
         self.tool_threads = ThreadPoolExecutor(8, "tools")  # separate: a tool may take seconds
+        self.grammar_threads = ThreadPoolExecutor(2, "grammars")  # and so may a grammar
+        self.n_compiling = 0
         self.metrics = Metrics()
 
     def model(self, name: str) -> Served:
@@ -82,17 +87,40 @@ class Service:
             await served.open(self.device, self.config.weight_dtype, self.config.max_rows)
         except UserError as error:
             raise Refusal(500, str(error)) from None
-        return served, await asyncio.to_thread(self._prepare, served, request)
+        grammar = await self._grammar(served, request)
+        return served, await asyncio.to_thread(self._prepare, served, request, grammar)
 
-    def _prepare(self, served: Served, request: Request) -> list[Answer]:
+    async def _grammar(self, served: Served, request: Request) -> Grammar | None:
+        """What the answers have to fit."""
+
+        def compiled() -> Grammar | None:
+            tags = served.tokenizer.tags.get("tool_call")
+            structure = request.structure(tags)
+            if structure is None:
+                return None
+            return compile_grammar(served.tokenizer, structure[0], tags[0] if structure[1] else None)
+
+        if not request.is_structured:
+            return None
+        if self.n_compiling >= MAX_COMPILING:
+            raise Refusal(429, "too many schemas and grammars are being compiled: try again in a moment")
+        self.n_compiling += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.grammar_threads, compiled)
+        except (UserError, ValueError, RecursionError) as error:
+            raise Refusal(400, one_line(error)) from None
+        finally:
+            self.n_compiling -= 1
+
+    def _prepare(self, served: Served, request: Request, grammar: Grammar | None) -> list[Answer]:
         config = request.generation_config(min(self.config.max_new_tokens, served.context), served.sampling)
-        session = Session(served.batcher.model, served.tokenizer, config)
+        session = Session(served.batcher.model, served.tokenizer, config, grammar=grammar)
         tools = {}
         if isinstance(request, CompletionRequest):
             texts = request.prompt
             given = [served.tokenizer.text_prompt(text) if isinstance(text, str) else text for text in texts]
         else:
-            tools = {} if request.tools or request.tool_choice == "none" else self.tools
+            tools = {} if request.tools or request.tool_choice == "none" or grammar else self.tools
             schemas = request.offered_tools or [tool.schema for tool in tools.values()]
             try:
                 if request.continue_final_message:
@@ -112,7 +140,13 @@ class Service:
                 message += f"; the prompt has {len(ids)}: shorten it"
                 raise Refusal(400, message, "context_length_exceeded", param)
         prompts = [ids for ids in given for _ in range(request.n)]
-        return [Answer(index, session, request, ids, tools) for index, ids in enumerate(prompts)]
+        answers = [Answer(index, session, request, ids, tools) for index, ids in enumerate(prompts)]
+        for answer in answers if grammar else []:
+            try:
+                answer.sequence.constraint.check_room(min(config.max_new_tokens, served.context - answer.n_prompt))
+            except UserError as error:
+                raise Refusal(400, str(error), param="max_tokens") from None
+        return answers
 
     async def generate(self, served: Served, answers: list[Answer]) -> AsyncGenerator[tuple[Answer, dict], None]:
         """Streams (answer, piece) pairs. The first piece is empty: it says that all answers are queued.

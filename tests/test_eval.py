@@ -252,6 +252,30 @@ def test_a_batch_of_answered_records_keeps_their_reference(chat, evaluate, tmp_p
     assert [*record] == ["prompt", "reference_answer", "answer"]
 
 
+def test_answers_are_json_of_a_schema(chat, base, evaluate, tmp_path, monkeypatch):
+    properties = {"n": {"type": "integer"}, "kind": {"enum": ["甲", "乙"]}}
+    schema = {"type": "object", "properties": properties, "required": ["kind", "n"]}
+    (tmp_path / "schema.json").write_text(json.dumps(schema), "utf-8")
+    (tmp_path / "asked.jsonl").write_text('{"prompt": "一"}\n{"prompt": "二"}\n', "utf-8")
+    flags = ["--json_schema", tmp_path / "schema.json", "--temperature", 1, "--think", "off", "--max_new_tokens", 40]
+    answers = [evaluate(chat, "--prompt", "你好", *flags).out]
+    answers += [
+        json.loads(line)["answer"]
+        for line in evaluate(chat, "--batch", tmp_path / "asked.jsonl", *flags).out.splitlines()
+    ]
+    answers.append(evaluate(base, "--prompt", "春天", *flags).out.removeprefix("春天"))
+    for answer in map(json.loads, answers):
+        assert answer["kind"] in ("甲", "乙")
+        assert isinstance(answer["n"], int)
+    assert "the answer may have 3" in evaluate(chat, "--prompt", "x", *flags[:-1], 3).error_line(2)
+    (tmp_path / "schema.json").write_text("{", "utf-8")
+    assert "schema.json is not a JSON schema" in evaluate(chat, "--prompt", "x", *flags).error_line(2)
+    assert "--tools" in evaluate(chat, "--prompt", "x", *flags, "--tools", "calculator").error_line(2)
+    monkeypatch.setitem(sys.modules, "llguidance", None)  # not installed
+    (tmp_path / "schema.json").write_text("{}", "utf-8")
+    assert "pip install -r requirements/serve.txt" in evaluate(chat, "--prompt", "x", *flags).error_line(2)
+
+
 def test_the_newest_model_is_taken_wherever_serve_finds_one(base, tmp_path, run_here, monkeypatch):
     folders = ["pretrain", "sft", "quickstart/dpo", ".sft.123.new"]
     for age, folder in zip((300, 200, 100, 0), folders):  # the last is still being written

@@ -134,6 +134,20 @@ def test_the_one_who_writes_and_the_one_who_learns_agree(tasks, brief_dir, run_h
     assert {"val_accuracy", "val_sampled", "val_best"} <= records(tmp_path / "out")[0].keys()
 
 
+def test_answers_are_json_of_a_schema(tasks, brief_dir, run_here, tmp_path):
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "object", "properties": {"n": {"enum": [1, 22]}}, "required": ["n"]}')
+    more = ["--json_schema", schema, "--max_new_tokens", 24]
+    assert run_here("5-grpo.py", *flags(tasks, brief_dir, tmp_path / "out", "parity", *more)).status == 0
+    for record in records(tmp_path / "out"):
+        if "gap" in record:  # the probabilities of generation are those of learning
+            assert record["gap"] < 1e-4
+    with open(tmp_path / "out" / "rollouts.jsonl", encoding="utf-8") as lines:
+        texts = [json.loads(line)["written"].partition("<|")[0].rpartition("</think>")[2] for line in lines]
+    assert texts
+    assert all(json.loads(text)["n"] in (1, 22) for text in texts)
+
+
 def test_where_all_answers_are_as_good_nothing_moves(tasks, brief_dir, run_here, tmp_path):
     assert run_here("5-grpo.py", *flags(tasks, brief_dir, tmp_path / "out", "same")).status == 0
     before, after = load_file(brief_dir / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")

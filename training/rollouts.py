@@ -17,6 +17,7 @@ from base.files import ROLLOUTS_FILE
 from corpus.prepared import Prepared
 from engine.decoding import pack_for_decoding, shared_copy
 from engine.generation import Engine, Sequence
+from engine.grammar import compile_grammar, read_schema
 from engine.session import GenerationConfig, Reply, Session
 from engine.tools import load_tools
 from model.chat import ChatTokenizer, decode_chat, load_tokenizer, tokenizer_fingerprint, translate
@@ -33,6 +34,7 @@ ROLLOUT_FLAGS = {  # for stages whose model generates: name -> options of argpar
     "--rollout_rows": dict(type=positive, default=256, help="answers that a process generates at a time"),
     "--reward": dict(default="exact", help="exact, number, pattern, or FILE.py:FUNCTION"),
     "--tools": dict(nargs="+", default=[], metavar="NAME", help="what may be called: calculator, or FILE.py"),
+    "--json_schema": dict(type=Path, metavar="FILE", help="answers are JSON of this schema"),
 }
 
 
@@ -43,6 +45,7 @@ class RolloutSettings:
     rollout_rows: int  # answers that a process generates at a time
     reward: str
     tools: list[str]
+    json_schema: Path | None = None
 
 
 class PromptDataset(PackedDataset):
@@ -173,6 +176,8 @@ class RolloutGenerator:
         self.tokenizer_sha256 = tokenizer_fingerprint(tokenizer_dir)
         self.reward = load_reward(settings.reward)
         self.tools = load_tools(settings.tools)
+        schema = settings.json_schema
+        self.grammar = compile_grammar(self.tokenizer, read_schema(schema)) if schema else None
 
     def generate(
         self, data: PromptDataset, questions: np.ndarray, answers: int, seed: str, temperature: float = 1.0
@@ -180,10 +185,12 @@ class RolloutGenerator:
         """So many answers to each question, sampled from the model's own distribution without truncating it.
 
         The random numbers of an answer depend on `seed`, its question and its place alone, not on the process.
+        With a JSON schema, a token is sampled from those that it allows, and one without alternative is not learned
+        from; the log-probabilities are the model's own, over all tokens, in generation and in training.
         """
         config = GenerationConfig(self.settings.max_new_tokens, temperature, top_p=1.0, repetition_penalty=1.0)
         model = decoding_copy(self.model)
-        session = Session(model, self.tokenizer, config, self.tools)
+        session = Session(model, self.tokenizer, config, self.tools, self.grammar)
         engine = Engine(model, self.settings.rollout_rows, keep_log_probs=True)
         groups = []
         for question in questions[self.machine.rank :: self.machine.world_size].tolist():
