@@ -3,7 +3,6 @@
 A failed comparison is an OSError: then write_file and replacing_directory do not keep the file.
 """
 
-import codecs
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -139,16 +138,22 @@ def _generate_with_llama_cpp(
     for row, step in zip(log_probs, steps):
         for choice in step["top_logprobs"]:
             row[choice["id"]] = choice["logprob"]
-    decoder, pieces = codecs.getincrementaldecoder("utf-8")(errors="replace"), tokenizer.pieces
-    places = []
+    text, places = b"", []
     for place, token in enumerate(tokens, start=len(prompt) - 1):
-        decoder.decode(pieces[token] if token < len(pieces) else b"")
-        if not decoder.getstate()[0]:  # no byte waits for others
+        text += tokenizer.pieces[token] if token < len(tokenizer.pieces) else b""
+        if not _is_cut(text):
             places.append(place)
     places = places[: len(steps)]
     ids = prompt + tokens
     _check([ids[place + 1] for place in places] == [step["id"] for step in steps], "the positions of generated tokens")
     return torch.tensor([ids[:-1]]), places, log_probs
+
+
+def _is_cut(text: bytes) -> bool:
+    """Whether llama.cpp waits for the rest of a character: one of the last bytes begins a longer one."""
+    lengths = ((0xE0, 0xC0, 2), (0xF0, 0xE0, 3), (0xF8, 0xF0, 4))  # mask, first byte, bytes of the character
+    last = enumerate(reversed(text[-4:]), start=1)
+    return any(byte & mask == first and n < length for n, byte in last for mask, first, length in lengths)
 
 
 def _compare(logits: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:

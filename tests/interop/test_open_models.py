@@ -50,6 +50,7 @@ def make_model(folder: Path, name: str):
         content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": DIGITS}
     elif pre != "gpt-2":
         content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": split(patterns[pre])}
+    content["normalizer"] = {"type": "NFC"} if pre == "qwen2" else None
     content["model"]["ignore_merges"] = pre == "llama-bpe"
     path.write_text(json.dumps(content), "utf-8")
     tokenizer = load_tokenizer(folder)
