@@ -65,7 +65,7 @@ def test_eval_answers_the_same(question, tmp_path, run_here):
     save_model(tmp_path / "sft", chat_model(), TOKENIZER)
     result = run_here("export.py", tmp_path / "sft", "--to", "ollama", "--type", "f32")
     assert result.status == 0, result.err
-    assert "a chat with tools and thinking" in result.out
+    assert "a chat with tools and reasoning" in result.out
     llama_cpp = LlamaCpp(tmp_path / "sft-ollama" / "sft-f32.gguf", 256, threads=1, exact=True)
     messages = [{"role": "user", "content": question}]
     ids, _ = encode_chat(load_tokenizer(TOKENIZER), messages, add_generation_prompt=True)

@@ -67,7 +67,7 @@ def make_model(folder: Path, name: str):
     return theirs
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "llama3"])
 def test_a_family_answers_in_llama_cpp_as_here(name, tmp_path, run_here):
     make_model(tmp_path / "open", name)
     result = run_here("export.py", tmp_path / "open", "--to", "gguf", "--type", "f32")
