@@ -286,7 +286,6 @@ BODIES = {  # name: (endpoint, body, status)
     "includes of nothing": ("responses", {"input": "x", "include": fill("{}")}, 400),
     "an input that nests": ("responses", {"input": [{"content": DEEP}]}, 400),
     "a format that nests": ("responses", {"input": "x", "text": {"format": DEEP}}, 400),
-    "half a pair in an item": ("responses", {"input": [{"role": "user", "content": "\ud800"}]}, 400),
     "a guessed id": ("responses", {"input": "x", "previous_response_id": "resp_" + "a" * 48}, 404),
     "a megabyte for an id": ("responses", {"input": "x", "previous_response_id": "a" * LIMIT}, 400),
     "our own names of fields": ("chat/completions", chat(max_new_tokens=10**9), 400),
