@@ -195,6 +195,7 @@ def test_the_loss_of_an_older_torch_is_the_same(monkeypatch):
 def eager_losses():
     yield
     TokenLosses.compile(on=False)
+    torch._dynamo.reset()  # else the graphs of all tests in this process count towards its limit
 
 
 @pytest.mark.parametrize(
