@@ -140,6 +140,13 @@ def test_answers_fit_any_schema(model, tokenizer, schema, seed):
                 jsonschema.validate(value, schema, format_checker=jsonschema.FormatChecker())
 
 
+def test_a_text_has_no_half_of_a_surrogate_pair(tokenizer):
+    matcher = compile_grammar(tokenizer, grammar_of(json_rule({"type": "string"}))).matcher
+    for text, fits in (('"a\\n\\"中"', True), ('"\\ud83d"', False)):
+        ids = encode(tokenizer, text)
+        assert (matcher.validate_tokens(ids) == len(ids)) is fits
+
+
 def test_recursive_schemas_end(model, tokenizer):
     tree = {
         "$defs": {
