@@ -33,7 +33,7 @@ from training.optimizer import GradientBuffer, build_optimizer, optimizer_step
 from training.packing import Batch, PackedDataset
 from training.report import check_compatible, check_first_loss, closing_message, run_report
 from training.schedule import TrainState
-from training.shard import shard_model
+from training.shard import modules_to_compile, shard_model
 from training.state import Checkpointer
 
 EARLY_VALIDATIONS = (20, 50)  # steps: the loss falls fastest at the start, where plots compare it with training's
@@ -97,7 +97,8 @@ class Run:
         if machine.rank == 0:
             print_notes()
         if settings.compile:
-            model.model.compile()
+            for module in modules_to_compile(model, machine):
+                module.compile()
 
     def progress(self) -> float:
         """From 0 to 1."""

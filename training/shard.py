@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.model import CausalLM
 from training.machine import Machine
@@ -40,6 +40,12 @@ def shard_model(model: CausalLM, machine: Machine) -> CausalLM:
         dist.broadcast(source, 0)
         local_shard(tensor).copy_(local_shard(distribute_tensor(source, tensor)))
     return model
+
+
+def modules_to_compile(model: CausalLM, machine: Machine) -> list[nn.Module]:
+    """The decoder, or, of a sharded model, each layer: the hooks that gather its weights interrupt the decoder's graph,
+    and torch then leaves layers with gradient checkpointing uncompiled. All layers share one graph."""
+    return [*model.model.layers] if machine.shards else [model.model]
 
 
 def _tensors(model: CausalLM) -> Iterator[tuple[str, Tensor]]:

@@ -26,23 +26,24 @@ for (const [name, grammar] of Object.entries(LANGUAGES)) hljs.registerLanguage(n
 export function codeBlock(source, info) {
   const language = info.trim().split(/\s/)[0];
   const known = hljs.getLanguage(language) && source.length <= LONGEST;
-  const code = make("code", {}, ...((known && highlight(source, language)) || [source]));
+  const code = make("code", {}, ...(known ? highlight(source, language) : [source]));
   const head = make("figcaption", {}, make("span", {}, language.slice(0, 20)), copyButton(() => source));
   return make("figure", { class: "code" }, head, make("pre", {}, code));
 }
 
-/** The source as nodes, made from highlight.js's tree instead of its HTML; null where it is nested too deep. */
+/** The source as nodes, made from highlight.js's tree instead of its HTML; flat, because an attacker may nest it deeply. */
 function highlight(source, language) {
-  const nodes = (children) =>
-    children.map((child) => (typeof child === "string" ? child : make("span", { class: scopeClass(child.scope) }, ...nodes(child.children))));
-  try {
-    return nodes(hljs.highlight(source, { language, ignoreIllegals: true })._emitter.rootNode.children);
-  } catch {
-    return null; // the stack has overflowed
+  const parts = [];
+  const pending = [[hljs.highlight(source, { language, ignoreIllegals: true })._emitter.rootNode, null]];
+  for (let pair = pending.pop(); pair; pair = pending.pop()) {
+    const [node, scope] = pair;
+    if (typeof node === "string") parts.push(make("span", { class: scope && scopeClass(scope) }, node));
+    else pending.push(...node.children.toReversed().map((child) => [child, node.scope ?? scope]));
   }
+  return parts;
 }
 
-/** "title.function" is drawn as a title; a part in another language has a scope of its own. */
+/** "title.function" is drawn as a title. */
 function scopeClass(scope) {
-  return scope ? `code-${scope.split(".")[0]}` : null;
+  return `code-${scope.split(".")[0]}`;
 }

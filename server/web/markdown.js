@@ -6,6 +6,7 @@ import { make } from "./page.js";
 import markdownit from "./vendor/markdown-it/markdown-it.esm.min.mjs";
 
 const LONGEST = 100_000; // characters; a longer text is shown as it is
+const EMPTY_ITEM = /^\s*\d+[.)]\s*$/; // "25." is an answer, not a list
 const LEAVES = {
   text: (token) => token.content,
   softbreak: () => make("br"),
@@ -31,10 +32,11 @@ export function showMarkdown(text, into) {
   const lines = text.split("\n");
   const blocks = splitBlocks(parser.parse(text, {}));
   blocks.forEach((tokens, i) => {
-    const source = `${tokens[0].type}\n${lines.slice(...tokens[0].map).join("\n")}`;
+    const block = lines.slice(...tokens[0].map).join("\n");
+    const source = `${tokens[0].type}\n${block}`;
     const old = into.children[i];
     if (old && sources.get(old) === source) return;
-    const node = make("div", {}, build(tokens));
+    const node = make("div", {}, EMPTY_ITEM.test(block) ? block.trim() : build(tokens));
     sources.set(node, source);
     if (old) old.replaceWith(node);
     else into.append(node);

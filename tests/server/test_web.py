@@ -326,6 +326,32 @@ def test_with_the_real_server(visit, serve):
     expect(page.get_by_text("No runs yet").or_(page.locator("#runs thead"))).to_be_visible()
 
 
+def test_tokens_and_continuations_of_the_real_server(visit, serve):
+    page = visit(address=serve().url + "/")
+    expect(page.locator("#models input")).to_have_count(2)
+    page.get_by_label("Token probabilities").check()
+    open_settings(page)
+    page.get_by_label("Tokens at most").fill("5")
+    open_settings(page)
+    for i, model in enumerate(("sft", "pretrain")):
+        choose(page, model)
+        say(page, "你好 a🙂b")
+        wait(page)
+        page.get_by_role("button", name="Continue").click()
+        wait(page)
+        article = page.get_by_role("article").last
+        expect(article).to_contain_text("10 tokens")
+        article.get_by_role("button", name="Tokens", exact=True).click()
+        expect(article.locator(".tokens .note")).to_contain_text("10 tokens, perplexity")
+        article.locator(".token").first.click()
+        expect(article.locator(".detail tr")).to_have_count(5)
+        question = page.locator(".question").nth(i)
+        question.get_by_role("button", name="Where was the model surprised?").click()
+        expect(question.locator(".tokens .note")).to_contain_text("bits per byte")
+        assert "".join(question.locator(".token").all_inner_texts()) == "你好 a🙂b"
+    expect(page.locator(".error:visible")).to_have_count(0)
+
+
 def test_runs_are_drawn_and_compared(visit, site):
     page = visit("runs.html")
     table = page.locator("#runs")

@@ -87,6 +87,14 @@ def test_markdown_is_drawn(chat):
     expect(body).to_contain_text("It costs $5 and $6")
 
 
+def test_a_number_with_a_full_stop_is_no_list(chat):
+    page = chat()
+    say(page, "say:25.")
+    wait(page)
+    expect(page.locator("article .body")).to_have_text("25.")
+    expect(page.locator("article ol")).to_have_count(0)
+
+
 def test_an_answer_and_its_code_are_copied(chat):
     page = chat(permissions=["clipboard-read", "clipboard-write"])
     say(page, MARKDOWN)
