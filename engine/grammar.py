@@ -23,7 +23,8 @@ from model.chat import ChatTokenizer, encode
 MAX_LENGTH = 2**17  # of a grammar, in characters
 MAX_SECONDS, MAX_BYTES = 5, 2**30  # to compile it
 MAX_CALLS = 16  # of tools in one answer
-MAX_WORDS, MAX_LOOP = 64, 8  # words of a grammar that are tried as ways out of a loop, and tokens of a loop
+MAX_WORDS, MAX_LOOP = 64, 3  # words of a grammar that are tried as ways out of a loop, and tokens of a loop
+MAX_SKIP = 8  # tokens of an earlier plan that may be skipped
 MAX_PLAN, MAX_WORK = 2048, 20_000  # steps of a search for a completion, and of all searches of an answer
 LIMITS = dict(step_lexer_fuel=20_000, step_max_items=10_000, max_lexer_states=20_000, verbose_errors=False)
 OPTIONS = '%llguidance {"no_forcing": true}\n'  # forced texts, which nobody asks for here, may be very long
@@ -134,7 +135,7 @@ class Vocabulary:
         """
         matcher, tokens, seen, work = matcher.deep_copy(), [], Counter(), 0
         while not matcher.is_accepting():
-            for start in range(min(len(old), MAX_LOOP) if old else 0):
+            for start in range(min(len(old), MAX_SKIP) if old else 0):
                 rest = old[start:]
                 if matcher.validate_tokens([*rest, self.end]) > len(rest):
                     return tokens + rest, work
