@@ -74,8 +74,9 @@ class Sequence:
         return token
 
     def suppressed(self) -> frozenset[int]:
-        """Tokens that cannot be chosen now."""
-        return self.suppress_tokens | self.stop_ids if len(self.tokens) < self.min_new_tokens else self.suppress_tokens
+        """Tokens that cannot be chosen now. Where a constraint is, it says when an answer may end."""
+        is_early = len(self.tokens) < self.min_new_tokens and self.constraint is None
+        return self.suppress_tokens | self.stop_ids if is_early else self.suppress_tokens
 
 
 class Engine:

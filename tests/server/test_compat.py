@@ -68,6 +68,14 @@ def test_an_answer_has_at_least_so_many_tokens(client, say, tokenizer, live):
     assert lengths["ignore"] == [8 * 40, {"length"}]
 
 
+def test_a_schema_says_when_an_answer_ends(client):
+    """Otherwise no token could be chosen after its end."""
+    fields = dict(response_format={"type": "json_object"}, max_tokens=200, extra_body={"ignore_eos": True})
+    for temperature in (0, 1):
+        answer = chat(client, temperature=temperature, seed=1, **fields).choices[0]
+        assert isinstance(json.loads(answer.message.content), dict)
+
+
 def test_penalties_are_those_of_openai(client, live, monkeypatch):
     """logits - frequency_penalty * count - presence_penalty * (count > 0), of the generated tokens alone."""
     seen = []
@@ -98,9 +106,9 @@ def test_reasoning_is_switched_off_as_qwen_and_openai_do(client, live, monkeypat
     configs = []
     of = Service._prepare
 
-    def prepare(service, served, request):
+    def prepare(service, served, request, *rest):
         configs.append(request.generation_config(1000))
-        return of(service, served, request)
+        return of(service, served, request, *rest)
 
     monkeypatch.setattr(Service, "_prepare", prepare)
     for fields in ({}, {"chat_template_kwargs": {"enable_thinking": False}}, {"reasoning_effort": "none"}):
