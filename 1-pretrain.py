@@ -17,7 +17,7 @@ from base.cli import run
 from model.checkpoint import load_model
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
-from training.flags import parse_flags, run_settings
+from training.flags import ROPE_FLAGS, parse_flags, run_settings
 from training.loop import Run
 from training.loss import evaluate, next_token_loss
 from training.machine import start_machine
@@ -31,7 +31,10 @@ PRESET_HINT = "--preset small trains this size with Muon, and learns faster: los
 def main():
     args = parse_flags(
         __doc__,
-        {"--sample_prompt": dict(help='what each validation continues; without it, a text\'s beginning; "": nothing')},
+        ROPE_FLAGS
+        | {
+            "--sample_prompt": dict(help='what each validation continues; without it, a text\'s beginning; "": nothing')
+        },
         data=Path("dataset/pretrain"),
         out_dir=Path("out/pretrain"),
         epochs=5,

@@ -18,7 +18,7 @@ from base.cli import run
 from model.checkpoint import load_model
 from model.model import CausalLM
 from training.balance import expert_balance
-from training.flags import parse_flags, run_settings
+from training.flags import ROPE_FLAGS, parse_flags, run_settings
 from training.loop import Run
 from training.loss import evaluate, token_log_probs
 from training.machine import start_machine
@@ -43,6 +43,7 @@ def assistant_loss(model: CausalLM, batch: Batch):
 def main():
     args = parse_flags(
         __doc__,
+        ROPE_FLAGS,
         data=Path("dataset/sft"),
         init_from=Path("out/pretrain"),
         out_dir=Path("out/sft"),

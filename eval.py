@@ -39,12 +39,13 @@ from corpus.records import each_record, request_of, text_of
 from engine.decoding import pack_for_decoding
 from engine.generation import Engine
 from engine.grammar import compile_grammar, read_schema
-from engine.session import GenerationConfig, ReplyStream, Session, read_tokens
+from engine.session import GenerationConfig, ReplyStream, Session, read_tokens, sampling_defaults
 from engine.tools import load_tools
 from model.chat import ChatTokenizer, encode, load_tokenizer, tokenizer_fingerprint
 from model.checkpoint import find_checkpoints, find_tokenizer, load_model
 from model.device import choose_device, keep_freed_memory, print_notes
 from model.model import CausalLM
+from training.flags import ROPE_FLAGS
 from training.loss import evaluate, next_token_loss
 from training.machine import Machine
 from training.packing import PackedDataset
@@ -158,12 +159,15 @@ def answer_batch(
 
 
 @torch.inference_mode()
-def perplexity(model: CausalLM, tokenizer: ChatTokenizer, file: str, options: ReadOptions) -> dict:
+def perplexity(
+    model: CausalLM, tokenizer: ChatTokenizer, file: str, options: ReadOptions, max_seq_len: int | None = None
+) -> dict:
     """Mean loss per token in nats, its exponential, and bits per UTF-8 byte, over every text of the file.
 
-    A text longer than the context is split; the first tokens of a part are predicted without those before them.
+    A text longer than max_seq_len tokens (default: the context) is split; the first tokens of a part are predicted
+    without those before them.
     """
-    device, context = model.model.embed_tokens.weight.device, model.config.max_position_embeddings
+    device, context = model.model.embed_tokens.weight.device, max_seq_len or model.config.max_position_embeddings
     loss = 0.0
     tokens = texts = size = 0
     for text in each_record(file, options, lambda record: text_of(record, options.text_field)):
@@ -255,7 +259,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--system", help="system prompt")
     parser.add_argument("--text_field", default="text", help="the field of a record that --perplexity reads")
     parser.add_argument("--encoding", default="", help="of text, such as gb18030; UTF-8 and UTF-16 are recognized")
-    parser.add_argument("--max_seq_len", type=positive, default=512, help="tokens in a row of --data")
+    parser.add_argument(
+        "--max_seq_len", type=positive, help="tokens in a row of --data (default: 512), or in a part of --perplexity"
+    )
+    parser.add_argument("--rope_scaling", **ROPE_FLAGS["--rope_scaling"])
     parser.add_argument("--shots", type=natural, default=0, help="examples from the dev part before each question")
     parser.add_argument(
         "--choice_by", choices=["text", "letter"], default="text", help="compare the options' texts, or A, B, C, D"
@@ -264,13 +271,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON object on the last line")
     group = parser.add_argument_group("generation")
     group.add_argument("--max_new_tokens", type=positive, default=256, help="at most so many tokens per answer")
-    group.add_argument("--temperature", type=not_negative, default=0.7, help="0: greedy")
-    group.add_argument("--top_k", type=natural, default=0, help="sample from the k most probable tokens; 0: from all")
-    group.add_argument(
-        "--top_p", type=fraction, default=0.9, help="sample from the most probable tokens up to this sum"
-    )
-    group.add_argument("--min_p", type=fraction, default=0.0, help="least probability, relative to the highest")
-    group.add_argument("--repetition_penalty", type=above_zero, default=1.1, help="1: none")
+    usual = GenerationConfig()
+    for name, kind, what in (
+        ("temperature", not_negative, "0: greedy"),
+        ("top_k", natural, "sample from the k most probable tokens; 0: from all"),
+        ("top_p", fraction, "sample from the most probable tokens up to this sum"),
+        ("min_p", fraction, "least probability, relative to the highest"),
+        ("repetition_penalty", above_zero, "1: none"),
+    ):
+        default = f"default: the one in the model's generation_config.json, or {getattr(usual, name)}"
+        group.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{what} ({default})")
     group.add_argument(
         "--think", choices=THINK_CHOICES, default="show", help="reasoning; off: the model may not reason"
     )
@@ -300,6 +310,8 @@ def main():
     if args.weight_dtype != "float32" and (device.type != "cpu" or args.data):
         raise UserError("--weight_dtype is for generation on a CPU: give --device cpu, and not --data")
     model = load_model(chosen, device, args.lora).eval()
+    if args.rope_scaling:
+        model.config.extend(args.rope_scaling)
     n_parameters = model.num_parameters()
     if device.type == "cpu" and not args.data:  # --data computes the loss with the layers of training
         model = pack_for_decoding(model, args.weight_dtype)
@@ -308,7 +320,8 @@ def main():
     if tokenizer.problem:
         print(f"{directory}: {tokenizer.problem}; until then it continues texts", file=sys.stderr)
     names = {field.name for field in fields(GenerationConfig)}
-    config = GenerationConfig(**{name: value for name, value in vars(args).items() if name in names})
+    given = {name: value for name, value in vars(args).items() if name in names}
+    config = GenerationConfig(**sampling_defaults(model.generation_config) | given)
     if args.json_schema and args.tools:
         raise UserError("an answer that is JSON of --json_schema calls no --tools: omit one of them")
     grammar = compile_grammar(tokenizer, read_schema(args.json_schema)) if args.json_schema else None
@@ -317,9 +330,9 @@ def main():
     figures = {}
     if args.perplexity:
         options = ReadOptions(args.text_field, args.encoding)
-        figures = perplexity(model, tokenizer, args.perplexity, options)
+        figures = perplexity(model, tokenizer, args.perplexity, options, args.max_seq_len)
     elif args.data:
-        figures = validation(model, directory, args.data, args.max_seq_len)
+        figures = validation(model, directory, args.data, args.max_seq_len or 512)
     elif args.choice:
         figures = choice(model, tokenizer, args.choice, args.encoding, args.shots, args.choice_by, args.batch_size)
     elif args.batch:

@@ -26,15 +26,17 @@ from torch import nn
 
 from base.files import write_file
 from corpus.hub import model_folder
+from engine.session import GenerationConfig, sampling_defaults
+from model.chat import load_tokenizer
 from model.checkpoint import base_of, load_model, replacing_model, save_model
-from model.gguf import WEIGHT_TYPES, architecture, write_gguf, write_modelfile
+from model.gguf import WEIGHT_TYPES, check_exportable, write_gguf, write_modelfile
 from model.model import CausalLM
 from model.verify import verify_folder, verify_gguf
 
 
 def export_gguf(model: CausalLM, source: Path, output: Path, name: str, weight_type: str) -> Path:
     """One GGUF file in the folder `output`; other files there stay. source: the model's folder, with its tokenizer."""
-    architecture(model.config)  # UserError for a model that llama.cpp does not have, before the folder is made
+    check_exportable(model.config, source)  # before the folder is made
     path = output / f"{name}-{weight_type}.gguf"
     report = ""
 
@@ -50,7 +52,8 @@ def export_gguf(model: CausalLM, source: Path, output: Path, name: str, weight_t
 
 def export_ollama(model: CausalLM, source: Path, output: Path, name: str, weight_type: str):
     path = export_gguf(model, source, output, name, weight_type)
-    write_modelfile(output / "Modelfile", model, path)
+    sampling = vars(GenerationConfig(**sampling_defaults(model.generation_config)))
+    write_modelfile(output / "Modelfile", model, path, load_tokenizer(source), sampling)
     command = ["ollama", "create", name, "-f", str(output / "Modelfile")]
     print(f"{output / 'Modelfile'}\nnext: {join_words(command)}")
 

@@ -4,6 +4,7 @@
     python -m bench.train_speed --preset small --data dataset/pretrain
     python -m bench.train_speed --preset tiny mini --chats             the demonstration's short chats
     python -m bench.train_speed --preset mini --chats YOUR_CHATS.jsonl
+    python -m bench.train_speed --model SmolLM2-135M --batch_size 1    an open model of these sizes
 
 Both models are the same function, of the same size, with the same optimizer (fused AdamW, float32 weights) and input:
 rows packed with texts. Without --qk_norm it is a Llama, with it a Qwen3, which is what the presets train. Jiezi keeps
@@ -34,6 +35,7 @@ import torch
 
 from base.cli import HelpFormatter, positive, run
 from bench.contest import TOKENIZER, Contest, ratio
+from model.checkpoint import load_config
 from model.device import keep_freed_memory
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
@@ -116,7 +118,7 @@ def transformers(config: LMConfig, batch: Batch, compiled: bool = False) -> Call
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.to_hf()))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.to_hf()), dtype=torch.float32)
     labels = batch.labels.clone()
     labels[:, 1:] = batch.labels[:, :-1]  # transformers shifts them itself
     labels[:, 0] = IGNORE
@@ -195,6 +197,7 @@ def cpu_name() -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--preset", nargs="+", choices=PRESETS, default=["mini", "small"], help="sizes")
+    parser.add_argument("--model", type=Path, help="folder of a model, whose architecture and sizes replace a preset's")
     parser.add_argument("--data", type=Path, help="prepared data; without it, random tokens in texts of natural length")
     parser.add_argument(
         "--chats", type=Path, nargs="?", const=True, help="train on a file of chats; without FILE, on the demo's"
@@ -203,7 +206,10 @@ def main():
     parser.add_argument("--compile", action="store_true", help="both with torch.compile")
     args = measuring_flags(parser)
     libraries = [transformers]
-    batch = made_up_batch(args.batch_size, args.max_seq_len, LMConfig().vocab_size)
+    configs = {preset: LMConfig(**PRESETS[preset], qk_norm=args.qk_norm) for preset in args.preset}
+    if args.model:
+        configs = {args.model.name: load_config(args.model)}
+    batch = made_up_batch(args.batch_size, args.max_seq_len, next(iter(configs.values())).vocab_size)
     if args.data:
         data = PackedDataset(args.data, "train", args.max_seq_len)
         batch = data.batch(data.order(0, 0)[: args.batch_size])
@@ -211,9 +217,8 @@ def main():
         batch = chat_batch(None if args.chats is True else args.chats, args.batch_size, args.max_seq_len)
         libraries += [trl] if importlib.util.find_spec("trl") else []
         print(f"{len(batch.documents)} chats, {batch.scored / batch.real_tokens:.0%} of their tokens are scored")
-    for preset in args.preset:
-        config = LMConfig(**PRESETS[preset], qk_norm=args.qk_norm)
-        measure(preset, config, batch, args.steps, args.compile, libraries)
+    for name, config in configs.items():
+        measure(name, config, batch, args.steps, args.compile, libraries)
 
 
 if __name__ == "__main__":

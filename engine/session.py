@@ -1,6 +1,7 @@
 """A chat with a model: messages to tokens and back, reasoning, and tools that are called during generation."""
 
 import json
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,6 +34,22 @@ class GenerationConfig:
     @property
     def sampling(self) -> Sampling:
         return Sampling(**{name: getattr(self, name) for name in Sampling._fields})
+
+
+def sampling_defaults(generation: dict) -> dict:
+    """What a generation_config.json says about sampling, as fields of GenerationConfig; {} if it says nothing.
+
+    What it leaves out is then as in Hugging Face's library: the model's own distribution; "do_sample": false is greedy.
+    """
+    least = {"temperature": 0, "top_k": 0, "top_p": 0, "min_p": 0, "repetition_penalty": 1e-3}
+    said = {}
+    for name, limit in least.items():
+        value = generation.get(name)
+        if type(value) in (int, float) and limit <= value < math.inf:
+            said[name] = value
+    if generation.get("do_sample") is False:
+        said["temperature"] = 0.0
+    return dict(temperature=1.0, top_p=1.0, repetition_penalty=1.0) | said if said else {}
 
 
 class Reply(NamedTuple):

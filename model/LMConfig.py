@@ -4,6 +4,7 @@ Edit the defaults of LMConfig to resize the model, or pick a preset for one run 
 the size from the checkpoint. The names are Hugging Face's, so its documentation applies.
 """
 
+import argparse
 import dataclasses
 import math
 from dataclasses import dataclass, fields
@@ -117,6 +118,17 @@ class LMConfig:
         if self.num_experts_per_tok == 1:
             self.norm_topk_prob = False  # a single weight divided by itself is always 1: the router gets no gradient
 
+    def extend(self, scaling: dict):
+        """Scales the rotation (model/rope.py), to a context of `factor` times the trained length.
+
+        original_max_position_embeddings is the trained length; without it, the context of today or the one that an
+        earlier scaling names. UserError for a scaling that is not supported.
+        """
+        trained = (self.rope_scaling or {}).get("original_max_position_embeddings", self.max_position_embeddings)
+        self.rope_scaling = check_scaling({"original_max_position_embeddings": trained} | scaling)
+        length = self.rope_scaling["factor"] * self.rope_scaling["original_max_position_embeddings"]
+        self.max_position_embeddings = max(self.max_position_embeddings, int(length))
+
     def to_hf(self) -> dict:
         """The content of config.json. One that was loaded stays as it was, but for fields that have changed since."""
         if self.hf is None:
@@ -224,6 +236,21 @@ ROPE_FIELDS = {  # rope_type -> the numbers that it needs, and those that it may
     "llama3": ({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}, set()),
     "yarn": ({"factor", "original_max_position_embeddings"}, {"attention_factor", "beta_fast", "beta_slow"}),
 }
+
+
+def parse_scaling(text: str) -> dict:
+    """The type of a flag: TYPE:FACTOR or TYPE:FACTOR:TRAINED_LENGTH, such as yarn:4."""
+    kind, *numbers = text.split(":")
+    scaling = {"rope_type": kind} | ({"low_freq_factor": 1.0, "high_freq_factor": 4.0} if kind == "llama3" else {})
+    try:
+        scaling["factor"] = float(numbers[0])
+        if len(numbers) > 1:
+            scaling["original_max_position_embeddings"] = int(numbers[1])
+        check_scaling({"original_max_position_embeddings": 1} | scaling)
+    except (ValueError, IndexError) as error:  # a UserError too
+        reason = error if isinstance(error, UserError) else "must be TYPE:FACTOR, such as yarn:4"
+        raise argparse.ArgumentTypeError(f"{reason}: {text}") from None
+    return scaling
 
 
 def _read_scaling(hf: dict) -> dict | None:

@@ -1,7 +1,7 @@
 """GGUF, the format of llama.cpp, Ollama and LM Studio: one file with weights, tokenizer and chat template.
 
-The architectures are llama.cpp's own: llama, qwen3 with QK-norm, glm4moe with experts (both routers). llama_cpp.py
-reads such a file. Both packages are in requirements/export.txt.
+The architectures are llama.cpp's own: llama, qwen2 with biases, qwen3 with QK-norm, glm4moe with experts (both
+routers). llama_cpp.py reads such a file. Both packages are in requirements/export.txt.
 """
 
 import copy
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from base.cli import UserError, import_extra
 from base.files import read_json, write_file
-from model.chat import BOS, EOS, IM_END, SPECIAL_TOKENS, THINK, TOOLS, load_tokenizer
+from model.chat import SPECIAL_TOKENS, THINK, TOOLS, ChatTokenizer, load_tokenizer
 from model.LMConfig import LMConfig
 from model.model import CausalLM
+from model.rope import rope_frequencies, scale_frequencies, yarn_size
 
 WEIGHT_TYPES = {  # of the matrices, and gguf's name for such a file
     "f32": "ALL_F32",
@@ -48,12 +49,20 @@ def write_gguf(path: Path, model: CausalLM, tokenizer_dir: Path, weight_type: st
 
 
 def architecture(config: LMConfig) -> str:
-    """llama.cpp's name. UserError for an activation that its architectures do not have."""
+    """llama.cpp's name. UserError for an activation or a rotation that its architectures do not have."""
     if config.hidden_act != "silu":
         raise UserError(f'llama.cpp has this architecture only with hidden_act "silu", not "{config.hidden_act}"')
-    if config.use_moe:
-        return "glm4moe"
-    return "qwen3" if config.qk_norm else "llama"
+    name = "glm4moe" if config.use_moe else "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
+    if config.rope_scaling and config.rope_scaling["rope_type"] == "llama3" and name != "llama":
+        raise UserError(f'llama.cpp has rope_type "llama3" only with the architecture llama, not {name}: use "yarn"')
+    return name
+
+
+def check_exportable(config: LMConfig, directory: Path):
+    """UserError for a model or a tokenizer that llama.cpp does not have."""
+    architecture(config)
+    if not load_tokenizer(directory).is_own:
+        pre_tokenizer(read_json(directory / "tokenizer.json"))
 
 
 def matrix_type(name: str, tensor: Tensor, weight_type: str) -> str:
@@ -88,6 +97,7 @@ def add_sizes(writer, config: LMConfig):
     writer.add_value_length(config.head_dim)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_theta)
+    add_scaling(writer, config.rope_scaling)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     if config.use_moe:
@@ -102,16 +112,97 @@ def add_sizes(writer, config: LMConfig):
         writer.add_expert_weights_scale(config.routed_scaling_factor)
 
 
+def add_scaling(writer, scaling: dict | None):
+    """Of the rotation; llama3's is a tensor (to_gguf)."""
+    if scaling is None or scaling["rope_type"] == "llama3":
+        return
+    writer.add_rope_scaling_type(import_extra("gguf").RopeScalingType(scaling["rope_type"]))
+    writer.add_rope_scaling_factor(scaling["factor"])
+    if scaling["rope_type"] == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+        writer.add_rope_scaling_yarn_beta_fast(scaling.get("beta_fast", 32))
+        writer.add_rope_scaling_yarn_beta_slow(scaling.get("beta_slow", 1))
+        usual = yarn_size(scaling["factor"])  # llama.cpp multiplies by this itself
+        writer.add_rope_scaling_attn_factors(scaling.get("attention_factor", usual) / usual)
+
+
 def add_tokenizer(writer, model: CausalLM, directory: Path):
-    """Tokens with their types, scores and merges; for a chat model its template.
+    """Tokens with their types and merges; for a chat model its template. A base model's text may start with a bos; in a
+    chat the template adds it."""
+    tokenizer = load_tokenizer(directory)
+    content = read_json(directory / "tokenizer.json")
+    merges = content["model"].get("merges")
+    if merges is None:
+        raise UserError(f"{directory / 'tokenizer.json'} is not a BPE tokenizer, which GGUF needs")
+    add_pieces = add_sentencepiece if tokenizer.is_own else add_byte_level
+    add_pieces(writer, tokenizer, model.config.vocab_size, content)
+    writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
+    if tokenizer.bos:
+        writer.add_bos_token_id(tokenizer.bos[0])
+    writer.add_add_bos_token(bool(tokenizer.bos) and not model.is_chat)
+    end = tokenizer.eos if tokenizer.is_own or not model.is_chat else tokenizer.end_of_turn
+    if end is not None:
+        writer.add_eos_token_id(end)
+    if model.is_chat:
+        writer.add_eot_token_id(tokenizer.end_of_turn)
+        own = directory / "chat_template.jinja"
+        writer.add_chat_template(tokenizer.template.source if tokenizer.template else own.read_text("utf-8"))
+
+
+def add_byte_level(writer, tokenizer: ChatTokenizer, rows: int, content: dict):
+    """A byte-level tokenizer, as GPT-2's. Tags such as Qwen's <think> are "user defined", as in Qwen's own files."""
+    kinds, types = import_extra("gguf").TokenType, []
+    is_special = {token["id"]: token["special"] for token in content["added_tokens"]}
+    for token_id in range(rows):
+        if token_id in is_special:
+            kind = kinds.CONTROL if is_special[token_id] else kinds.USER_DEFINED
+        else:
+            kind = kinds.UNUSED if tokenizer.id_to_token(token_id) is None else kinds.NORMAL
+        types.append(kind)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre_tokenizer(content))
+    writer.add_token_list([tokenizer.id_to_token(token_id) or f"<|unused_{token_id}|>" for token_id in range(rows)])
+    writer.add_token_types(types)
+
+
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PRE_TOKENIZERS = {  # how a byte-level tokenizer splits a text into words -> llama.cpp's name of it
+    ("ByteLevel",): "gpt-2",
+    ("Digits", "ByteLevel"): "smollm",
+    (WORDS + r"\p{N}" + REST,): "qwen2",
+    (WORDS + r"\p{N}{1,3}" + REST,): "llama-bpe",
+}
+
+
+def pre_tokenizer(content: dict) -> str:
+    """llama.cpp's name for the pre_tokenizer of a tokenizer.json. UserError for one that it does not have."""
+    whole = content.get("pre_tokenizer") or {}
+    steps = []
+    for step in whole.get("pretokenizers") or [whole]:
+        if step.get("type") == "Split":
+            steps.append(step["pattern"].get("Regex"))
+        elif step.get("type") != "ByteLevel" or step.get("use_regex", True):
+            steps.append(step.get("type"))
+    name = PRE_TOKENIZERS.get(tuple(steps))
+    if name is None or (name == "llama-bpe") != bool(content["model"].get("ignore_merges")):
+        raise UserError(
+            f"this tokenizer splits texts in a way that the table of llama.cpp's names does not have ({steps}): "
+            "its model cannot be exported as GGUF; export it with --to bf16"
+        )
+    return name
+
+
+def add_sentencepiece(writer, tokenizer: ChatTokenizer, rows: int, _):
+    """Jiezi's own tokenizer.
 
     llama.cpp merges the pair whose result has the highest score, here the lowest id, as SentencePiece does. The tags of
     reasoning and tools are "user defined", as in Qwen3, so that programs show them; as a side effect llama.cpp encodes
-    a typed tag as the tag. A base model's text starts with a bos; in a chat the template adds it.
+    a typed tag as the tag.
     """
-    kinds, tokenizer = import_extra("gguf").TokenType, load_tokenizer(directory)
+    kinds = import_extra("gguf").TokenType
     pieces, types = [], []
-    for token_id in range(model.config.vocab_size):
+    for token_id in range(rows):
         piece = tokenizer.id_to_token(token_id)
         if piece is None:  # beyond the tokenizer
             kind = kinds.UNUSED
@@ -127,23 +218,13 @@ def add_tokenizer(writer, model: CausalLM, directory: Path):
             kind = kinds.NORMAL
         pieces.append(piece or f"<|unused_{token_id}|>")
         types.append(kind)
-    merges = read_json(directory / "tokenizer.json")["model"].get("merges")
-    if merges is None:
-        raise UserError(f"{directory / 'tokenizer.json'} is not a BPE tokenizer, which GGUF needs")
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(pieces)
     writer.add_token_scores([-float(token_id) for token_id in range(len(pieces))])
     writer.add_token_types(types)
-    writer.add_token_merges([" ".join(pair) for pair in merges])
     writer.add_unk_token_id(0)
-    writer.add_bos_token_id(BOS)
-    writer.add_eos_token_id(EOS)
-    writer.add_add_bos_token(not model.is_chat)
     writer.add_add_space_prefix(False)
-    if model.is_chat:
-        writer.add_eot_token_id(IM_END)
-        writer.add_chat_template((directory / "chat_template.jinja").read_text("utf-8"))
 
 
 def to_gguf(model: CausalLM) -> dict[str, Tensor]:
@@ -167,6 +248,10 @@ def to_gguf(model: CausalLM) -> dict[str, Tensor]:
             tensor = interleave_halves(tensor, config.head_dim)
         name = name.replace("e_score_correction_bias", "e_score_correction.bias")
         translated[names.get_name(name, try_suffixes=(".weight", ".bias"))] = tensor.float().contiguous().cpu()
+    if config.rope_scaling and config.rope_scaling["rope_type"] == "llama3":
+        frequencies = rope_frequencies(config.head_dim, config.rope_theta)
+        scaled, _ = scale_frequencies(frequencies, config.head_dim, config.rope_theta, config.rope_scaling)
+        translated["rope_freqs.weight"] = frequencies / scaled
     return translated
 
 
@@ -190,21 +275,28 @@ def interleave_halves(weight: Tensor, head_dim: int) -> Tensor:
     return heads.transpose(1, 2).flatten(0, 2)  # (heads * D, H)
 
 
-def write_modelfile(path: Path, model: CausalLM, gguf_file: Path):
-    """The Modelfile for `ollama create`: the file, a Go template, stop tokens, and eval.py's sampling parameters."""
+def write_modelfile(path: Path, model: CausalLM, gguf_file: Path, tokenizer: ChatTokenizer, sampling: dict):
+    """The Modelfile for `ollama create`: the file, a Go template, stop tokens, and eval.py's sampling parameters.
+
+    Ollama has a template for each family of open models, which it finds by the one in the file. sampling: temperature,
+    top_p and repetition_penalty.
+    """
     template = "{{ .Prompt }}"  # a base model continues a text
     if model.is_chat:
         template = Path(__file__).with_name("ollama.gotmpl").read_text("utf-8").rstrip("\n")
     parameters = {
         "num_ctx": model.config.max_position_embeddings,
-        "temperature": 0.7,
-        "top_p": 0.9,
-        "repeat_penalty": 1.1,
+        "temperature": sampling["temperature"],
+        "top_p": sampling["top_p"],
+        "repeat_penalty": sampling["repetition_penalty"],
     }
-    lines = [f"FROM ./{gguf_file.name}", f'TEMPLATE """{template}"""']
+    lines = [f"FROM ./{gguf_file.name}"]
+    if tokenizer.is_own or not model.is_chat:
+        lines.append(f'TEMPLATE """{template}"""')
     lines += [f"PARAMETER {name} {value}" for name, value in parameters.items()]
     for token_id in sorted(set(model.stop_token_ids)):
-        if not 0 <= token_id < len(SPECIAL_TOKENS):
+        token = tokenizer.id_to_token(token_id) if token_id in tokenizer.control_ids else None
+        if token is None or not token.isprintable() or '"' in token:
             raise UserError(f"generation_config.json lets the model stop at {token_id}, which is not a control token")
-        lines.append(f'PARAMETER stop "{SPECIAL_TOKENS[token_id]}"')
+        lines.append(f'PARAMETER stop "{token}"')
     write_file(path, lambda temporary: temporary.write_text("\n".join(lines) + "\n", "utf-8"))

@@ -14,14 +14,24 @@ def rope_tables(
     position_ids: Tensor, head_dim: int, theta: float, scaling: dict | None = None
 ) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every position's angles (RoFormer, eq. 15), each (B, T, 1, D/2) in float32."""
-    exponents = torch.arange(0, head_dim, 2, device=position_ids.device) / head_dim  # (D/2,)
-    frequencies = theta**-exponents  # radians per position
+    frequencies = rope_frequencies(head_dim, theta, position_ids.device)
     size = 1.0  # of the rotated vectors
     if scaling is not None:
         frequencies, size = scale_frequencies(frequencies, head_dim, theta, scaling)
     angles = position_ids[..., None, None] * frequencies
     cos, sin = angles.cos(), angles.sin()
     return (cos, sin) if size == 1 else (cos * size, sin * size)
+
+
+def rope_frequencies(head_dim: int, theta: float, device: torch.device | None = None) -> Tensor:
+    """Radians per position of each pair of numbers, (D/2,)."""
+    exponents = torch.arange(0, head_dim, 2, device=device) / head_dim
+    return theta**-exponents
+
+
+def yarn_size(factor: float) -> float:
+    """Of queries and keys, which a longer context makes too alike (arXiv 2309.00071, eq. 22)."""
+    return 0.1 * math.log(max(factor, 1)) + 1
 
 
 def scale_frequencies(frequencies: Tensor, head_dim: int, theta: float, scaling: dict) -> tuple[Tensor, float]:
@@ -49,5 +59,4 @@ def scale_frequencies(frequencies: Tensor, head_dim: int, theta: float, scaling:
     last = min(math.ceil(dimension(scaling.get("beta_slow", 1))), head_dim - 1)
     numbers = torch.arange(head_dim // 2, device=frequencies.device)
     kept = 1 - ((numbers - first) / max(last - first, 0.001)).clamp(0, 1)  # (D/2,)
-    size = scaling.get("attention_factor", 0.1 * math.log(max(scaling["factor"], 1)) + 1)
-    return slow.lerp(frequencies, kept), size
+    return slow.lerp(frequencies, kept), scaling.get("attention_factor") or yarn_size(scaling["factor"])

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from base.cli import one_line
-from model.chat import BOS, EOS, IM_END, encode, encode_chat, load_tokenizer
+from model.chat import ChatTokenizer, encode, encode_chat, load_tokenizer
+from model.checkpoint import stop_ids
 from model.gguf import rounded
 from model.llama_cpp import LlamaCpp
 from model.model import CausalLM
@@ -27,6 +28,7 @@ PLAIN_TEXTS = [  # where tokenizers differ
     "def f(x):\n    return x ** 2  # квадрат",
     "龘靐 🙂👩‍👩‍👧 e\u0301 \u00a0 ﷽",
 ]
+CONTEXT = 2048  # tokens: longer than the texts and chats below
 CONTROL_TEXT = "<|im_start|>user <|end_of_text|> <unk> <0x41>"  # must be encoded as plain text
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
 TOOL = {"type": "function", "function": {"name": "天气", "description": "一城之天气", "parameters": PARAMETERS}}
@@ -44,24 +46,27 @@ CHAT = [
 def verify_gguf(path: Path, model: CausalLM, tokenizer_dir: Path, weight_type: str) -> str:
     """Opens the file in llama.cpp. Returns a sentence on what was compared, with figures."""
     tokenizer = load_tokenizer(tokenizer_dir)
-    llama_cpp = LlamaCpp(path, model.config.max_position_embeddings, threads=1, exact=True)
+    llama_cpp = LlamaCpp(path, min(model.config.max_position_embeddings, CONTEXT), threads=1, exact=True)
+    normalizer = None if tokenizer.is_own else tokenizer.backend.normalizer
     texts = [*PLAIN_TEXTS, CONTROL_TEXT]
     for text in texts:
-        _check(llama_cpp.encode(text) == encode(tokenizer, text), f"tokens of {text!r}")
+        plain = normalizer.normalize_str(text) if normalizer else text  # llama.cpp leaves out Qwen's NFC
+        _check(llama_cpp.encode(plain) == encode(tokenizer, text), f"tokens of {text!r}")
     if model.is_chat:
-        ids, _ = encode_chat(tokenizer, CHAT, [TOOL], add_generation_prompt=True)
+        chat, tools = _chat(tokenizer)
+        ids, _ = encode_chat(tokenizer, chat, tools, add_generation_prompt=True)
         with _using("the chat template"):
-            their_ids = llama_cpp.encode_chat(CHAT, [TOOL])
+            their_ids = llama_cpp.encode_chat(chat, tools)
         _check(their_ids == ids, "tokens of a chat with tools")
-    prompts = _prompts(model, tokenizer_dir)
-    stop = IM_END if model.is_chat else EOS
+    prompts = _prompts(model, tokenizer)
+    stop = tokenizer.end_of_turn if model.is_chat else tokenizer.eos
     stopped = llama_cpp.generate(prompts[0], 2, logit_bias=[[stop, 1000.0]])["stop_type"] == "eos"
     _check(stopped, f"stops at token {stop}")
     in_file, compared = rounded(model, weight_type), []
     for prompt in prompts:
-        ids, theirs = _generate_with_llama_cpp(llama_cpp, prompt, n=8, vocab_size=model.config.vocab_size)
+        ids, places, theirs = _generate_with_llama_cpp(llama_cpp, prompt, 8, model.config.vocab_size, tokenizer)
         with torch.no_grad():
-            ours, meant = (network(ids)[0, len(prompt) - 1 :] for network in (model, in_file))
+            ours, meant = (network(ids)[0, places] for network in (model, in_file))
         compared.append((*_compare(ours, theirs), _compare(meant, theirs)[1]))
     return f"llama.cpp: {_figures(compared, weight_type)}; the stop token, {_same_tokens(model, len(texts))}"
 
@@ -77,14 +82,16 @@ def verify_folder(directory: Path, model: CausalLM, tokenizer_dir: Path, weight_
         theirs = AutoTokenizer.from_pretrained(directory)
     for text in PLAIN_TEXTS:
         _check(theirs(text, add_special_tokens=False).input_ids == encode(ours, text), f"tokens of {text!r}")
-    ids, _ = encode_chat(ours, CHAT, [TOOL], add_generation_prompt=True)
-    with _using("the chat template"):
-        their_ids = theirs.apply_chat_template(CHAT, tools=[TOOL], add_generation_prompt=True, return_dict=False)
-    _check(their_ids == ids, "tokens of a chat with tools")
+    if ours.is_own or model.is_chat:
+        chat, tools = _chat(ours)
+        ids, _ = encode_chat(ours, chat, tools, add_generation_prompt=True)
+        with _using("the chat template"):
+            their_ids = theirs.apply_chat_template(chat, tools=tools, add_generation_prompt=True, return_dict=False)
+        _check(their_ids == ids, "tokens of a chat with tools")
     network = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    _check(network.generation_config.eos_token_id == model.stop_token_ids, "stop tokens")
+    _check(stop_ids(network.generation_config.to_dict()) == model.stop_token_ids, "stop tokens")
     compared = []
-    for prompt in _prompts(model, tokenizer_dir):
+    for prompt in _prompts(model, ours):
         prompt = torch.tensor([prompt])
         with torch.no_grad():
             same, difference = _compare(model(prompt)[0], network(prompt).logits[0].log_softmax(-1))
@@ -106,23 +113,47 @@ def _check(same: bool, what: str):
         raise OSError(f"verification failed: {what} differ from the original")
 
 
-def _prompts(model: CausalLM, tokenizer_dir: Path) -> list[list[int]]:
-    tokenizer = load_tokenizer(tokenizer_dir)
+def _chat(tokenizer: ChatTokenizer) -> tuple[list[dict], list | None]:
+    """CHAT, or a part of it where the format has no tokens for calls of tools."""
+    if "tool_call" in tokenizer.tags and (tokenizer.is_own or tokenizer.template.shows_tools):
+        return CHAT, [TOOL]
+    return [CHAT[1], CHAT[4], CHAT[5]], None
+
+
+def _prompts(model: CausalLM, tokenizer: ChatTokenizer) -> list[list[int]]:
     if not model.is_chat:
-        return [[BOS, *encode(tokenizer, text)] for text in PLAIN_TEXTS]
-    chats = (CHAT[1:2], None), ([{"role": "user", "content": "Who are you?"}], None), (CHAT, [TOOL])
+        return [[*tokenizer.bos, *encode(tokenizer, text)] for text in PLAIN_TEXTS]
+    chats = (CHAT[1:2], None), ([{"role": "user", "content": "Who are you?"}], None), _chat(tokenizer)
     return [encode_chat(tokenizer, messages, tools, add_generation_prompt=True)[0] for messages, tools in chats]
 
 
-def _generate_with_llama_cpp(llama_cpp: LlamaCpp, prompt: list[int], n: int, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Lets llama.cpp generate up to n tokens. Returns their inputs (1, T) and all log-probabilities (n, V)."""
-    steps = llama_cpp.generate(prompt, n, n_probs=vocab_size)["completion_probabilities"]
+def _generate_with_llama_cpp(
+    llama_cpp: LlamaCpp, prompt: list[int], n: int, vocab_size: int, tokenizer: ChatTokenizer
+) -> tuple[Tensor, list[int], Tensor]:
+    """Lets llama.cpp generate up to n tokens. Returns their inputs (1, T), places in them, and the log-probabilities of
+    what follows there (places, V). It tells none of a token that ends within a character."""
+    response = llama_cpp.generate(prompt, n, n_probs=vocab_size)
+    tokens, steps = response["tokens"], response["completion_probabilities"]
     log_probs = torch.full((len(steps), vocab_size), -torch.inf)
     for row, step in zip(log_probs, steps):
         for choice in step["top_logprobs"]:
             row[choice["id"]] = choice["logprob"]
-    generated = [step["id"] for step in steps]
-    return torch.tensor([prompt + generated[:-1]]), log_probs
+    text, places = b"", []
+    for place, token in enumerate(tokens, start=len(prompt) - 1):
+        text += tokenizer.pieces[token] if token < len(tokenizer.pieces) else b""
+        if not _is_cut(text):
+            places.append(place)
+    places = places[: len(steps)]
+    ids = prompt + tokens
+    _check([ids[place + 1] for place in places] == [step["id"] for step in steps], "the positions of generated tokens")
+    return torch.tensor([ids[:-1]]), places, log_probs
+
+
+def _is_cut(text: bytes) -> bool:
+    """Whether llama.cpp waits for the rest of a character: one of the last bytes begins a longer one."""
+    lengths = ((0xE0, 0xC0, 2), (0xF0, 0xE0, 3), (0xF8, 0xF0, 4))  # mask, first byte, bytes of the character
+    last = enumerate(reversed(text[-4:]), start=1)
+    return any(byte & mask == first and n < length for n, byte in last for mask, first, length in lengths)
 
 
 def _compare(logits: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import torch
 
 from base.cli import UserError
 from engine.decoding import pack_for_decoding
+from engine.session import sampling_defaults
 from model.chat import load_tokenizer
 from model.checkpoint import (
     ADAPTER_FILE,
@@ -43,6 +44,7 @@ class Served:
         self.created = int(weights.stat().st_mtime)
         self.is_chat, self.parameters = outline.is_chat, outline.num_parameters()
         self.context = outline.config.max_position_embeddings
+        self.sampling = sampling_defaults(outline.generation_config)
         self.n_answers = 0  # that are being generated or sent
         self.batcher: Batcher | None = None
         self.opening = asyncio.Lock()

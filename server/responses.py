@@ -187,7 +187,7 @@ class ResponseForm:
         self.number = 0  # of the next event
         self.item: dict | None = None  # the last of the output, while it grows
         self.output: list[dict] = []
-        config = chat.generation_config(served.context)
+        config = chat.generation_config(served.context, served.sampling)
         self.response = {
             "id": f"resp_{secrets.token_hex(24)}",
             "object": "response",

@@ -176,9 +176,11 @@ class Request(Body, StructuredRequest):
     stream_options: StreamOptions | None = None
     logit_bias: NotSupported = None
 
-    def generation_config(self, limit: int) -> GenerationConfig:
-        """limit: of max_new_tokens."""
-        given = {field.name: getattr(self, field.name) for field in fields(GenerationConfig)}
+    def generation_config(self, limit: int, defaults: dict | None = None) -> GenerationConfig:
+        """limit: of max_new_tokens. defaults: the model's, for what the request leaves open."""
+        names, defaults = {field.name for field in fields(GenerationConfig)}, defaults or {}
+        given = {name: getattr(self, name) for name in names if name in self.model_fields_set or name not in defaults}
+        given = defaults | given
         given["max_new_tokens"] = most = max(min(self.max_new_tokens, limit), 1)  # 0: the token will not be shown
         if self.ignore_eos:
             given["min_new_tokens"] = ALL

@@ -113,7 +113,7 @@ class Service:
             self.n_compiling -= 1
 
     def _prepare(self, served: Served, request: Request, grammar: Grammar | None) -> list[Answer]:
-        config = request.generation_config(min(self.config.max_new_tokens, served.context))
+        config = request.generation_config(min(self.config.max_new_tokens, served.context), served.sampling)
         session = Session(served.batcher.model, served.tokenizer, config, grammar=grammar)
         tools = {}
         if isinstance(request, CompletionRequest):

@@ -108,6 +108,15 @@ def test_a_text_longer_than_the_context_is_scored_whole(base, evaluate, tmp_path
     assert figures["bytes"] == 40 * len(TEXTS[1].encode())
 
 
+def test_perplexity_beyond_the_trained_length_with_and_without_scaling(base, evaluate, tmp_path):
+    file = write_jsonl(tmp_path / "texts.jsonl", [{"text": TEXTS[1] * 40}])
+    losses = []
+    for flags in ((), ("--max_seq_len", 2 * CONTEXT), ("--max_seq_len", 2 * CONTEXT, "--rope_scaling", "yarn:2")):
+        figures = json.loads(evaluate(base, "--perplexity", file, "--json", *flags).out.splitlines()[-1])
+        losses.append(figures["loss"])
+    assert len({round(loss, 5) for loss in losses}) == 3
+
+
 def test_validation_loss_is_the_one_that_training_reports(data, run_here, evaluate, tmp_path):
     flags = ["--data", data, "--preset", "tiny", "--max_seq_len", "64", "--batch_size", "2", "--max_steps", "1"]
     assert run_here("1-pretrain.py", *flags, "--out_dir", tmp_path / "out", "--eval_rows", "1").status == 0

@@ -8,7 +8,9 @@ from typing import TypeVar
 
 from base.cli import HelpFormatter, above_zero, fraction, natural, not_negative, positive, positive_or_auto
 from corpus.hub import model_folder
-from model.LMConfig import PRESETS
+from model.chat import load_tokenizer
+from model.checkpoint import load_outline
+from model.LMConfig import PRESETS, parse_scaling
 from training.cost import StepSettings
 from training.log import LogSettings
 from training.machine import launch
@@ -35,6 +37,17 @@ LORA_FLAGS = {  # for the stages that can train an adapter: name -> options of a
     "--lora_dropout": dict(type=fraction, default=0.0, help="fraction of an adapter's inputs set to 0 in training"),
     "--lora_targets": dict(
         nargs="+", metavar="NAME", help="matrices that get an adapter; default: all (with experts: those of attention)"
+    ),
+}
+
+SMALL = 26e6  # parameters of the preset
+
+ROPE_FLAGS = {  # for the stages that train all weights on texts or chats, and for eval.py
+    "--rope_scaling": dict(
+        type=parse_scaling,
+        metavar="TYPE:FACTOR",
+        help="scale RoPE to a context of FACTOR times the trained length: yarn:4, or yarn:4:512 with that length; "
+        "TYPE: yarn, linear or llama3",
     ),
 }
 
@@ -105,8 +118,10 @@ def parse_flags(description: str, stage_flags: dict[str, dict] | None = None, **
     flag = parser.add_argument_group("this stage").add_argument
     for name, options in (stage_flags or {}).items():
         flag(name, **options)
-    parser.set_defaults(**stage_defaults)
-    parser.set_defaults(**TRAINING_FLAGS.get(parser.parse_known_args()[0].preset, {}))
+    parser.set_defaults(rope_scaling=None, **stage_defaults)
+    known = parser.parse_known_args()[0]
+    parser.set_defaults(**TRAINING_FLAGS.get(known.preset, {}))
+    parser.set_defaults(**open_model_rates(known.init_from, stage_defaults))
     args = parser.parse_args()
     if args.min_learning_rate > args.learning_rate:
         parser.error(f"--min_learning_rate {args.min_learning_rate} is above --learning_rate {args.learning_rate}")
@@ -122,6 +137,19 @@ def parse_flags(description: str, stage_flags: dict[str, dict] | None = None, **
     return args
 
 
+def open_model_rates(init_from: Path | None, stage_defaults: dict) -> dict[str, float]:
+    """Default learning rates for an open model: the stage's, which were measured with Jiezi's `small`, multiplied by
+    (26 million / parameters)^(2/3); docs/open_models_en.md has the measurements. {} for Jiezi's own models."""
+    folder = model_folder(init_from)
+    if folder is None or not all((folder / name).is_file() for name in ("config.json", "tokenizer.json")):
+        return {}
+    if load_tokenizer(folder).is_own:
+        return {}
+    factor = min(1.0, (SMALL / load_outline(folder).num_parameters()) ** (2 / 3))
+    rates = {name: stage_defaults[name] for name in ("learning_rate", "min_learning_rate") if name in stage_defaults}
+    return {name: float(f"{factor * rate:.2g}") for name, rate in rates.items()}
+
+
 @dataclass(frozen=True)
 class RunSettings:
     """What training/loop.py needs to know, by the part that uses it."""
@@ -133,6 +161,7 @@ class RunSettings:
     log: LogSettings
     seed: int
     preset: str | None
+    rope_scaling: dict | None
     compile: bool
     fit_batch: bool
     log_interval: int

@@ -60,6 +60,8 @@ class Run:
         loss reads, so that --resume needs the same one.
         """
         self.settings, self.machine, self.model, self.train_set = settings, machine, model, train_set
+        if settings.rope_scaling:
+            model.config.extend(settings.rope_scaling)
         check_compatible(settings, model.config, train_set)
         if train_set.masked:
             model.end_of_turn = load_tokenizer(train_set.tokenizer_dir).end_of_turn

@@ -4,7 +4,7 @@ import pytest
 from helpers import TOKENIZER, sharp_model
 
 from engine.generation import Engine
-from engine.session import GenerationConfig, ReplyStream, Session
+from engine.session import GenerationConfig, ReplyStream, Session, sampling_defaults
 from engine.tools import load_tools
 from model.chat import EOS, IM_END, THINK, TOOL_CALL, encode, encode_chat, load_tokenizer
 from model.LMConfig import PRESETS, LMConfig
@@ -128,3 +128,23 @@ def test_reasoning_and_answer_stand_apart(tokenizer):
             stream.put(token)
     stream.end()
     assert stream.reply()[:2] == ("42。", "六七四十二\n对")
+
+
+@pytest.mark.parametrize(
+    ("generation", "expected"),
+    [
+        ({"bos_token_id": 1, "eos_token_id": [2, 4]}, {}),
+        ({"do_sample": False}, {"temperature": 0.0}),
+        (
+            {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95},
+            dict(temperature=0.6, top_k=20, top_p=0.95),
+        ),
+        ({"repetition_penalty": 1.05}, {"repetition_penalty": 1.05}),
+        ({"temperature": "hot", "top_p": -1, "top_k": None, "repetition_penalty": float("nan")}, {}),
+    ],
+    ids=str,
+)
+def test_a_model_says_how_it_is_sampled(generation, expected):
+    neutral = dict(temperature=1.0, top_p=1.0, repetition_penalty=1.0)
+    assert sampling_defaults(generation) == (neutral | expected if expected else {})
+    GenerationConfig(**sampling_defaults(generation))

@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 
 import export
 from base.cli import UserError
-from model.chat import EOS, IM_END, SPECIAL_TOKENS
+from engine.session import GenerationConfig
+from model.chat import EOS, IM_END, SPECIAL_TOKENS, load_tokenizer
 from model.checkpoint import check_model, load_model, load_outline, save_model
 from model.gguf import write_modelfile
 from model.lora import apply_lora
@@ -169,13 +170,13 @@ def test_stop_tokens_of_any_kind_in_a_modelfile(ids, world):
     model = load_model(world / "sft")
     path = world / "Modelfile"
     if all(0 <= token_id < len(SPECIAL_TOKENS) for token_id in model.stop_token_ids):
-        write_modelfile(path, model, Path("x.gguf"))
+        write_modelfile(path, model, Path("x.gguf"), load_tokenizer(TOKENIZER), vars(GenerationConfig()))
         stops = [line for line in path.read_text("utf-8").splitlines() if line.startswith("PARAMETER stop")]
         assert set(stops) <= {'PARAMETER stop "<|end_of_text|>"', 'PARAMETER stop "<|im_end|>"'}
         assert len(stops) == len(set(stops)) > 0
     else:
         with pytest.raises(UserError, match="not a control token"):
-            write_modelfile(path, model, Path("x.gguf"))
+            write_modelfile(path, model, Path("x.gguf"), load_tokenizer(TOKENIZER), vars(GenerationConfig()))
         assert not path.exists()
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import PAGES, TOKENIZER, greedy, make_text, prompt, sharp_model
 
+from engine.session import GenerationConfig
 from model import gguf
 from model.chat import EOS, IM_END, encode, encode_chat, load_tokenizer
 from model.checkpoint import load_model, save_model
@@ -64,7 +65,7 @@ def test_eval_answers_the_same(question, tmp_path, run_here):
     save_model(tmp_path / "sft", chat_model(), TOKENIZER)
     result = run_here("export.py", tmp_path / "sft", "--to", "ollama", "--type", "f32")
     assert result.status == 0, result.err
-    assert "a chat with tools and thinking" in result.out
+    assert "a chat with tools and reasoning" in result.out
     llama_cpp = LlamaCpp(tmp_path / "sft-ollama" / "sft-f32.gguf", 256, threads=1, exact=True)
     messages = [{"role": "user", "content": question}]
     ids, _ = encode_chat(load_tokenizer(TOKENIZER), messages, add_generation_prompt=True)
@@ -99,7 +100,7 @@ def test_a_base_model_begins_with_bos_and_has_no_template(tmp_path):
     verify_gguf(path, model, TOKENIZER, "f16")
     ids = encode(load_tokenizer(TOKENIZER), "春天")
     assert LlamaCpp(path, 256, threads=1).post("tokenize", content="春天", add_special=True)["tokens"] == [1, *ids]
-    gguf.write_modelfile(tmp_path / "Modelfile", model, path)
+    gguf.write_modelfile(tmp_path / "Modelfile", model, path, load_tokenizer(TOKENIZER), vars(GenerationConfig()))
     assert 'TEMPLATE """{{ .Prompt }}"""' in (tmp_path / "Modelfile").read_text("utf-8")
 
 

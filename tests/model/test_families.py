@@ -1,19 +1,32 @@
 """Models of others: each family against transformers, and what their files contain beside what ours do."""
 
+import argparse
 import json
+import sys
 
 import pytest
 import torch
-from helpers import TOKENIZER, greedy, random_ids
+from helpers import TOKENIZER, greedy, random_ids, random_model
+from open_models import write_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from base.cli import UserError
 from engine.decoding import FORMATS, pack_for_decoding
-from model.checkpoint import TOKENIZER_FILES, check_model, load_config, load_model, save_model, weights_fingerprint
-from model.LMConfig import LMConfig
+from model.checkpoint import (
+    TOKENIZER_FILES,
+    check_model,
+    load_config,
+    load_model,
+    load_outline,
+    save_model,
+    weights_fingerprint,
+)
+from model.LMConfig import PRESETS, LMConfig, parse_scaling
 from model.lora import apply_lora, merge_lora
 from model.shrink import keep_layers
+from training import flags
+from training.flags import parse_flags
 
 SIZES = dict(vocab_size=6400, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4)
 SIZES |= dict(num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2)
@@ -152,6 +165,58 @@ def test_biases_survive_an_adapter(tmp_path):
     assert torch.equal(model(ids), before)
     merge_lora(model)
     assert torch.allclose(model(ids), before, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ a longer context
+
+
+def test_a_flag_extends_the_context_of_a_model(tmp_path):
+    model, ids = random_model(LMConfig(**PRESETS["tiny"] | dict(max_position_embeddings=32))), random_ids(1, 100)
+    before = model(ids[:, :20])
+    model.config.extend(parse_scaling("yarn:4"))
+    assert (model.config.max_position_embeddings, model.config.rope_scaling["factor"]) == (128, 4)
+    assert not torch.allclose(model(ids[:, :20]), before, atol=1e-3)
+    save_model(tmp_path, model, TOKENIZER)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.allclose(model(ids), theirs(ids).logits, atol=1e-4)
+    assert load_config(tmp_path) == model.config
+    again = load_config(tmp_path)
+    again.extend(parse_scaling("linear:8"))  # of the trained length, not of the extended one
+    assert again.max_position_embeddings == 256
+    assert LMConfig.from_hf(again.to_hf()) == again
+
+
+@pytest.mark.parametrize("text", ["yarn", "yarn:x", "yarn:0", "dynamic:2", "yarn:4:x", "linear:nan", ""])
+def test_a_wrong_scaling_is_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError):
+        parse_scaling(text)
+
+
+def test_named_length_is_the_trained_one():
+    config = LMConfig(**PRESETS["tiny"])
+    config.extend(parse_scaling("llama3:4:256"))
+    assert config.max_position_embeddings == 2048  # which is more than 4 x 256
+    assert config.rope_scaling["original_max_position_embeddings"] == 256
+
+
+# -------------------------------------------------------------------------------------------------- learning rates
+
+
+def test_learning_rates_follow_the_size_of_an_open_model(tmp_path, monkeypatch):
+    def rates(folder, *words):
+        monkeypatch.setattr(sys, "argv", ["2-sft.py", "--init_from", str(folder), *words])
+        args = parse_flags("", learning_rate=5e-4, min_learning_rate=5e-5)
+        return args.learning_rate, args.min_learning_rate
+
+    make_folder(tmp_path / "own", "llama")
+    assert rates(tmp_path / "own") == (5e-4, 5e-5)
+    make_folder(tmp_path / "open", "llama")
+    write_tokenizer(tmp_path / "open")
+    assert rates(tmp_path / "open") == (5e-4, 5e-5)  # smaller than `small`
+    monkeypatch.setattr(flags, "SMALL", load_outline(tmp_path / "open").num_parameters() / 27)
+    assert rates(tmp_path / "open") == (5.6e-5, 5.6e-6)  # 27^(2/3) = 9
+    assert rates(tmp_path / "open", "--learning_rate", "3e-4")[0] == 3e-4
+    assert rates(tmp_path / "own") == (5e-4, 5e-5)
 
 
 # ------------------------------------------------------------------------------------------ files that others write
