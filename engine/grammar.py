@@ -23,7 +23,7 @@ from model.chat import ChatTokenizer, encode
 MAX_LENGTH = 2**17  # of a grammar, in characters
 MAX_SECONDS, MAX_BYTES = 5, 2**30  # to compile it
 MAX_CALLS = 16  # of tools in one answer
-MAX_WORDS, MAX_LOOP = 64, 3  # words of a grammar that are tried as ways out of a loop, and tokens of a loop
+MAX_WORDS, MAX_LOOP = 64, 8  # words of a grammar that are tried as ways out of a loop, and tokens of a loop
 MAX_SKIP = 8  # tokens of an earlier plan that may be skipped
 MAX_PLAN, MAX_WORK = 2048, 20_000  # steps of a search for a completion, and of all searches of an answer
 LIMITS = dict(step_lexer_fuel=20_000, step_max_items=10_000, max_lexer_states=20_000, verbose_errors=False)
