@@ -313,7 +313,7 @@ def main():
     if args.rope_scaling:
         model.config.extend(args.rope_scaling)
     n_parameters = model.num_parameters()
-    if device.type == "cpu" and not args.data:  # --data computes the loss with the layers of training
+    if not args.data:  # --data computes the loss with the layers of training
         model = pack_for_decoding(model, args.weight_dtype)
     directory = find_tokenizer(chosen, args.lora)
     tokenizer = load_tokenizer(directory)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from model.device import to_device
 from model.model import CausalLM
 
 
@@ -26,8 +27,8 @@ class KVCache:
         self.lengths = lengths
         self.length = max(lengths, default=0)
         self.aligned = len(set(lengths)) <= 1  # then no mask is needed
-        device = self.keys[0].device
-        self.ends = (torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device))  # (row, position)
+        rows_and_positions = torch.tensor([range(len(lengths)), lengths], dtype=torch.int64)
+        self.ends = tuple(to_device(rows_and_positions, self.keys[0].device))
 
     def mask(self) -> Tensor | None:
         """For one new token per row: True for the positions it attends to, itself included, (B, 1, 1, S); None: all."""
@@ -52,7 +53,9 @@ class KVCache:
 
     def advance(self, tokens: int):
         """Call this after `tokens` new tokens of every row have passed all layers."""
-        self.set_lengths([length + tokens for length in self.lengths])
+        self.lengths = [length + tokens for length in self.lengths]
+        self.length += tokens
+        self.ends[1].add_(tokens)  # on the device, which need not be waited for
 
     def remove(self, row: int):
         """Frees a row; the last row takes its place."""

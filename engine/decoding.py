@@ -1,19 +1,25 @@
-"""A trained model with its weights packed for decoding on a CPU, where every new token reads every weight once.
+"""A trained model with its weights packed for decoding, where every new token reads every weight once.
 
-Layers with the same input become one matrix product, and weights are contiguous in the order in which threads read
-them. The layers below repeat the forward passes of model/model.py; compare() checks that they still agree.
+Layers with the same input become one matrix product. On a CPU weights are contiguous in the order in which threads read
+them. On a GPU, where a token's kernels are so small that launching them takes the time, there are fewer of them, and
+weights and cache have 16 bits if the GPU has bfloat16. The layers below repeat the forward passes of model/model.py;
+compare() checks that they still agree.
 """
 
 import copy
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from base.cli import UserError
 from engine.cache import KVCache
 from model.cpu import rotate
 from model.model import Attention, CausalLM, FeedForward, RMSNorm
-from model.operators import Mask, attend
+from model.operators import Mask, attend, card_capability
 
 PARTS = 8  # of a product's inner dimension: threads take them in turn, each reading contiguous memory
 FEW_ROWS = 32  # up to this many rows, reading the weights takes most of the time
@@ -87,6 +93,32 @@ class Int8Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+class FusedLinear(nn.Module):
+    """The same on a GPU, in its precision."""
+
+    def __init__(self, *linears: nn.Linear, dtype: torch.dtype):
+        super().__init__()
+        self.weight = torch.cat([linear.weight.detach() for linear in linears]).to(dtype)  # (out, in)
+        bias = joined_bias(linears)
+        self.bias = None if bias is None else bias.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+
+class FusedNorm(nn.Module):
+    """RMSNorm on a GPU: torch's kernel, which takes one dtype and sums in float32; weight (H,), or (heads, D)."""
+
+    def __init__(self, weight: Tensor, eps: float, dtype: torch.dtype):
+        super().__init__()
+        self.weight, self.eps = weight.detach().to(dtype), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight.dim() == 1:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape[-1:], None, self.eps) * self.weight
+
+
 class DecodingNorm(nn.Module):
     """RMSNorm in half as many kernels: with one token, starting a kernel takes longer than its arithmetic."""
 
@@ -102,7 +134,7 @@ class DecodingNorm(nn.Module):
 class DecodingAttention(nn.Module):
     """Attention, with queries and keys in one tensor until they are used differently."""
 
-    def __init__(self, attention: Attention, linear: type[nn.Module]):
+    def __init__(self, attention: Attention, linear: Callable[..., nn.Module], norm: Callable[..., nn.Module]):
         super().__init__()
         self.layer_idx, self.head_dim = attention.layer_idx, attention.head_dim
         self.n_queries = attention.q_proj.out_features // self.head_dim
@@ -112,7 +144,7 @@ class DecodingAttention(nn.Module):
         self.qk_norm = None
         if attention.qk_norm:
             weights = [attention.q_norm.weight] * self.n_queries + [attention.k_norm.weight] * self.n_keys
-            self.qk_norm = DecodingNorm(torch.stack(weights), attention.q_norm.eps)  # (N + K, D)
+            self.qk_norm = norm(torch.stack(weights), attention.q_norm.eps)  # (N + K, D)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, cache=None) -> Tensor:
         heads = self.qkv_proj(x).view(*x.shape[:2], -1, self.head_dim)  # (B, T, N + 2 K, D)
@@ -129,7 +161,7 @@ class DecodingAttention(nn.Module):
 class DecodingFeedForward(nn.Module):
     """FeedForward in two matrix products."""
 
-    def __init__(self, feed_forward: FeedForward, linear: type[nn.Module]):
+    def __init__(self, feed_forward: FeedForward, linear: Callable[..., nn.Module]):
         super().__init__()
         self.act_fn = feed_forward.act_fn
         self.gate_up_proj = linear(feed_forward.gate_proj, feed_forward.up_proj)
@@ -145,8 +177,8 @@ def shared_copy(model: CausalLM) -> CausalLM:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
 
 
-# By --weight_dtype: the products of the layers and of the output head, and the tolerance of compare(). The head stays
-# in float16, because bfloat16 logits would often be equal.
+# On a CPU, by --weight_dtype: the products of the layers and of the output head, and the tolerance of compare(). The
+# head stays in float16, because bfloat16 logits would often be equal.
 FORMATS = {
     "float32": (PackedLinear, PackedLinear, 1e-3),
     "float16": (HalfLinear, HalfLinear, 0.05),
@@ -154,25 +186,54 @@ FORMATS = {
 }
 
 
+class Layers(NamedTuple):
+    """What takes the place of layers for decoding."""
+
+    linear: Callable[..., nn.Module]
+    head: Callable[..., nn.Module]
+    norm: Callable[..., nn.Module]
+    dtype: torch.dtype  # of activations and cache
+    tolerance: float  # of compare()
+
+
+def decoding_layers(device: torch.device, weight_dtype: str) -> Layers:
+    if device.type == "cpu":
+        linear, head, tolerance = FORMATS[weight_dtype]
+        return Layers(linear, head, DecodingNorm, torch.float32, tolerance)
+    return gpu_layers(torch.bfloat16 if card_capability(device) >= (8, 0) else torch.float32)
+
+
+def gpu_layers(dtype: torch.dtype) -> Layers:
+    narrow = dtype == torch.bfloat16
+    head = partial(FusedLinear, dtype=torch.float16 if narrow else dtype)
+    return Layers(
+        partial(FusedLinear, dtype=dtype), head, partial(FusedNorm, dtype=dtype), dtype, 0.3 if narrow else 1e-3
+    )
+
+
 def pack_for_decoding(model: CausalLM, weight_dtype: str = "float32") -> CausalLM:
     """A copy of the model with faster layers, for generation only; it cannot be trained or saved.
 
-    The model is in float32, on a CPU and without adapters. weight_dtype: of the matrices, one of FORMATS; UserError if
+    The model is in float32 and without adapters. weight_dtype: of the matrices on a CPU, one of FORMATS; UserError if
     this build of torch cannot multiply them.
     """
     if weight_dtype != "float32" and "fbgemm" not in torch.backends.quantized.supported_engines:
         raise UserError("this build of torch has no matrix product with float16 weights (FBGEMM)")
-    linear, head, tolerance = FORMATS[weight_dtype]
+    embedding = model.model.embed_tokens.weight
+    linear, head, norm, dtype, tolerance = decoding_layers(embedding.device, weight_dtype)
     packed = shared_copy(model)
     for name, module in model.named_modules():
         if isinstance(module, Attention):
-            packed.set_submodule(name, DecodingAttention(module, linear))
+            packed.set_submodule(name, DecodingAttention(module, linear, norm))
         elif isinstance(module, FeedForward):
             packed.set_submodule(name, DecodingFeedForward(module, linear))
         elif isinstance(module, RMSNorm) and not name.endswith(("q_norm", "k_norm")):
-            packed.set_submodule(name, DecodingNorm(module.weight, module.eps))
+            packed.set_submodule(name, norm(module.weight, module.eps))
     packed.lm_head = head(model.lm_head)
-    if (key := (repr(model.config), weight_dtype)) not in _COMPARED:
+    if dtype != embedding.dtype:
+        packed.model.embed_tokens = nn.Embedding.from_pretrained(embedding.detach().to(dtype))
+    key = (repr(model.config), weight_dtype, embedding.device.type)
+    if key not in _COMPARED and embedding.device.type != "meta":
         _COMPARED.add(key)
         compare(model, packed, tolerance)
     return packed
@@ -189,7 +250,7 @@ def compare(model: CausalLM, packed: CausalLM, tolerance: float):
     """
     n = min(8, model.config.max_position_embeddings)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, (1, n), generator=generator)
+    ids = torch.randint(model.config.vocab_size, (1, n), generator=generator).to(model.lm_head.weight.device)
     cache = KVCache(packed, rows=1, max_length=n)
     prefill_then_decode = ids.split([n - n // 2] + [1] * (n // 2), dim=1)
     logits = torch.cat([packed(part, cache=cache) for part in prefill_then_decode], dim=1)

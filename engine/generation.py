@@ -5,7 +5,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from base.cli import UserError
 from engine.cache import KVCache, PromptCache
 from engine.grammar import Constraint, allowed_tokens
 from model.chat import ChatTokenizer
+from model.device import to_device
 from model.model import CausalLM
 from model.operators import document_mask
 
@@ -139,8 +140,6 @@ class Engine:
         if not hidden:
             return []
         logits = self.model.lm_head(torch.cat(hidden))  # (B, V)
-        if not logits.isfinite().all():
-            raise UserError("the logits are NaN: the model's weights are not finite")
         generated = list(self.rows)
         for sequence, token in zip(generated, self._choose(logits)):
             sequence.tokens.append(token)
@@ -157,7 +156,7 @@ class Engine:
 
     def _decode(self) -> Tensor:
         """One forward pass for the last token of every row, (B, H)."""
-        input_ids = torch.tensor([[sequence.tokens[-1]] for sequence in self.rows], device=self.device)  # (B, 1)
+        input_ids = to_device(torch.tensor([[sequence.tokens[-1]] for sequence in self.rows]), self.device)  # (B, 1)
         position_ids = self.cache.ends[1][:, None]
         return self.model.model(input_ids, position_ids, self.cache.mask(), self.cache)[:, 0]  # (B, H)
 
@@ -189,17 +188,17 @@ class Engine:
         cache = PromptCache(self.cache, [(len(prompt), copies) for prompt, copies in shared])
         mask = None if len(shared) == 1 else document_mask(position_ids, self.model.model.attention_kind())
         hidden = self.model.model(input_ids, position_ids, mask, cache)[0]  # (T, H)
-        copies = torch.tensor([n for _, n in shared], device=self.device)
-        ends = torch.tensor([len(prompt) for prompt, _ in shared], device=self.device).cumsum(0) - 1
+        ends = accumulate(len(prompt) for prompt, _ in shared)
+        last = [end - 1 for end, (_, copies) in zip(ends, shared) for _ in range(copies)]
         self.rows += entering
         for group, states in zip(groups, hidden.split([len(prompt) for prompt, _ in shared])):
             if echoed := [sequence for sequence in group if sequence.echo]:
                 self._keep_prompt_log_probs(states, echoed)
-        return hidden[ends.repeat_interleave(copies)]
+        return hidden[to_device(torch.tensor(last), self.device)]
 
     def _choose(self, logits: Tensor) -> list[int]:
         """The next token of every row, from logits (B, V)."""
-        chosen = [0] * len(self.rows)
+        chosen, order, parts = [0] * len(self.rows), [], []
         for sampling, rows in self._rows_by_sampling().items():
             part = logits if len(rows) == len(self.rows) else logits[rows]  # (·, V)
             if sampling.repetition_penalty != 1:
@@ -213,9 +212,13 @@ class Engine:
                     part[i, list(suppressed)] = -torch.inf
             part = self._constrain(part, rows, logits)
             uniforms = [self.rows[row].random.random() for row in rows]
-            drawn = sample(part, uniforms, *sampling[:4]).tolist()  # without the penalties
-            for row, token in zip(rows, drawn):
-                chosen[row] = self.rows[row].take(token)
+            parts.append(sample(part, uniforms, *sampling[:4]))  # without the penalties
+            order += rows
+        *drawn, finite = torch.cat([*parts, logits.isfinite().all()[None]]).tolist()  # here a GPU is waited for
+        if not finite:
+            raise UserError("the logits are NaN: the model's weights are not finite")
+        for row, token in zip(order, drawn):
+            chosen[row] = self.rows[row].take(token)
         kept = [row for row, sequence in enumerate(self.rows) if self.keep_log_probs or sequence.n_top is not None]
         if kept:
             part = logits if len(kept) == len(self.rows) else logits[kept]
@@ -267,7 +270,8 @@ class Engine:
             if sequence.seen is None:
                 sequence.seen = torch.zeros(self.model.config.vocab_size, dtype=torch.bool, device=self.device)
                 sequence.seen[sequence.prompt] = True
-            sequence.seen[sequence.tokens[-1:]] = True
+            for token in sequence.tokens[-1:]:
+                sequence.seen[token].fill_(True)
         return torch.stack([self.rows[row].seen for row in rows])
 
     def _counts(self, rows: list[int]) -> Tensor:
@@ -330,16 +334,16 @@ def sample(
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     probabilities = logits.softmax(-1)
     if min_p > 0:
-        probabilities[probabilities < min_p * probabilities.max(-1, keepdim=True).values] = 0
+        probabilities.masked_fill_(probabilities < min_p * probabilities.max(-1, keepdim=True).values, 0)
     if top_p < 1:
         ordered, index = probabilities.sort(descending=True)
         before = ordered.cumsum(-1) - ordered  # total probability of the more probable tokens
         before[:, 0] = -1  # the most probable always stays
-        ordered[before >= top_p * ordered.sum(-1, keepdim=True)] = 0
+        ordered.masked_fill_(before >= top_p * ordered.sum(-1, keepdim=True), 0)
         probabilities = torch.zeros_like(probabilities).scatter(-1, index, ordered)
     # Inverse transform sampling: the token at which the cumulative probability passes the row's number.
     running = probabilities.cumsum(-1)
-    below = torch.tensor(uniforms, device=logits.device).clamp(max=1 - 1e-6)[:, None] * running[:, -1:]
+    below = to_device(torch.tensor(uniforms), logits.device).clamp(max=1 - 1e-6)[:, None] * running[:, -1:]
     return torch.searchsorted(running, below, right=True)[:, 0]
 
 

@@ -24,6 +24,7 @@ from model.operators import (
     attention_here,
     document_mask,
     exact_linear,
+    linear_layers,
     product_dtype,
     rms_norm,
     without_autocast,
@@ -62,9 +63,8 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, cache=None) -> Tensor:
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, N, D)
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, K, D)
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+        qkv = linear_layers(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in qkv)  # (B, T, N, D), (B, T, K, D) twice
         if self.qk_norm:
             q = self.q_norm(q)
             k = self.k_norm(k)
@@ -88,7 +88,8 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))  # (B, T, H) -> (B, T, I) -> (B, T, H)
+        gate, up = linear_layers(x, self.gate_proj, self.up_proj)  # (B, T, I)
+        return self.down_proj(self.act_fn(gate) * up)  # (B, T, H)
 
 
 class Router(nn.Module):
@@ -227,8 +228,9 @@ class Decoder(nn.Module):
         config = self.config
         rope = rope_tables(position_ids, config.head_dim, config.rope_theta, config.rope_scaling)
         x = self.embed_tokens(input_ids)  # (B, T, H)
-        if x.dtype == product_dtype(x.device.type) == torch.float16:  # frozen: the residual stream needs a larger range
-            x = x.float()
+        if (dtype := product_dtype(x.device.type)).itemsize == 2:
+            # The residual stream: bfloat16 halves its memory traffic, float16 has too small a range for it.
+            x = x.to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
                 x, routed = checkpoint(layer, x, rope, mask, use_reentrant=False)

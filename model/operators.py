@@ -1,17 +1,18 @@
 """The decoder's operators that have more than one implementation, and the choice between them.
 
 On a CPU in float32, norm, rotation and attention have manual forward and backward passes (model/cpu.py), which pass
-over memory less often than torch's. Elsewhere, and under torch.compile, torch's are used. tests/model checks that they
-agree. Shapes as in model.py.
+over memory less often than torch's. Elsewhere, and under torch.compile, torch's are used, except for the rotation.
+tests/model checks that they agree. Shapes as in model.py.
 """
 
 import contextlib
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from model import cpu
 
@@ -53,7 +54,7 @@ KINDS = ("cpu", "cuda", "mps", "xpu", torch._C._get_privateuse1_backend_name()) 
 HAS_AUTOCAST = {kind: torch.amp.is_autocast_available(kind) for kind in KINDS}
 
 
-def product_dtype(device_type: str, otherwise: torch.dtype = torch.float32) -> torch.dtype:
+def product_dtype(device_type: str, otherwise: torch.dtype | None = torch.float32) -> torch.dtype | None:
     """The dtype of matrix products: autocast's if it is on."""
     known = HAS_AUTOCAST.get(device_type, False)
     return torch.get_autocast_dtype(device_type) if known and torch.is_autocast_enabled(device_type) else otherwise
@@ -80,12 +81,51 @@ def exact_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight over the last dimension (arXiv 1910.07467, eq. 4)."""
+    """x / rms(x) * weight over the last dimension (arXiv 1910.07467, eq. 4), computed in float32 at least.
+
+    The result has the dtype of the products that read it: several of them need not cast it one by one.
+    """
     if use_manual(x):
         return cpu.Norm.apply(x, weight, eps)
-    if not (x.device.type == "cuda" and torch.is_autocast_enabled("cuda")):  # which computes a norm in float32 anyway
-        weight = weight.to(x.dtype)  # of one type: the fused kernel
-    return F.rms_norm(x, weight.shape, weight, eps)
+    kind = x.device.type
+    dtype = product_dtype(kind, None)
+    if dtype is None:
+        return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+    if torch.compiler.is_compiling():  # one kernel, whatever the dtypes
+        return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(dtype)
+    # The fused kernel computes in float32 and takes one dtype. Autocast would first make a float32 copy of x; it is
+    # switched off in the fast way, because torch.autocast takes longer than two kernels.
+    torch.set_autocast_enabled(kind, False)
+    try:
+        return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps).to(dtype)
+    finally:
+        torch.set_autocast_enabled(kind, True)
+
+
+def linear_layers(x: Tensor, *layers: nn.Linear) -> Sequence[Tensor]:
+    """The outputs of linear layers that read the same x. Under autocast they are parts of one product: x is read once,
+    and a GPU starts fewer and larger kernels."""
+    dtype = product_dtype(x.device.type, None)
+    if dtype is None or any(type(layer) is not nn.Linear or layer.bias is not None for layer in layers):
+        return [layer(x) for layer in layers]
+    weights = [layer.weight for layer in layers]
+    merged = torch.cat(weights).to(dtype) if torch.compiler.is_compiling() else MergedWeight.apply(dtype, *weights)
+    return F.linear(x, merged).split([len(weight) for weight in weights], dim=-1)
+
+
+class MergedWeight(torch.autograd.Function):
+    """apply(dtype, *weights) = torch.cat(weights).to(dtype) in one kernel, and one in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, dtype: torch.dtype, *weights: Tensor) -> Tensor:
+        ctx.sizes, ctx.dtype = [len(weight) for weight in weights], weights[0].dtype
+        merged = torch.empty(sum(ctx.sizes), *weights[0].shape[1:], dtype=dtype, device=weights[0].device)
+        torch._foreach_copy_(merged.split(ctx.sizes), weights)
+        return merged
+
+    @staticmethod
+    def backward(ctx, d_merged: Tensor):
+        return None, *d_merged.to(ctx.dtype).split(ctx.sizes)
 
 
 def relu2(x: Tensor) -> Tensor:
@@ -106,7 +146,7 @@ ACTIVATIONS = {
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates each pair (x[i], x[i + D/2]) by its angle. x: (B, T, heads, D)."""
-    if use_manual(x):
+    if not torch.compiler.is_compiling():
         return cpu.Rotation.apply(x, cos, sin)
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)

@@ -58,9 +58,7 @@ class Served:
 
     def _load(self, device: torch.device, weight_dtype: str):
         model = load_model(self.directory, device).eval()
-        if device.type == "cpu":
-            model = pack_for_decoding(model, weight_dtype)
-        return model
+        return pack_for_decoding(model, weight_dtype)
 
 
 def find_models(directories: list[Path]) -> dict[str, Served]:

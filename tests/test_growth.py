@@ -19,6 +19,7 @@ from model.model import CausalLM
 from training import cost, optimizer
 from training.cost import CONTEXT, StepSettings, fit_batch, largest_divisor, memory_estimate
 from training.flags import parse_flags
+from training.loss import TokenLosses
 from training.machine import Machine
 from training.optimizer import GradientBuffer, OptimizerSettings, build_optimizer
 
@@ -85,7 +86,7 @@ def test_auto_keeps_the_step_and_takes_what_the_machine_holds(monkeypatch):
         room = 1.01 * processes * memory_estimate(model, one) / cost.ROOM
         monkeypatch.setattr(cost, "memory_of_machine", lambda room=room: room)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-        assert fit_batch(args, machine, model) == replace(one, accumulation_steps=accumulation)
+        assert fit_batch(args, machine, model, data=None) == replace(one, accumulation_steps=accumulation)
 
 
 def test_auto_is_a_value_of_the_flag(monkeypatch):
@@ -131,6 +132,17 @@ def test_cost_on_a_card(run_bench):
     assert hours == pytest.approx(1e9 * 167.4e6 / (0.35 * 65e12) / 3600, rel=0.01)
 
 
+def test_the_estimates_fit_a_screen_and_name_their_currency(run_bench):
+    lines = run_bench(estimate)
+    assert len(lines) < 24
+    assert max(map(len, lines)) <= 80
+    assert "1 USD" in lines[1]
+    cells = {line[:10].strip(): line for line in lines[4:]}
+    assert {"RTX 4060": " 8", "RTX 3060": "12"}.items() <= {card: line[11:13] for card, line in cells.items()}.items()
+    assert cells["GTX 1650"].endswith("-")  # xl
+    assert "EUR" in run_bench(estimate, "--card", "T4", "--currency", "EUR")[3]
+
+
 def test_the_rows_that_fit_a_card(run_bench):
     lines = run_bench(estimate, "--preset", "base-moe", "--card", "GTX 1650", "A100")
     assert "does not fit" in lines[-2]
@@ -138,16 +150,59 @@ def test_the_rows_that_fit_a_card(run_bench):
     assert 0 < int(without) < int(checkpointed)
 
 
-def test_the_report_of_a_card(run_bench, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="no card"):
+TINY = replace(card.SHRUNK, max_seq_len=32, product=64, copied=2**16, visitors=32, steps=1, new_tokens=2)
+
+
+@pytest.mark.parametrize("part", [name for name in card.PARTS if name != "run"])
+def test_each_part_of_the_report_of_a_gpu(part, monkeypatch):
+    """On a CPU, which has all but the kernels."""
+    monkeypatch.setattr(card, "has_triton", lambda: False)
+    try:
+        lines = list(card.PARTS[part][0](torch.device("cpu"), TINY))
+    finally:
+        TokenLosses.compile(on=False)
+    assert len(lines) >= 1
+    assert not [line for line in lines if "FAILED" in line or "WRONG" in line or "nan" in line]
+    expected = {"machine": 6, "right": 4, "decode": 5, "experts": 4}.get(part)
+    assert expected is None or len(lines) == expected, lines
+
+
+def test_the_real_run_of_the_report_needs_neither_jsonlines_nor_wandb(tmp_path):
+    code = "import sys; sys.modules.update(jsonlines=None, wandb=None)\n"
+    code += "from bench import card; card.print_part('run', 'cpu', card.SHRUNK)"
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    assert "FAILED" not in said.stdout
+    assert "done: 10 steps" in said.stdout
+    assert "done: 20 steps" in said.stdout
+
+
+def test_a_part_that_hangs_or_dies_is_a_line_of_the_report(tmp_path, capsys):
+    report = card.Report(tmp_path / "out" / "card.txt")
+    codes = [
+        "import time; print('found', flush=True); time.sleep(60)",
+        "print('half'); raise RuntimeError('illegal memory access')",
+        "import os; os.abort()",
+        "print('whole')",
+    ]
+    for code in codes:
+        card.run_part([sys.executable, "-c", code], 5.0, report)
+    text = (tmp_path / "out" / "card.txt").read_text("utf-8")
+    assert text == capsys.readouterr().out
+    lines = text.splitlines()
+    assert lines[:4] == ["  found", "  CUT OFF after 5 s", "  half", "  FAILED with exit status 1"]
+    assert any("illegal memory access" in line for line in lines)
+    assert sum("FAILED" in line for line in lines) == 2
+    assert lines[-1] == "  whole"
+
+
+def test_the_report_leaves_out_what_there_is_no_time_for(run_bench, tmp_path):
+    with pytest.raises(UserError, match="no GPU"):
         run_bench(card)
-    monkeypatch.setattr(card, "matmul_rate", functools.partial(card.matmul_rate, size=64))
-    monkeypatch.setattr(card, "decoding_speed", lambda *_: 1.0)
-    few = ["--preset", "tiny", "--batch_size", 1, "--max_seq_len", 64, "--steps", 1, "--output", tmp_path / "card.txt"]
-    lines = run_bench(card, "--device", "cpu", *few)
-    assert (tmp_path / "card.txt").read_text("utf-8").splitlines() == lines[:-1]
-    assert sum(line.endswith("right") for line in lines) == 4
-    assert "tok/s" in lines[-2]
+    path = tmp_path / "card.txt"
+    lines = run_bench(card, "--device", "cpu", "--seconds", 1, "--output", path)
+    assert len([line for line in lines if "left out" in line]) == len(card.PARTS)
+    assert path.read_text("utf-8").splitlines() == lines[:-1]
 
 
 def test_growth_tables_and_plot(run_bench, monkeypatch, tmp_path):

@@ -15,7 +15,7 @@ from model.chat import TOKENIZER_FILES, decode_chat, encode_chat, load_tokenizer
 from model.checkpoint import load_model
 
 SHORT = ["--max_steps", 2, "--max_seq_len", 512, "--batch_size", 2, "--eval_rows", 2, "--warmup_steps", 1]
-PREPARE = ["--workers", 1, "--val_fraction", 0.2]
+PREPARE = ["--workers", 1, "--val_fraction", 0.5]
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ STAGES = {
     "dpo": ("4-dpo.py", "dpo", []),
     "grpo": ("5-grpo.py", "rl", ["--questions", 2, "--generations", 2, "--max_new_tokens", 4]),
     "distill": ("6-distill.py", "sft", ["--mode", "logits"]),
-    "text": ("6-distill.py", "rl", ["--mode", "text", "--max_new_tokens", 24]),
+    "text": ("6-distill.py", "rl", ["--mode", "text", "--max_new_tokens", 24, "--generations", 4]),
     "on_policy": ("6-distill.py", "rl", ["--mode", "on_policy", "--questions", 2, "--max_new_tokens", 4]),
 }
 
@@ -129,7 +129,8 @@ def stopping(prepare, run_here, folder):
     out = folder / "out" / "teacher"
     if not out.exists():
         data = prepare("sft", name="brief", records=brief)
-        flags = "--optimizer muon --learning_rate 1e-2 --max_steps 40 --batch_size 8 --max_seq_len 128".split()
+        flags = "--optimizer muon --learning_rate 1e-2 --max_steps 60 --epochs 99".split()
+        flags += "--batch_size 8 --max_seq_len 128".split()
         start = ["--init_from", write_model(folder / "random", hidden_size=64), "--data", data, "--out_dir", out]
         result = run_here("2-sft.py", *start, *flags, "--warmup_steps", 1)
         assert result.status == 0, result.err
@@ -156,7 +157,7 @@ def test_every_stage_trains_it_and_keeps_its_tokenizer(stage, model, stopping, p
 def test_it_teaches_a_new_model_with_its_tokenizer(mode, stopping, prepare, run_here, folder):
     data = prepare("sft" if mode == "logits" else "rl")
     flags = ["--teacher", stopping, "--mode", mode, "--preset", "tiny", "--optimizer", "adamw", "--learning_rate", 1e-3]
-    flags += [] if mode == "logits" else ["--max_new_tokens", 24]
+    flags += [] if mode == "logits" else ["--max_new_tokens", 24, "--generations", 4]
     out = train(run_here, "6-distill.py", folder / "out" / f"new-{mode}", "--data", data, *flags)
     assert load_model(out).config.vocab_size == load_tokenizer(stopping).get_vocab_size()
     assert load_tokenizer(out).template.source == TEMPLATES["thinking"]
@@ -165,13 +166,16 @@ def test_it_teaches_a_new_model_with_its_tokenizer(mode, stopping, prepare, run_
 def test_it_teaches_a_model_with_jiezis_tokenizer_by_its_answers(stopping, prepare, run_here, folder, base_dir):
     data = prepare("rl", TOKENIZER, name="own-rl")
     flags = ["--teacher", stopping, "--mode", "text", "--init_from", base_dir, "--max_new_tokens", 24]
-    train(run_here, "6-distill.py", folder / "out" / "own", "--data", data, *flags)
-    (answers,) = (folder / "out" / "distill-text").glob("*")
-    tokenizer = load_tokenizer(TOKENIZER)
-    (ids, mask), (prompt, _) = Prepared(answers, "val").record(0)[0], Prepared(data, "val").record(0)[0]
-    assert ids[: len(prompt)].tolist() == prompt.tolist()
-    assert not mask[: len(prompt)].any()
-    assert ids[np.flatnonzero(mask)[-1]] == tokenizer.end_of_turn
+    flags += ["--generations", 4]
+    train(run_here, "6-distill.py", folder / "own" / "student", "--data", data, *flags)
+    (answers,) = (folder / "own" / "distill-text").glob("*")
+    questions, chats = Prepared(data, "val"), Prepared(answers, "val")
+    prompts = [questions.record(i)[0][0].tolist() for i in range(len(questions))]
+    for i in range(len(chats)):
+        ((ids, mask),) = chats.record(i)
+        (prompt,) = [prompt for prompt in prompts if ids[: len(prompt)].tolist() == prompt]
+        assert not mask[: len(prompt)].any()
+        assert ids[np.flatnonzero(mask)[-1]] == load_tokenizer(TOKENIZER).end_of_turn
 
 
 def test_a_base_model_learns_the_template_that_is_given(run_here, tmp_path):

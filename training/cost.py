@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from model.LMConfig import LMConfig
@@ -16,7 +17,7 @@ from model.operators import attention_here
 from training.loss import LOSS_CHUNK, loss_chunk, next_token_loss
 from training.machine import Machine
 from training.optimizer import MUON_BATCH
-from training.packing import Batch
+from training.packing import Batch, PackedDataset
 
 # Memory that activations take relative to their size, because freed memory seldom fits the next tensor exactly: fitted
 # to the table of docs/scaling.md, which `python -m bench.memory` measures.
@@ -91,7 +92,8 @@ def memory_estimate(
         if config.use_moe:  # three copies of the experts' inputs and outputs, and five of what is inside
             visit = 3 * config.hidden_size + 5 * config.moe_intermediate_size
             inside = max(inside, config.num_experts_per_tok * visit)
-        fragmentation, kept_input = CARD_FRAGMENTATION, 4 * config.hidden_size
+        kept_input = _residual_size(bytes_per_number, attention) * config.hidden_size
+        fragmentation = CARD_FRAGMENTATION
         # Of the logits: the product, its float32 copy, probabilities, and the gradient in the precision of the product.
         chunk = min(tokens, loss_chunk(torch.device("cuda"), config.vocab_size))
         loss = chunk * config.vocab_size * (8 + 2 * bytes_per_number)
@@ -141,23 +143,26 @@ def _kept_on_cpu(config: LMConfig, layer: int) -> int:
 
 
 def _kept_on_gpu(config: LMConfig, layer: int, size: int, attention: str, max_seq_len: int) -> int:
-    """Bytes per token that a layer keeps on a GPU, where products read numbers of `size` bytes. Norms and rotations
-    read float32 in any case, and under autocast each product casts its own copy of its input."""
+    """Bytes per token that a layer keeps on a GPU, where products read numbers of `size` bytes. torch.compile keeps
+    fewer."""
     H, heads, kv_heads = _sizes(config)
-    copies = 1 if size == 4 else 3  # of the input of the q, k and v products
-    kept = 2 * 4 * H + copies * size * H  # inputs of both norms; of the q, k and v products
-    kept += 2 * 4 * (heads + kv_heads)  # inputs of the norms of q and k, and of their rotations
-    repeated = heads if attention == "masked" else kv_heads
-    kept += size * (2 * heads + 2 * repeated + heads)  # q, k, v and the output; input of the output product
-    if attention == "masked":
-        kept += size * max_seq_len  # a row of the additive mask
-    copies = 1 if size == 4 else 2
+    kept = 2 * _residual_size(size, attention) * H + 2 * size * H  # inputs of both norms, and their outputs
+    kept += size * (heads + 2 * kv_heads)  # q, k and v, before norm and rotation
+    if attention == "masked":  # q, key heads repeated, output; input of the output product; a row of the additive mask
+        kept += size * (5 * heads + max_seq_len)
+    else:
+        kept += size * (2 * heads + kv_heads)  # q, k, output
     if not config.use_moe or layer < config.first_k_dense_replace:
-        return kept + size * (copies * H + 4 * config.intermediate_size)
+        return kept + size * 4 * config.intermediate_size
     visits, width = config.num_experts_per_tok, config.moe_intermediate_size
-    experts = H + 2 * width * visits  # input; gate and up (experts.visit_experts)
-    shared = (copies * H + 4 * width * config.n_shared_experts) if config.n_shared_experts else 0
-    return kept + 4 * H + size * (experts + shared)
+    # The router's input; gate and up of the visited experts (experts.visit_experts); four of the shared ones.
+    return kept + 4 * H + size * width * (2 * visits + 4 * config.n_shared_experts)
+
+
+def _residual_size(size: int, attention: str) -> int:
+    """Bytes of a number of the residual stream on a GPU: it has float32 beside float16, the precision of GPUs that have
+    no FlashAttention."""
+    return size if attention == "flash" else 4
 
 
 def decide_checkpointing(step: StepSettings, any_batch_size: bool, machine: Machine, model: CausalLM) -> StepSettings:
@@ -172,12 +177,17 @@ def decide_checkpointing(step: StepSettings, any_batch_size: bool, machine: Mach
     return replace(step, grad_checkpointing=not all(machine.gather(fits)))
 
 
-def fit_batch(step: StepSettings, machine: Machine, model: CausalLM) -> StepSettings:
+def fit_batch(step: StepSettings, machine: Machine, model: CausalLM, data: PackedDataset) -> StepSettings:
     """A step of as many rows, with as many at a time as fit: on a GPU by trying, on a CPU by the estimate. All
     processes take what fits in the smallest of them."""
     rows = step.batch_size * step.accumulation_steps
-    fits = fits_card if machine.device.type == "cuda" else fits_by_estimate
-    size = largest_divisor(rows, lambda n: fits(replace(step, batch_size=n), machine, model))
+
+    def fits(n: int) -> bool:
+        if machine.device.type == "cuda":
+            return fits_card(busiest_batch(data, n), machine, model)
+        return fits_by_estimate(replace(step, batch_size=n), machine, model)
+
+    size = largest_divisor(rows, fits)
     size = min(machine.gather(size))
     return replace(step, batch_size=size, accumulation_steps=rows // size)
 
@@ -218,11 +228,15 @@ def _files_of_limits() -> list[Path]:
     return [Path(f"{CGROUPS}{name}") for both in names for name in both]
 
 
-def fits_card(step: StepSettings, machine: Machine, model: CausalLM) -> bool:
-    """Whether a GPU has memory for a forward and backward pass of this step, and for the optimizer in addition."""
-    ids = torch.zeros(step.batch_size, step.max_seq_len, dtype=torch.int64)
-    positions = torch.arange(step.max_seq_len).expand_as(ids).contiguous()
-    batch = Batch(ids, ids, positions, ids, [0], "train", ids.numel(), 0).to(machine.device)
+def busiest_batch(data: PackedDataset, rows: int) -> Batch:
+    """The rows with the most documents: FlashAttention's backward pass pads each of them by up to 128 tokens."""
+    documents = np.diff(data.row_ends, prepend=0)  # of each row
+    return data.batch(np.resize(np.argsort(-documents, kind="stable")[:rows], rows))
+
+
+def fits_card(batch: Batch, machine: Machine, model: CausalLM) -> bool:
+    """Whether a GPU has memory for a forward and backward pass of this batch, and for the optimizer in addition."""
+    batch = batch.to(machine.device)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     torch.cuda.reset_peak_memory_stats(machine.device)
     try:

@@ -101,7 +101,11 @@ def parse_flags(description: str, stage_flags: dict[str, dict] | None = None, **
     flag("--nproc_per_node", type=positive, default=1, help="processes to start on this machine, as torchrun does")
     flag("--device", default="auto", help="auto, cpu, cuda, mps, or another that torch has")
     flag("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="of matrix products")
-    flag("--compile", action="store_true", help="torch.compile: slower start, faster steps on a GPU")
+    flag(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="torch.compile: a slower start, faster steps on a GPU; default: in longer runs on a GPU that has Triton",
+    )
     flag(
         "--grad_checkpointing",
         action=argparse.BooleanOptionalAction,
@@ -162,7 +166,7 @@ class RunSettings:
     seed: int
     preset: str | None
     rope_scaling: dict | None
-    compile: bool
+    compile: bool | None
     fit_batch: bool
     log_interval: int
     eval_interval: int

@@ -24,16 +24,17 @@ from model.device import print_notes
 from model.lora import narrow_frozen
 from model.model import CausalLM
 from training.balance import expert_metrics, move_router_bias
-from training.cost import decide_checkpointing, fit_batch, step_flops
+from training.compiling import compile_model, pays_to_compile
+from training.cost import busiest_batch, decide_checkpointing, fit_batch, step_flops
 from training.flags import RunSettings
 from training.log import Log, Meter
 from training.loss import LossFunction
 from training.machine import Machine, matmul_rate
 from training.optimizer import GradientBuffer, build_optimizer, optimizer_step
 from training.packing import Batch, PackedDataset
-from training.report import check_compatible, check_first_loss, closing_message, run_report
+from training.report import check_compatible, check_first_loss, closing_message, expected_minutes, run_report
 from training.schedule import TrainState
-from training.shard import modules_to_compile, shard_model
+from training.shard import shard_model
 from training.state import Checkpointer
 
 EARLY_VALIDATIONS = (20, 50)  # steps: the loss falls fastest at the start, where plots compare it with training's
@@ -72,7 +73,7 @@ class Run:
         shard_model(model, machine).train()
         step = decide_checkpointing(settings.step, settings.fit_batch, machine, model)
         model.model.gradient_checkpointing = step.grad_checkpointing
-        self.step_settings = fit_batch(step, machine, model) if settings.fit_batch else step
+        self.step_settings = fit_batch(step, machine, model, train_set) if settings.fit_batch else step
         self.batch_size = self.step_settings.batch_size
         self.scale = self.batch_size * settings.step.max_seq_len  # divides the loss: float16 cannot hold its sum
         self.optimizer = build_optimizer(model, settings.optimizer)
@@ -95,12 +96,21 @@ class Run:
         self.losses: list[tuple[Tensor, list[int]]] = []  # of each pass, with its documents
         self.sums = Counter()  # of its updates, over all processes
         self.grad_norm = 0.0  # of its last update; NaN where a number was not finite
-        self.log.info(run_report(settings, self.step_settings, machine, model, train_set, peak))
+        minutes = expected_minutes(settings.schedule, self.step_settings, machine, model, train_set, peak)
+        self.log.info(run_report(settings, self.step_settings, machine, model, train_set, peak, minutes))
         if machine.rank == 0:
             print_notes()
-        if settings.compile:
-            for module in modules_to_compile(model, machine):
-                module.compile()
+        if settings.compile or (settings.compile is None and pays_to_compile(machine, minutes)):
+            self.compile()
+
+    def compile(self):
+        """The layers and the loss, tried on a batch; where that fails, the run goes on without, and says so."""
+        batch = busiest_batch(self.train_set, self.batch_size).to(self.machine.device)
+        failure = compile_model(self.model, self.machine, batch)
+        self.buffer.flat.zero_()
+        self.machine.compiles = not failure
+        if failure:
+            self.log.info(f"note     without torch.compile, which is slower on a GPU: {failure}")
 
     def progress(self) -> float:
         """From 0 to 1."""

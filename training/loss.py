@@ -94,12 +94,35 @@ def token_log_probs(model: CausalLM, batch: Batch, routing: list | None = None) 
     return -apply_head(model, batch, token_losses, routing)
 
 
+def chunk_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """token_losses of a chunk of tokens, whose logits exist at once."""
+    return F.cross_entropy(_logits(hidden, weight), labels, ignore_index=IGNORE, reduction="none")
+
+
+def chunk_gradient(hidden: Tensor, weight: Tensor, labels: Tensor, d_losses: Tensor) -> Tensor:
+    """d loss / d logits (M, V), in the weight's dtype: softmax - 1 at the label, times d_losses."""
+    d_logits, labels = _logits(hidden, weight).softmax(-1), labels.clamp(min=0)[:, None]
+    if torch.compiler.is_compiling():  # a part of the kernel, which a scatter is not
+        d_logits = d_logits - (torch.arange(len(weight), device=labels.device) == labels).to(d_logits.dtype)
+    else:
+        d_logits.scatter_add_(1, labels, d_logits.new_full((len(hidden), 1), -1))
+    return (d_logits * d_losses[:, None]).to(weight.dtype)
+
+
 class TokenLosses(torch.autograd.Function):
     """apply(hidden, weight, labels, dtype) = token_losses, with products in `dtype` and the rest in float32 at least.
 
     The logits of a chunk of tokens exist at a time, and in the backward pass anew. So gradients are made after the
     loss was scaled for float16, and nothing but products is ever rounded to 16 bits.
     """
+
+    of_chunk, gradient_of_chunk = staticmethod(chunk_losses), staticmethod(chunk_gradient)
+
+    @classmethod
+    def compile(cls, on: bool = True, **options):
+        """A chunk's work as one kernel beside each product, in place of about six that read or write the logits."""
+        for name, function in {"of_chunk": chunk_losses, "gradient_of_chunk": chunk_gradient}.items():
+            setattr(cls, name, staticmethod(torch.compile(function, **options) if on else function))
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
@@ -109,13 +132,11 @@ class TokenLosses(torch.autograd.Function):
         losses = [hidden.new_zeros(0, dtype=torch.promote_types(dtype, torch.float32))]
         chunk = loss_chunk(hidden.device, len(weight))
         for h, label in zip(hidden.split(chunk), labels.split(chunk)):
-            logits = _logits(h.to(dtype), weight)
-            losses.append(F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none"))
+            losses.append(TokenLosses.of_chunk(h.to(dtype), weight, label))
         return torch.cat(losses)
 
     @staticmethod
     def backward(ctx, d_losses: Tensor):
-        """d logits = softmax - 1 at the label."""
         hidden, weight, labels = ctx.saved_tensors
         narrow, d_hidden = weight.to(ctx.dtype), torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # None: frozen
@@ -123,9 +144,7 @@ class TokenLosses(torch.autograd.Function):
         parts = (x.split(loss_chunk(hidden.device, len(weight))) for x in (hidden, labels, d_losses, d_hidden))
         for h, label, d_loss, d_h in zip(*parts):
             h = h.to(ctx.dtype)
-            d_logits = _logits(h, narrow).softmax(-1)  # (chunk, V)
-            d_logits.scatter_add_(1, label.clamp(min=0)[:, None], d_logits.new_full((len(h), 1), -1))
-            d_logits = d_logits.mul_(d_loss[:, None]).to(ctx.dtype)
+            d_logits = TokenLosses.gradient_of_chunk(h, narrow, label, d_loss)
             d_h.copy_(d_logits @ narrow)
             if d_weight is not None:
                 d_weight += d_logits.mT @ h
@@ -198,7 +217,7 @@ def sum_batches(
         if machine.leaves_early():
             break
         batch = batch.to(machine.device)
-        with machine.autocast():
+        with machine.autocast(), machine.eager():
             loss_sum, count, metrics = loss_fn(model, batch)
         found.append(metrics | {"loss": loss_sum, "count": count} | more)
     sums = Counter(stopped=machine.leaves_early())

@@ -90,6 +90,7 @@ class Machine:
     device: torch.device
     dtype: torch.dtype  # of matrix products; weights and optimizer are float32
     shards: bool = False  # --shard: whether the model is sharded over the processes (training/shard.py)
+    compiles: bool = False  # whether torch.compile is in use (training/compiling.py)
     stop: StopRequest = field(default_factory=StopRequest)
 
     def init_device(self) -> torch.device:
@@ -99,6 +100,10 @@ class Machine:
     def leaves_early(self) -> bool:
         """Whether a signal has asked this process to stop. With --shard the others need it in each pass: it goes on."""
         return self.stop.made and not self.shards
+
+    def eager(self):
+        """A context without torch.compile, for passes that are too few to compile the model for them as well."""
+        return torch.compiler.set_stance("force_eager") if self.compiles else contextlib.nullcontext()
 
     def autocast(self):
         if self.dtype == torch.float32:
@@ -184,7 +189,7 @@ def launch(processes: int):
     sys.exit()
 
 
-def start_machine(device: str, dtype: str, seed: int, shard: bool = False, compile: bool = False) -> Machine:
+def start_machine(device: str, dtype: str, seed: int, shard: bool = False, compile: bool | None = None) -> Machine:
     """Joins the other processes if torchrun started this one, and chooses device and precision, as the flags say."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if shard and world_size == 1:
@@ -206,8 +211,6 @@ def start_machine(device: str, dtype: str, seed: int, shard: bool = False, compi
     dtype = device_dtype(device) if dtype == "auto" else getattr(torch, dtype)
     if dtype == torch.float32 and card_capability(device) >= (8, 0) and not compile:
         torch.set_float32_matmul_precision("high")  # TF32; a router is exempt (operators.exact_linear)
-    if compile and device.type == "cuda" and not importlib.import_module("torch.utils._triton").has_triton():
-        raise UserError("--compile needs Triton, which this torch does not find (Windows has none); leave it out")
     torch.manual_seed(seed)
     return Machine(int(os.environ.get("RANK", 0)), world_size, device, dtype, shard)
 

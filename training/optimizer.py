@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.checkpoint import full_tensor
+from model.device import to_device
 from model.model import CausalLM
 from training.machine import Machine, all_gather, device_dtype
-from training.packing import to_device
 from training.shard import as_dtensor, distribute_tensor, is_dtensor, local_shard, local_shards
 
 MUON_BATCH = 2**23  # numbers whose update is computed at a time: several copies of them exist meanwhile

@@ -15,6 +15,7 @@ from base.files import read_json
 from corpus.kinds import KINDS
 from corpus.prepared import Prepared
 from model.chat import load_tokenizer
+from model.device import to_device
 from model.operators import CuSeqlens
 
 IGNORE = -100  # the label of a token that is not scored
@@ -103,14 +104,6 @@ class Batch:
         if found.device.type in ("cpu", "cuda", "meta"):  # Macs have it since torch 2.13
             return found.nonzero_static(size=self.scored)[:, 0]
         return found.nonzero()[:, 0]
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copies to a device: to an NVIDIA or AMD GPU without waiting for it, from pinned memory, which torch keeps until
-    the copy is made. On a Mac, a copy that is not waited for reads memory that is freed (pytorch issue 189690)."""
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 def pack(lengths: np.ndarray, capacity: int) -> np.ndarray:

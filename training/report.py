@@ -67,7 +67,13 @@ def check_first_loss(log: Log, vocab_size: int):
 
 
 def run_report(
-    settings: RunSettings, step: StepSettings, machine: Machine, model: CausalLM, data: PackedDataset, peak: float
+    settings: RunSettings,
+    step: StepSettings,
+    machine: Machine,
+    model: CausalLM,
+    data: PackedDataset,
+    peak: float,
+    minutes: float,
 ) -> str:
     """What is trained, on what, in how much memory and time. peak: FLOP/s of one process."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -82,7 +88,7 @@ def run_report(
             f"machine  {machine.world_size} x {machine.device.type}, {str(machine.dtype).removeprefix('torch.')}, "
             f"matrix products at {peak / 1e9:,.0f} GFLOP/s each, attention {attention}",
             step_line(step, settings.fit_batch, machine, model, attention),
-            time_line(settings.schedule, step, machine, model, data, peak),
+            f"time     about {duration(minutes)}",
         ]
     )
 
@@ -116,16 +122,16 @@ def step_line(step: StepSettings, fit_batch: bool, machine: Machine, model: Caus
     return line
 
 
-def time_line(
+def expected_minutes(
     schedule: Schedule, step: StepSettings, machine: Machine, model: CausalLM, data: PackedDataset, peak: float
-) -> str:
+) -> float:
+    """Of a run from its start, of which peak is the FLOP/s of a process."""
     rows = step.batch_size * step.accumulation_steps * machine.world_size
     tokens = data.n_tokens * schedule.epochs
     if schedule.max_steps:
         tokens = min(tokens, schedule.max_steps * rows * step.max_seq_len * data.real_fraction)
     minutes = step_flops(model, tokens, 0) / (USUAL_MFU * peak * machine.world_size) / 60
-    minutes = min(minutes, schedule.max_minutes or math.inf)
-    return f"time     about {duration(minutes)}"
+    return min(minutes, schedule.max_minutes or math.inf)
 
 
 def closing_message(settings: RunSettings, state: TrainState, data: PackedDataset, stopped: bool) -> str:

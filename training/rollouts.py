@@ -279,11 +279,11 @@ def translate_prompt(prompt: list[int], source: ChatTokenizer, target: ChatToken
 
 
 def decoding_copy(model: CausalLM) -> CausalLM:
-    """The model as it is now, for an Engine: with its adapters merged, and on a CPU packed for decoding."""
+    """The model as it is now, for an Engine: with its adapters merged, and packed for decoding."""
     copy = shared_copy(model).eval()
     if has_lora(copy):
         merge_lora(copy)  # its layers get matrices of their own
-    return pack_for_decoding(copy) if model.lm_head.weight.device.type == "cpu" else copy
+    return pack_for_decoding(copy)
 
 
 def rollout_metrics(window: Counter) -> dict[str, float]:

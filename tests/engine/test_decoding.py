@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from helpers import TOKENIZER, greedy, prompt, sharp_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine import decoding
+from engine import cache, decoding, generation
 from engine.decoding import (
     FEW_ROWS,
     MANY_ROWS,
@@ -18,6 +18,7 @@ from engine.decoding import (
     HalfLinear,
     Int8Linear,
     PackedLinear,
+    gpu_layers,
     pack_for_decoding,
 )
 from engine.generation import Engine, Sampling, Sequence
@@ -182,3 +183,87 @@ def test_eval_writes_with_smaller_weights(weight_dtype, tmp_path, run_here):
 def test_smaller_weights_are_for_a_cpu_and_for_writing(tmp_path, run_here):
     command = ("eval.py", "--weight_dtype", "int8", "--model", tmp_path, "--data", tmp_path, "--device", "cpu")
     assert "--weight_dtype is for generation on a CPU" in run_here(*command).error_line(2)
+
+
+# ------------------------------------------------------------------------------------------------------------- on GPUs
+
+
+def use_gpu_layers(dtype: torch.dtype, monkeypatch):
+    monkeypatch.setattr(decoding, "decoding_layers", lambda *_: gpu_layers(dtype))
+    monkeypatch.setattr(decoding, "_COMPARED", set())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "qk_norm", "untied", "sigmoid experts"])
+def test_the_layout_of_gpus_changes_no_text(name, monkeypatch):
+    use_gpu_layers(torch.float32, monkeypatch)
+    model, packed = models(name)
+    prompts = [prompt(length, seed=length) for length in (5, 12, 1)]
+    assert greedy(packed, prompts, 20) == greedy(model, prompts, 20)
+    ids = torch.tensor([prompt(9)])
+    torch.testing.assert_close(packed(ids), model(ids), atol=1e-3, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["qk_norm", "sigmoid experts"])
+def test_in_bfloat16_weights_activations_and_cache_have_16_bits(name, monkeypatch):
+    use_gpu_layers(torch.bfloat16, monkeypatch)
+    model, packed = models(name)
+    engine = Engine(packed, max_rows=2)
+    for seed in range(2):
+        engine.submit(Sequence(prompt(6, seed), 4))
+    while engine.busy:
+        engine.step()
+    assert {x.dtype for x in (*engine.cache.keys, *engine.cache.values)} == {torch.bfloat16}
+    ids = torch.tensor([prompt(9)])
+    assert packed.model(ids).dtype == torch.bfloat16
+    assert packed(ids).dtype == torch.float16  # in bfloat16 logits would often be equal
+    assert (packed(ids).float() - model(ids)).std() < 0.1 * model(ids).std()
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for a device: copies to the CPU, and numbers that are asked for. Tensors without
+    values answer 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, function._schema.name
+        if name in ("aten::_local_scalar_dense", "aten::item", "aten::is_nonzero"):
+            self.number += 1
+            return 1
+        devices = {x.type for x in (*args[1:], *kwargs.values()) if isinstance(x, torch.device)}
+        if name in ("aten::_to_copy", "aten::to") and "cpu" in devices and args[0].is_meta:
+            self.number += 1
+            return torch.ones(args[0].shape, dtype=args[0].dtype)
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(temperature=0), Sampling(0.8, top_k=20, top_p=0.9, min_p=0.05, repetition_penalty=1.1)]
+)
+@pytest.mark.parametrize("lengths", [(5, 5), (3, 8)])
+def test_a_token_of_all_rows_waits_for_a_gpu_once(sampling, lengths, monkeypatch):
+    monkeypatch.setattr(decoding, "card_capability", lambda device: (8, 0))
+    with torch.device("meta"):
+        model = CausalLM(LMConfig(**CONFIGS["qk_norm"])).eval()
+    engine = Engine(pack_for_decoding(model), max_rows=2)
+    for length in lengths:
+        engine.submit(Sequence(prompt(length), 9, sampling=sampling))
+
+    def to_device(tensor, device):  # does not wait: tests/training/test_card.py
+        return torch.empty_like(tensor, device=device)
+
+    for module in (generation, cache):
+        monkeypatch.setattr(module, "to_device", to_device)
+    make = torch.tensor
+    with Waits():
+        engine.step()  # the prompts
+    monkeypatch.setattr(torch, "tensor", lambda *args, device=None, **options: make(*args, **options))
+    for _ in range(3):
+        with Waits() as waits:
+            assert len(engine.step()) == 2
+        assert waits.number == 1
+    assert {x.dtype for x in engine.cache.keys} == {torch.bfloat16}

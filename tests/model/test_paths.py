@@ -1,19 +1,26 @@
 """What a card computes, without one: each of its paths against plain torch, on a CPU or on tensors without values."""
 
+from collections import Counter
+
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import random_ids, random_model, relative_difference
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.train_speed import made_up_batch
 from model import experts, operators
 from model import model as model_module
 from model.LMConfig import HIDDEN_ACTS, PRESETS, LMConfig
 from model.model import CausalLM
-from model.operators import CuSeqlens, attend, attention_kind, document_mask
+from model.operators import CuSeqlens, MergedWeight, attend, attention_kind, document_mask, rms_norm
+from model.rope import rope_tables
 from training.loss import next_token_loss
+from training.machine import Machine
+from training.optimizer import GradientBuffer, OptimizerSettings, build_optimizer, optimizer_step
+from training.packing import Batch
 
 LONG = torch.arange(64).repeat(2, 1)
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
@@ -159,6 +166,149 @@ def test_a_forward_and_backward_pass_asks_the_device_nothing(preset, monkeypatch
     assert mode.calls == model.config.num_hidden_layers
     assert count == 2 * 64
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+# ------------------------------------------------------------------------------------------------------------- launches
+
+
+@torch.library.custom_op("jiezi_test::norm", mutates_args=())
+def fused_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """In the place of a GPU's fused kernel, which takes one dtype; a CPU has none, and would launch six."""
+    assert x.dtype == weight.dtype
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("jiezi_test::norm_backward", mutates_args=())
+def fused_norm_backward(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(x), torch.empty_like(weight)
+
+
+@torch.library.custom_op("jiezi_test::flash", mutates_args=())
+def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    assert q.dtype == k.dtype == v.dtype == torch.bfloat16
+    return torch.empty_like(q)
+
+
+@torch.library.custom_op("jiezi_test::flash_backward", mutates_args=())
+def flash_backward(
+    d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def keep_inputs(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+fused_norm.register_autograd(lambda ctx, dy: fused_norm_backward(dy, *ctx.saved_tensors), setup_context=keep_inputs)
+flash.register_autograd(lambda ctx, d_out: flash_backward(d_out, *ctx.saved_tensors), setup_context=keep_inputs)
+LAUNCHES = {"norm_backward": 2}  # kernels of an operation, where there is more than one
+
+
+class Launches(TorchDispatchMode):
+    """Counts the kernels that a GPU would launch, by operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.partition("::")[2]
+        if not function.is_view and name not in ("empty", "_unsafe_view", "detach"):
+            self.counts[name] += LAUNCHES.get(name, 1)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_layer_launches_no_more_kernels_than_it_did(monkeypatch):
+    """Under autocast with FlashAttention, without torch.compile: each launch keeps the host busy for microseconds."""
+    monkeypatch.setattr(operators, "flash_attention", lambda q, k, v, *_: flash(q, k, v))
+    monkeypatch.setattr(F, "rms_norm", lambda x, shape, weight, eps: fused_norm(x, weight))
+    config = LMConfig(**PRESETS["tiny"])
+    assert config.qk_norm
+    layer = CausalLM(config).model.layers[0].train()
+    for parameter in layer.parameters():  # as GradientBuffer does
+        parameter.grad = torch.zeros_like(parameter)
+    x = torch.randn(2, 64, config.hidden_size).bfloat16().requires_grad_()
+    rope = rope_tables(LONG, config.head_dim, config.rope_theta)
+    mask = CuSeqlens(torch.tensor([0, 64, 128], dtype=torch.int32), 64)
+    with torch.autocast("cpu", torch.bfloat16), Launches() as forward:
+        y, _ = layer(x, rope, mask)
+    d_y = torch.ones_like(y)
+    with Launches() as backward:
+        y.backward(d_y)
+    assert y.dtype == torch.bfloat16
+    assert forward.counts.total() <= 29, forward.counts
+    assert backward.counts.total() <= 51, backward.counts
+
+
+def test_merged_weights_have_the_gradients_of_each():
+    weights = [torch.randn(n, 6, requires_grad=True) for n in (4, 2, 3)]
+    x = torch.randn(5, 6)
+    merged = MergedWeight.apply(torch.bfloat16, *weights)
+    expected = torch.cat(weights).bfloat16()
+    assert merged.equal(expected)
+    found, wanted = (torch.autograd.grad((x @ w.float().mT).tanh().sum(), weights) for w in (merged, expected))
+    for ours, theirs in zip(found, wanted):
+        assert ours.dtype == torch.float32
+        assert ours.equal(theirs)
+
+
+class Bfloat16Products(TorchDispatchMode):
+    """Products of bfloat16 as a GPU computes them, with float32 sums; and fast on a CPU without bfloat16."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default) and args[0].dtype == torch.bfloat16:
+            return function(*(x.float() for x in args)).bfloat16()
+        return function(*args, **(kwargs or {}))
+
+
+def losses_of_run(dtype: torch.dtype, steps: int) -> list[float]:
+    """Of a `tiny` model on sentences of random words."""
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(16, 6400, (50, 4), generator=generator)
+    model = random_model(LMConfig(**PRESETS["tiny"])).train()
+    model.init_weights()
+    buffer = GradientBuffer(list(model.parameters()), {})
+    optimizer, machine = build_optimizer(model, OptimizerSettings("adamw", 5e-3)), Machine(0, 1, CPU, dtype)
+    found = []
+    for _ in range(steps):
+        ids = words[torch.randint(50, (2, 17), generator=generator)].flatten(1)  # (2, 68)
+        batch = Batch(ids[:, :64], ids[:, 1:65], LONG, ids, [], "train", 128, 0)
+        with machine.autocast():
+            loss_sum, count, _ = next_token_loss(model, batch)
+        loss_sum.backward()
+        buffer.add_sums(loss=loss_sum.detach(), count=count, real_tokens=128)
+        sums = buffer.all_reduce(machine, 1.0, lambda: None)
+        optimizer_step(optimizer, buffer, machine.scaler(), sums, grad_clip=1.0)
+        found.append(sums["loss"] / count)
+    return found
+
+
+@pytest.mark.parametrize("steps", [20, pytest.param(200, marks=pytest.mark.slow)])
+def test_a_bfloat16_residual_stream_trains_as_float32_does(steps):
+    exact = losses_of_run(torch.float32, steps)
+    with Bfloat16Products():
+        rounded = losses_of_run(torch.bfloat16, steps)
+    assert exact[-1] < 0.9 * exact[0]
+    for half in (slice(0, steps // 2), slice(steps // 2, steps)):
+        print(f"{sum(rounded[half]) / sum(exact[half]) - 1:+.4%}")
+        assert sum(rounded[half]) == pytest.approx(sum(exact[half]), rel=0.005)
+    assert rounded != exact
+
+
+def test_the_residual_stream_is_bfloat16_and_a_norm_sums_in_float32():
+    seen, model = [], random_model(LMConfig(**PRESETS["tiny"]))
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda _, inputs, output: seen.extend((inputs[0].dtype, output[0].dtype)))
+    for dtype, residual in ((torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)):
+        with torch.autocast("cpu", dtype):
+            hidden = model.model(random_ids(1, 8))
+            assert model.lm_head(hidden).dtype == dtype
+        assert {*seen} == {residual}
+        seen.clear()
+    x = torch.full((1, 4096), 1 / 256).bfloat16()  # a bfloat16 sum of its squares would stop growing
+    with torch.autocast("cpu", torch.bfloat16):
+        assert rms_norm(x, torch.ones(4096), 0.0).eq(1).all()
 
 
 # -------------------------------------------------------------------------------------------------------------- experts

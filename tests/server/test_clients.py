@@ -47,6 +47,7 @@ metric_list: [{{metric: acc_bytes}}, {{metric: acc}}]
 def test_lm_eval_counts_what_eval_counts(live, models, tmp_path, run_here, monkeypatch):
     """The same questions by eval.py --choice, by lm-eval in transformers, and by lm-eval asking the server."""
     lm_eval = pytest.importorskip("lm_eval")
+    tasks = pytest.importorskip("lm_eval.tasks")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     rng = random.Random(0)
@@ -64,7 +65,7 @@ def test_lm_eval_counts_what_eval_counts(live, models, tmp_path, run_here, monke
     ours = json.loads(result.out.splitlines()[-1])["accuracy"]
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "task.yaml").write_text(TASK.format(file=tmp_path / "test.jsonl"))
-    tasks = lm_eval.tasks.TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
+    manager = tasks.TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
     both = "add_bos_token=True,max_length=384"
     server = f"base_url={live.url}/v1/completions,model=pretrain,tokenizer={models[1]},tokenizer_backend=huggingface"
     accuracy = {}
@@ -72,7 +73,7 @@ def test_lm_eval_counts_what_eval_counts(live, models, tmp_path, run_here, monke
         ("hf", f"pretrained={models[1]},dtype=float32,{both}"),
         ("local-completions", f"{server},{both}"),
     ):
-        options = dict(tasks=["jiezi_choice"], task_manager=tasks, batch_size=8, device="cpu", bootstrap_iters=0)
+        options = dict(tasks=["jiezi_choice"], task_manager=manager, batch_size=8, device="cpu", bootstrap_iters=0)
         found = lm_eval.simple_evaluate(model=kind, model_args=arguments, **options)
         accuracy[kind] = found["results"]["jiezi_choice"]["acc_bytes,none"]
     assert abs(accuracy["hf"] - ours) <= 1 / QUESTIONS + 1e-9, (accuracy, ours)

@@ -1,6 +1,7 @@
 """Training on a card, without one: number formats, the loss head in 16 bits, the scaler, what waits for the device."""
 
 import copy
+import functools
 import json
 import math
 import os
@@ -22,19 +23,20 @@ from helpers import (
     write_data,
 )
 from safetensors import safe_open
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from base.cli import UserError
 from bench.train_speed import made_up_batch
 from model import experts
 from model.LMConfig import PRESETS, LMConfig
 from model.lora import apply_lora, lora_layers, narrow_frozen
 from model.model import CausalLM
-from training import cost, loss
-from training import machine as machines
+from training import compiling, cost, loop, loss
 from training import optimizer as optimizers
 from training.balance import count_each
+from training.compiling import compile_model, pays_to_compile
+from training.cost import busiest_batch
 from training.loss import (
     CARD_CHUNK,
     CARD_LOGITS,
@@ -47,8 +49,10 @@ from training.loss import (
 )
 from training.machine import Machine, auto_dtype, backend, matmul_rate, start_machine
 from training.optimizer import GradientBuffer, OptimizerSettings, build_optimizer, optimizer_step, orthogonalize
-from training.packing import IGNORE, PackedDataset, to_device
+from training.packing import IGNORE, Batch, PackedDataset, open_data, to_device
 from training.rollouts import RolloutBatch
+
+CPU = torch.device("cpu")
 
 
 def test_matrix_products_are_timed_with_random_numbers_and_draw_none_of_the_runs(monkeypatch):
@@ -84,17 +88,14 @@ def test_each_card_has_its_number_format(card, capability, dtype):
     assert auto_dtype(card, capability) == dtype
 
 
-def test_compiling_without_triton_is_refused_in_one_line(monkeypatch):
-    """torch does not import the module that is asked for Triton."""
-    monkeypatch.setattr(machines, "choose_device", lambda *args: torch.device("cuda:0"))
-    monkeypatch.setattr(machines, "device_dtype", lambda device: torch.bfloat16)
-    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: None)
-    monkeypatch.delattr(torch.utils, "_triton", raising=False)
-    with pytest.raises(UserError, match="--compile needs Triton"):
-        start_machine("cuda", "auto", 0, compile=True)
-
-
 # ------------------------------------------------------------------------------------------------------------- the loss
+
+
+def batch_of_documents(lengths: list[int]) -> Batch:
+    """A row."""
+    ids = torch.randint(16, 6400, (1, sum(lengths)), generator=torch.Generator().manual_seed(len(lengths)))
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    return Batch(ids, ids.roll(-1), positions, ids, [], "train", ids.numel(), 0)
 
 
 def random_head(tokens: int, dtype=torch.float32):
@@ -185,6 +186,98 @@ def test_the_loss_of_an_older_torch_is_the_same(monkeypatch):
         results.append((total, *torch.autograd.grad(total, (hidden, weight))))
     for ours, expected in zip(results[1], results[0]):
         assert relative_difference(ours, expected) < 1e-6
+
+
+# ------------------------------------------------------------------------------------------------------------ compiling
+
+
+@pytest.fixture
+def eager_losses():
+    yield
+    TokenLosses.compile(on=False)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "shards", "minutes", "compiles"),
+    [
+        ("cuda", torch.bfloat16, False, 9, True),
+        ("cuda", torch.float16, False, 9, True),
+        ("cuda", torch.bfloat16, False, 2, False),
+        ("cuda", torch.bfloat16, True, 9, False),
+        ("cuda", torch.float32, False, 9, False),
+        ("cpu", torch.bfloat16, False, 9, False),
+        ("mps", torch.bfloat16, False, 9, False),
+    ],
+)
+def test_long_runs_on_a_gpu_compile(device, dtype, shards, minutes, compiles):
+    assert pays_to_compile(Machine(0, 1, torch.device(device), dtype, shards), minutes) is compiles
+
+
+def test_compiled_chunks_have_the_losses_and_gradients_of_eager_ones(monkeypatch, eager_losses):
+    monkeypatch.setattr(loss, "CARD_CHUNK", 4)
+    hidden, weight, labels = random_head(10, torch.float64)
+    found = []
+    for on in (False, True):
+        TokenLosses.compile(on, backend="aot_eager")
+        losses = TokenLosses.apply(hidden, weight, labels, torch.float64)
+        found.append((losses.detach(), *torch.autograd.grad(losses.square().sum(), (hidden, weight))))
+    for eager, compiled in zip(*found):
+        torch.testing.assert_close(compiled, eager)
+
+
+def test_a_model_is_not_compiled_anew_for_other_numbers_of_documents(eager_losses):
+    """And its trial leaves nothing behind but its gradients, which a run sets to 0."""
+    graphs, gradients, machine = CompileCounterWithBackend("aot_eager"), [], Machine(0, 1, CPU, torch.bfloat16)
+    torch.manual_seed(0)
+    model = CausalLM(LMConfig(**PRESETS["tiny"] | dict(num_hidden_layers=2))).train()
+    batches = [batch_of_documents(lengths) for lengths in ([30, 34], [7, 10, 20, 27], [64])]
+    counts = []
+    for compiled in (False, True):
+        state = torch.get_rng_state()
+        model.zero_grad()
+        if compiled:
+            assert compile_model(model, machine, batches[0], backend=graphs) == ""
+        assert torch.get_rng_state().equal(state)
+        model.zero_grad(set_to_none=False)
+        for batch in batches:
+            with machine.autocast():
+                next_token_loss(model, batch)[0].backward()
+            counts.append(graphs.frame_count)
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    assert counts[:3] == [0, 0, 0]
+    assert 3 <= counts[3] == counts[5], "layers, losses and their gradients have a graph each"
+    assert relative_difference(gradients[1], gradients[0]) < 3e-2
+
+
+def broken(graph, inputs):
+    raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+
+
+def test_a_run_that_cannot_compile_says_so_and_goes_on(data, tmp_path, monkeypatch, capsys, eager_losses):
+    flags = ["--batch_size", "2", "--max_steps", "2", *ONCE]
+    plain = observe(data, tmp_path / "plain", *flags)
+    monkeypatch.setattr(loop, "compile_model", functools.partial(compile_model, backend=broken))
+    capsys.readouterr()
+    found = observe(data, tmp_path / "out", *flags, "--compile")
+    said = [line for line in capsys.readouterr().out.splitlines() if "without torch.compile" in line]
+    assert len(said) == 1
+    assert "Failed to find C compiler. Please" in said[0]
+    for ours, expected in zip(found.weights, plain.weights, strict=True):
+        assert ours.equal(expected)
+
+
+def test_compiling_needs_triton_on_a_gpu(monkeypatch):
+    monkeypatch.delattr(torch.utils, "_triton", raising=False)  # torch does not import it by itself
+    assert compiling.has_triton() is False  # on a CPU
+    monkeypatch.setattr(compiling, "has_triton", lambda: False)
+    assert "Triton" in compile_model(None, Machine(0, 1, torch.device("cuda"), torch.bfloat16), None)
+
+
+def test_the_rows_that_are_tried_are_those_with_the_most_documents(data):
+    train_set, _ = open_data([str(data)], None, 128, "pretrain")
+    documents = [len(train_set.batch(np.array([row])).documents) for row in range(len(train_set))]
+    assert len(busiest_batch(train_set, 2).documents) == sum(sorted(documents)[-2:])
+    assert busiest_batch(train_set, len(documents) + 5).input_ids.shape == (len(documents) + 5, 128)
 
 
 # ----------------------------------------------------------------------------------------------------------- no waiting
@@ -332,8 +425,7 @@ def test_a_trial_that_runs_out_of_memory_frees_its_graph_before_the_cache_is_emp
     monkeypatch.setattr(cost, "next_token_loss", full_loss)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(alive[0]() is None))
-    step = cost.StepSettings(2, 1, 64, False, "adamw")
-    assert not cost.fits_card(step, Machine(0, 1, torch.device("cpu"), torch.float32), model)
+    assert not cost.fits_card(made_up_batch(2, 64, 6400), Machine(0, 1, torch.device("cpu"), torch.float32), model)
     assert freed == [True]
 
 

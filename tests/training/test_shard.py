@@ -280,7 +280,7 @@ def test_the_estimate_falls_by_what_is_spread():
         model = CausalLM(LMConfig(**PRESETS["xl"]))
     step = StepSettings(8, 1, 512, grad_checkpointing=True, optimizer="adamw")
     estimates = [memory_estimate(model, step, 2, "flash", processes) / 2**30 for processes in (1, 2, 4, 8)]
-    assert estimates == pytest.approx([18.3, 11.9, 8.3, 6.4], abs=0.051)
+    assert estimates == pytest.approx([17.8, 11.4, 7.7, 5.9], abs=0.051)
 
 
 def test_what_cannot_be_sharded_is_refused(data, run_here, tmp_path, monkeypatch):
