@@ -24,10 +24,12 @@ MAX_LENGTH = 2**17  # of a grammar, in characters
 MAX_SECONDS, MAX_BYTES = 5, 2**30  # to compile it
 MAX_CALLS = 16  # of tools in one answer
 MAX_WORDS, MAX_LOOP = 64, 8  # words of a grammar that are tried as ways out of a loop, and tokens of a loop
+MAX_SKIP = 8  # tokens of an earlier plan that may be skipped
 MAX_PLAN, MAX_WORK = 2048, 20_000  # steps of a search for a completion, and of all searches of an answer
 LIMITS = dict(step_lexer_fuel=20_000, step_max_items=10_000, max_lexer_states=20_000, verbose_errors=False)
 OPTIONS = '%llguidance {"no_forcing": true}\n'  # forced texts, which nobody asks for here, may be very long
 BLANKS = r" |\n {0,16}"  # between JSON's tokens; without a limit, a weak model writes nothing else
+ESCAPES = 'nrbtf\\"'  # without \u, which could write half a surrogate pair: not every parser accepts it
 CHILD = f"""
 import sys
 try:
@@ -47,10 +49,11 @@ print(LLMatcher.validate_grammar(text, None, limits=LLParserLimits(**{LIMITS})).
 
 def json_rule(schema: dict | bool, lenient: bool = False) -> str:
     """The right side of a rule: JSON of this schema. lenient: keywords that llguidance does not know are ignored."""
-    options = {"whitespace_pattern": BLANKS, "lenient": lenient}
-    return "%json " + json.dumps(
-        {**(schema if isinstance(schema, dict) else {}), "x-guidance": options}, ensure_ascii=False
-    )
+    schema = schema if isinstance(schema, dict) else {}
+    has_controls = "\\u00" in json.dumps(schema, ensure_ascii=False)  # characters that can only be escaped so
+    escapes = ESCAPES + "u" * has_controls
+    options = {"whitespace_pattern": BLANKS, "json_allowed_escapes": escapes, "lenient": lenient}
+    return "%json " + json.dumps({**schema, "x-guidance": options}, ensure_ascii=False)
 
 
 def choice_rule(texts: list[str]) -> str:
@@ -132,7 +135,7 @@ class Vocabulary:
         """
         matcher, tokens, seen, work = matcher.deep_copy(), [], Counter(), 0
         while not matcher.is_accepting():
-            for start in range(min(len(old), MAX_LOOP) if old else 0):
+            for start in range(min(len(old), MAX_SKIP) if old else 0):
                 rest = old[start:]
                 if matcher.validate_tokens([*rest, self.end]) > len(rest):
                     return tokens + rest, work

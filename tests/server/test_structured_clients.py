@@ -52,7 +52,7 @@ def client(url):
         yield client
 
 
-@pytest.mark.parametrize("mode", ["JSON_SCHEMA", "TOOLS", "TOOLS_STRICT"])
+@pytest.mark.parametrize("mode", ["JSON_SCHEMA", "TOOLS"])
 def test_instructor(client, mode):
     instructor = pytest.importorskip("instructor")
     create = instructor.from_openai(client, mode=instructor.Mode[mode]).chat.completions.create
