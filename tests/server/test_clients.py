@@ -3,7 +3,7 @@
 lm-eval is run as `lm_eval --model local-completions --tasks NAME --model_args base_url=…` runs it. None is in
 the requirements; a test is skipped where its program is missing:
 
-    pip install "lm-eval>=0.4.13" "openai-agents>=0.24" "pydantic-ai-slim[openai]>=2.68" "litellm>=1.83"
+    pip install "lm-eval[api]>=0.4.13" "openai-agents>=0.24" "pydantic-ai-slim[openai]>=2.68" "litellm>=1.83"
 """
 
 import asyncio
