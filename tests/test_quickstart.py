@@ -111,6 +111,8 @@ def test_nothing_is_required_that_nothing_imports(requirements):
                 imported |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 imported.add(node.module.partition(".")[0])
+            elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "import_extra":
+                imported.add(getattr(node.args[0], "value", "").partition(".")[0])  # a variable has no value here
     used = {  # packages_distributions() of Python 3.10 does not know a wheel without a top_level.txt
         canonicalize_name(distribution.metadata["Name"])
         for distribution in distributions()
