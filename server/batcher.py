@@ -1,8 +1,7 @@
 """The thread that runs an engine: sequences are added and removed between two steps, and share the batch.
 
-The engine and the event loop take turns: after handing tokens over, the engine waits until they are sent. Side by side,
-they would wait for the interpreter's lock several times per token. Changing threads takes longer than sending a token,
-because torch's threads use all cores: the tokens of fast steps are handed over together.
+The engine and the event loop take turns: after handing tokens over, the engine waits until they are sent, so that
+neither waits for the interpreter's lock several times per token. The tokens of fast steps are handed over together.
 """
 
 import asyncio
