@@ -14,7 +14,7 @@ from model.model import CausalLM
 PARTS = ("reasoning", "tool_call", "tool_response")  # of an answer, beside its content
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
     """How answers are generated. The names and their meaning are Hugging Face's; the defaults are those of eval.py and
     serve.py."""

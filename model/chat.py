@@ -87,7 +87,7 @@ class ChatTokenizer:
             self.bos = backend.encode("").ids
             special = _special_tokens(config)
             names = [*END_OF_TEXT, special.get("eos_token")]
-            self.eos = next(filter(None.__ne__, map(self._control, names)), None)
+            self.eos = next((token for token in map(self._control, names) if token is not None), None)
             source = template or _template_of(config)
             self.brings_template = bool(source)
             if source := source or self._own_template():

@@ -20,7 +20,6 @@ from helpers import (
 from safetensors.torch import load_file, save_file
 
 from corpus.prepared import Prepared
-from engine.decoding import pack_for_decoding
 from model.chat import IM_END, SPECIAL_TOKENS
 from model.checkpoint import load_config, load_model, save_model
 from training import distillation
@@ -109,7 +108,7 @@ def test_a_text_is_what_the_teacher_would_answer(flags, brief_dir, tasks, chats,
         for index, prompt in enumerate(prompts):
             ((ids, mask),) = asked.record(index)
             assert prompt == ids.tolist()[: len(ids) if data == tasks else mask.tolist().index(1)]
-        model = pack_for_decoding(load_model(brief_dir).eval())
+        model = load_model(brief_dir).eval()
         for (_, answer), alone in zip(answers, greedy(model, prompts, 12, stop_ids={IM_END}), strict=True):
             assert answer == [token for token in alone if token is not None]
         if data == chats:

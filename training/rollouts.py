@@ -188,7 +188,8 @@ class RolloutGenerator:
         With a JSON schema, a token is sampled from those that it allows, and one without alternative is not learned
         from; the log-probabilities are the model's own, over all tokens, in generation and in training.
         """
-        config = GenerationConfig(self.settings.max_new_tokens, temperature, top_p=1.0, repetition_penalty=1.0)
+        sampling = dict(temperature=temperature, top_p=1.0, repetition_penalty=1.0)
+        config = GenerationConfig(max_new_tokens=self.settings.max_new_tokens, **sampling)
         model = decoding_copy(self.model)
         session = Session(model, self.tokenizer, config, self.tools, self.grammar)
         engine = Engine(model, self.settings.rollout_rows, keep_log_probs=True)

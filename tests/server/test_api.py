@@ -82,7 +82,7 @@ def test_defaults_are_those_of_eval(client, run_here, models):
 
     shown = run_here("eval.py", "--help").out
     for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
-        default = re.search(rf"\n  --{name} .*?\(default: [^()]* or\s+(\S+)\)", shown, re.DOTALL).group(1)
+        default = re.search(rf"\n  --{name} .*?\(default:\s[^()]*\sor\s+(\S+)\)", shown, re.DOTALL).group(1)
         assert float(default) == ChatRequest.model_fields[name].default, name
 
 
