@@ -25,7 +25,7 @@ from training.packing import open_data
 from training.sample import sample_text
 
 # Measured on two CPU cores, docs/loss_en.md, section 2.
-PRESET_HINT = "--preset small trains this size with Muon, and learns faster: loss 6.61 after 60 steps"
+PRESET_HINT = "--preset small trains this size with Muon, and learns faster: after 60 steps loss 6.61 instead of 8.13"
 
 
 def main():
