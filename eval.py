@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from corpus.files import ReadOptions
 from corpus.hub import model_folder
 from corpus.records import each_record, request_of, text_of
-from engine.decoding import pack_for_decoding
+from engine.decoding import FORMATS, pack_for_decoding
 from engine.generation import Engine
 from engine.grammar import compile_grammar, read_schema
 from engine.session import GenerationConfig, ReplyStream, Session, read_tokens, sampling_defaults
@@ -245,7 +245,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps, or another that torch has")
     parser.add_argument(
         "--weight_dtype",
-        choices=["float32", "float16", "int8"],
+        choices=[*FORMATS],
         default="float32",
         help="of the matrices, on a CPU: fewer bits are faster; float16 changes 1 greedy text in 100, int8 1 in 3",
     )

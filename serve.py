@@ -18,6 +18,7 @@ from pathlib import Path
 
 from base.cli import HelpFormatter, UserError, above_zero, import_extra, natural, positive, run
 from corpus.hub import model_folder
+from engine.decoding import FORMATS
 from engine.tools import load_tools
 from model.device import choose_device, keep_freed_memory, print_notes
 
@@ -38,9 +39,7 @@ def main():
     parser.add_argument("--api_key", help="required of every request; default: JIEZI_API_KEY, if set")
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps, or another that torch has")
-    parser.add_argument(
-        "--weight_dtype", choices=["float32", "float16", "int8"], default="float32", help="on a CPU, as in eval.py"
-    )
+    parser.add_argument("--weight_dtype", choices=[*FORMATS], default="float32", help="on a CPU, as in eval.py")
     parser.add_argument("--tools", nargs="+", default=[], metavar="NAME", help="calculator, or a Python file")
     parser.add_argument("--max_rows", type=positive, default=16, help="answers generated at a time, per model")
     parser.add_argument("--max_queue", type=natural, default=64, help="answers that wait, per model; more get 429")

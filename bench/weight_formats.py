@@ -18,7 +18,7 @@ from base.cli import HelpFormatter, positive, run
 from data_process import each_record, text_of
 from engine.decoding import pack_for_decoding
 from engine.generation import generate
-from model.chat import BOS, EOS, IM_END, encode, encode_chat, load_tokenizer
+from model.chat import BOS, EOS, IM_END, encode, load_tokenizer
 from model.checkpoint import load_model
 from model.model import CausalLM
 
@@ -62,7 +62,7 @@ def main():
     for text, _ in zip(each_record(args.texts, "text", lambda record: text_of(record, "text")), range(args.prompts)):
         if model.is_chat:
             message = {"role": "user", "content": text[:20]}
-            prompts.append(encode_chat(tokenizer, [message], add_generation_prompt=True)[0])
+            prompts.append(tokenizer.prompt([message]))
         else:
             prompts.append([BOS, *encode(tokenizer, text[:20])])
 

@@ -153,12 +153,10 @@ class Vocabulary:
 
     def _closing_token(self, matcher, mask: bytes) -> list[int]:
         """A token that shortens JSON: a bracket if it is not text, a quote, a comma, a digit; else a long one."""
+        in_text = [self.bytes[byte] for byte in (b'"', b"a")]  # what may follow a bracket that is text
         for byte in b"}]":
-            token, after = (
-                self._allowed(byte, mask),
-                [self.bytes[byte] for byte in (b'"', b"a")],
-            )  # what may follow in text
-            if token is not None and all(matcher.validate_tokens([token, each]) < 2 for each in after):
+            token = self._allowed(byte, mask)
+            if token is not None and all(matcher.validate_tokens([token, each]) < 2 for each in in_text):
                 return [token]
         found = (self._allowed(byte, mask) for byte in b'",:0123456789')
         token = next((token for token in found if token is not None), None)

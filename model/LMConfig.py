@@ -216,7 +216,7 @@ class LMConfig:
         return cls(
             **values,
             rope_theta=rope.get("rope_theta", hf.get("rope_theta", cls.rope_theta)),
-            rope_scaling=_read_scaling(hf),
+            rope_scaling=_read_scaling(rope, hf),
             qk_norm=model_type == "qwen3" or (model_type == "glm4_moe" and hf["use_qk_norm"]),
             qkv_bias=model_type == "qwen2",
             use_moe=use_moe,
@@ -253,9 +253,9 @@ def parse_scaling(text: str) -> dict:
     return scaling
 
 
-def _read_scaling(hf: dict) -> dict | None:
-    """The scaling in a config.json; None: the default rotation. UserError for a type that is not supported."""
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+def _read_scaling(rope: dict, hf: dict) -> dict | None:
+    """The scaling in rope, the entry of a config.json about the rotation; None: not scaled. UserError for a type that
+    is not supported."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None

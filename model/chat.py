@@ -300,11 +300,6 @@ def translate(ids: list[int], source: ChatTokenizer, target: ChatTokenizer) -> l
     return result
 
 
-def token_pieces(tokenizer: ChatTokenizer) -> list[bytes]:
-    """See ChatTokenizer.pieces."""
-    return tokenizer.pieces
-
-
 def token_bytes(tokenizer: ChatTokenizer) -> np.ndarray:
     """The number of UTF-8 bytes of each token, int64 (V,): the denominator of bits per byte."""
     return np.array([len(piece) for piece in tokenizer.pieces])
@@ -362,20 +357,15 @@ def to_json(value: object) -> str:
 def encode_chat(
     tokenizer: ChatTokenizer, messages: list[dict], tools: list | None = None, add_generation_prompt: bool = False
 ) -> tuple[list[int], list[int]]:
-    """Encode a chat; returns (ids, mask), two lists of one length.
+    """Encode a chat in Jiezi's format; returns (ids, mask), two lists of one length.
 
     messages: dicts with "role" (system, user, assistant, tool) and "content" (text or None); an assistant's may have
         "reasoning_content" and "tool_calls"; with "weight" 0 it is not trained. A system message comes first.
     tools: a list of JSON schemas.
     mask: 1 for the assistant's tokens, including its <|im_end|>, and 0 elsewhere.
     add_generation_prompt: end with the assistant's header, for the model to continue.
-    UserError for an unknown role. With a template whose chat becomes several documents, the last one.
+    UserError for an unknown role.
     """
-    if not tokenizer.is_own:
-        if add_generation_prompt:
-            ids = tokenizer.prompt(messages, tools)
-            return ids, [0] * len(ids)
-        return tokenizer.documents(messages, tools)[-1]
     ids = [BOS]
     mask = [0]
 

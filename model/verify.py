@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from base.cli import one_line
-from model.chat import ChatTokenizer, encode, encode_chat, load_tokenizer
+from model.chat import ChatTokenizer, encode, load_tokenizer
 from model.checkpoint import stop_ids
 from model.gguf import rounded
 from model.llama_cpp import LlamaCpp
@@ -54,7 +54,7 @@ def verify_gguf(path: Path, model: CausalLM, tokenizer_dir: Path, weight_type: s
         _check(llama_cpp.encode(plain) == encode(tokenizer, text), f"tokens of {text!r}")
     if model.is_chat:
         chat, tools = _chat(tokenizer)
-        ids, _ = encode_chat(tokenizer, chat, tools, add_generation_prompt=True)
+        ids = tokenizer.prompt(chat, tools)
         with _using("the chat template"):
             their_ids = llama_cpp.encode_chat(chat, tools)
         _check(their_ids == ids, "tokens of a chat with tools")
@@ -84,7 +84,7 @@ def verify_folder(directory: Path, model: CausalLM, tokenizer_dir: Path, weight_
         _check(theirs(text, add_special_tokens=False).input_ids == encode(ours, text), f"tokens of {text!r}")
     if ours.is_own or model.is_chat:
         chat, tools = _chat(ours)
-        ids, _ = encode_chat(ours, chat, tools, add_generation_prompt=True)
+        ids = ours.prompt(chat, tools)
         with _using("the chat template"):
             their_ids = theirs.apply_chat_template(chat, tools=tools, add_generation_prompt=True, return_dict=False)
         _check(their_ids == ids, "tokens of a chat with tools")
@@ -124,7 +124,7 @@ def _prompts(model: CausalLM, tokenizer: ChatTokenizer) -> list[list[int]]:
     if not model.is_chat:
         return [[*tokenizer.bos, *encode(tokenizer, text)] for text in PLAIN_TEXTS]
     chats = (CHAT[1:2], None), ([{"role": "user", "content": "Who are you?"}], None), _chat(tokenizer)
-    return [encode_chat(tokenizer, messages, tools, add_generation_prompt=True)[0] for messages, tools in chats]
+    return [tokenizer.prompt(messages, tools) for messages, tools in chats]
 
 
 def _generate_with_llama_cpp(

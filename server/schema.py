@@ -5,10 +5,10 @@ import json
 from dataclasses import fields
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, AliasChoices, BeforeValidator, ConfigDict, Field, model_validator
 
 from engine.session import GenerationConfig
-from server.structured import StructuredRequest, ToolChoice, structure_of
+from server.structured import NullsLeftOut, StructuredRequest, ToolChoice, structure_of
 
 MAX_MESSAGES, MAX_PROMPTS, MAX_CHOICES, MAX_TOOLS, MAX_TOP = 1024, 64, 64, 64, 20
 MAX_STOPS, MAX_FIELDS = 64, 128
@@ -88,17 +88,6 @@ TokenLimit = Annotated[int, AfterValidator(or_all), Field(ge=-1, le=ALL)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 TokenId = Annotated[int, Field(ge=0, strict=True)]
 Tokens = Annotated[list[TokenId], Field(fail_fast=True)]  # stop at the first error
-
-
-class NullsLeftOut(BaseModel):
-    """A field that is null has its default."""
-
-    model_config = ConfigDict(allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def without_nulls(cls, data: Any) -> Any:
-        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
 
 
 class Function(NullsLeftOut):

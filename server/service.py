@@ -196,8 +196,9 @@ class Service:
             for answer in answers:
                 served.batcher.remove(answer.sequence)
             self.metrics.requests.labels(served.name, end).inc()
-            self.metrics.tokens.labels(served.name, "prompt").inc(usage(answers)["prompt_tokens"])
-            self.metrics.tokens.labels(served.name, "completion").inc(usage(answers)["completion_tokens"])
+            counts = usage(answers)
+            for kind in ("prompt", "completion"):
+                self.metrics.tokens.labels(served.name, kind).inc(counts[f"{kind}_tokens"])
 
 
 def usage(answers: list[Answer]) -> dict:

@@ -26,14 +26,18 @@ def is_strict(tool: dict) -> bool:
     return bool(tool["function"].get("strict"))
 
 
-class Fields(BaseModel):
+class NullsLeftOut(BaseModel):
+    """A field that is null has its default."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
     @model_validator(mode="before")
     @classmethod
     def without_nulls(cls, data: Any) -> Any:
         return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
 
 
-class NamedSchema(Fields):
+class NamedSchema(NullsLeftOut):
     """What `json_schema` of a response_format contains; every schema is enforced, with or without `strict`."""
 
     name: str = ""
@@ -42,7 +46,7 @@ class NamedSchema(Fields):
     json_schema: Schema = Field(True, alias="schema")
 
 
-class ResponseFormat(Fields):
+class ResponseFormat(NullsLeftOut):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: NamedSchema | None = None
     object_schema: Schema | None = Field(None, alias="schema")  # llama.cpp's, of a json_object
@@ -59,7 +63,7 @@ class ResponseFormat(Fields):
         return json_rule(self.object_schema or {"type": "object"}) if self.type == "json_object" else None
 
 
-class StructuredOutputs(Fields):
+class StructuredOutputs(NullsLeftOut):
     """vLLM's field of this name; the older fields guided_… mean the same."""
 
     model_config = ConfigDict(extra="forbid")
@@ -126,11 +130,11 @@ class StructuredRequest(BaseModel):
         return (grammar_of(rule, *([calls] if calls else [])), False) if rule else None
 
 
-class NamedFunction(Fields):
+class NamedFunction(NullsLeftOut):
     name: str
 
 
-class NamedTool(Fields):
+class NamedTool(NullsLeftOut):
     type: Literal["function"] = "function"
     function: NamedFunction
 

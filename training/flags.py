@@ -124,16 +124,18 @@ def parse_flags(description: str, stage_flags: dict[str, dict] | None = None, **
         flag(name, **options)
     parser.set_defaults(rope_scaling=None, **stage_defaults)
     known = parser.parse_known_args()[0]
+    init_from = model_folder(known.init_from)
     parser.set_defaults(**TRAINING_FLAGS.get(known.preset, {}))
-    parser.set_defaults(**open_model_rates(known.init_from, stage_defaults))
+    parser.set_defaults(**open_model_rates(init_from, stage_defaults))
     args = parser.parse_args()
     if args.min_learning_rate > args.learning_rate:
         parser.error(f"--min_learning_rate {args.min_learning_rate} is above --learning_rate {args.learning_rate}")
     args.fit_batch = args.batch_size == "auto"
     if args.fit_batch and args.shard:
         parser.error("--batch_size auto tries what one process can hold; with --shard give a number")
-    for name in {"init_from", "teacher"} & vars(args).keys():
-        setattr(args, name, model_folder(getattr(args, name)))
+    args.init_from = init_from
+    if "teacher" in args:
+        args.teacher = model_folder(args.teacher)
     if args.nproc_per_node > 1 and "RANK" not in os.environ:
         launch(args.nproc_per_node)
     if args.fit_batch:  # of a step of the usual size
@@ -141,10 +143,9 @@ def parse_flags(description: str, stage_flags: dict[str, dict] | None = None, **
     return args
 
 
-def open_model_rates(init_from: Path | None, stage_defaults: dict) -> dict[str, float]:
+def open_model_rates(folder: Path | None, stage_defaults: dict) -> dict[str, float]:
     """Default learning rates for an open model: the stage's, which were measured with Jiezi's `small`, multiplied by
     (26 million / parameters)^(2/3); docs/open_models_en.md has the measurements. {} for Jiezi's own models."""
-    folder = model_folder(init_from)
     if folder is None or not all((folder / name).is_file() for name in ("config.json", "tokenizer.json")):
         return {}
     if load_tokenizer(folder).is_own:

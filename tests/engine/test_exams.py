@@ -20,7 +20,7 @@ from base.cli import UserError
 from corpus.exams import ceval_categories, read_exam
 from engine import exams
 from engine.exams import LETTERS, accuracy, answer_exam, log_likelihoods, wilson_interval
-from model.chat import EOS, IM_END, encode, load_tokenizer
+from model.chat import EOS, IM_END, encode
 from model.checkpoint import save_model
 from model.LMConfig import LMConfig
 
@@ -71,11 +71,6 @@ def model(request):
     model = random_model(LMConfig(**SMALL, max_position_embeddings=512))
     model.stop_token_ids = [EOS, IM_END] if request.param == "chat" else [EOS]
     return model
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer(TOKENIZER)
 
 
 # ------------------------------------------------------------------------------------------------------------- reading

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from engine import generation
 from engine.cache import KVCache
 from engine.generation import TextStream, generate, penalize_repetition, sample
-from model.chat import IM_END, encode, load_tokenizer
+from model.chat import IM_END, encode
 from model.checkpoint import save_model
 from model.LMConfig import PRESETS, LMConfig
 from model.model import CausalLM
@@ -22,11 +22,6 @@ LOGITS = torch.tensor([0.05, 0.5, 0.15, 0.3]).log()
 @pytest.fixture(scope="module")
 def model() -> CausalLM:
     return sharp_model(CONFIG)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer(TOKENIZER)
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ import time
 import jsonschema
 import pytest
 import torch
-from helpers import TOKENIZER, sharp_model
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
@@ -25,8 +24,7 @@ from engine.grammar import (
     regex_rule,
 )
 from engine.session import GenerationConfig, Session, read_tokens
-from model.chat import BOS, EOS, IM_END, THINK, TOOL_CALL, encode, load_tokenizer
-from model.LMConfig import PRESETS, LMConfig
+from model.chat import BOS, EOS, IM_END, THINK, TOOL_CALL, encode
 
 PERSON = {
     "type": "object",
@@ -40,18 +38,6 @@ PERSON = {
 }
 STOPS = frozenset([EOS, IM_END])
 FORMATS = jsonschema.Draft202012Validator.FORMAT_CHECKER  # in draft 3 a time has no offset
-
-
-@pytest.fixture(scope="module")
-def model():
-    model = sharp_model(LMConfig(**PRESETS["tiny"] | {"num_hidden_layers": 1}))
-    model.stop_token_ids = [EOS, IM_END]
-    return model
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer(TOKENIZER)
 
 
 def unlimited(monkeypatch):

@@ -1,29 +1,15 @@
 """Thinking and tools: what is forced, what is shown, and that ids are those of a chat that was rendered whole."""
 
 import pytest
-from helpers import TOKENIZER, sharp_model
 
 from engine.generation import Engine
 from engine.session import GenerationConfig, ReplyStream, Session, sampling_defaults
 from engine.tools import load_tools
-from model.chat import EOS, IM_END, THINK, TOOL_CALL, encode, encode_chat, load_tokenizer
-from model.LMConfig import PRESETS, LMConfig
+from model.chat import IM_END, THINK, TOOL_CALL, encode, encode_chat
 
 FLAGS = dict(temperature=0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, max_new_tokens=200)
 QUESTION = {"role": "user", "content": "6 乘 7 等于多少？"}
 CALL = {"name": "calculator", "arguments": {"expression": "6*7"}}
-
-
-@pytest.fixture(scope="module")
-def model():
-    model = sharp_model(LMConfig(**PRESETS["tiny"] | {"num_hidden_layers": 1}))
-    model.stop_token_ids = [EOS, IM_END]
-    return model
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer(TOKENIZER)
 
 
 def session(model, tokenizer, tools=(), **flags) -> Session:

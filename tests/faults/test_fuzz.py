@@ -51,7 +51,7 @@ from corpus.records import CHAT_FIELDS, PAIR_FIELDS, TASK_FIELDS, BadRecord, eac
 from engine.generation import Sequence, TextStream
 from engine.session import call_of, last_turn, read_tokens
 from engine.tools import MAX_CHARACTERS, calculate, calculator, run_calls
-from model.chat import BOS, IM_END, IM_START, SPECIAL_TOKENS, encode, encode_chat, token_pieces
+from model.chat import BOS, IM_END, IM_START, SPECIAL_TOKENS, encode, encode_chat
 from model.checkpoint import load_config
 from model.LMConfig import PRESETS, LMConfig
 from server.schema import ChatRequest, CompletionRequest
@@ -63,7 +63,7 @@ FUZZ = int(os.environ.get("FUZZ", 0))
 FEW, MANY = 150, 50_000  # inputs of a target by default; of all targets together in a round of FUZZ
 CHILDREN = 49 if FUZZ else 9  # of an input that hypothesis made, which takes longer than to try it
 ENCODER = load_encoder(str(TOKENIZER))
-PIECES = token_pieces(ENCODER.tokenizer)
+PIECES = ENCODER.tokenizer.pieces
 CONTROLS = len(SPECIAL_TOKENS)
 COUNTS = Counter()
 
